@@ -1,0 +1,60 @@
+"""Your own data in nnU-Net's raw layout (github.com/MIC-DKFZ/nnUNet, dataset format).
+
+`dataset.json`, `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`; images without a label file are
+the unlabelled pool. Cases of `imagesTs` that have a label in `labelsTs` are the test set.
+"""
+
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from cgs_jax.data.volume import Case, read_nifti_case
+from cgs_jax.errors import UserError
+
+read = read_nifti_case
+
+
+def find(data: ConfigDict) -> dict[str, Case]:
+    """Cases of `data.root`."""
+    root, ending = pathlib.Path(data.root or "/nonexistent"), _description(data).get("file_ending", ".nii.gz")
+    if ending not in (".nii.gz", ".nii"):
+        raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; NIfTI is read")
+    cases = {}
+    for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
+        for path in sorted((root / images).glob(f"*{ending}")):
+            stem = path.name.removesuffix(ending)
+            name, _, channel = stem.rpartition("_")
+            if channel != "0000":
+                raise UserError(f"{path}: one channel is read, CASE_0000{ending}")
+            label, test = root / labels / f"{name}{ending}", images == "imagesTs"
+            if label.exists() or not test:
+                cases[name] = Case(name, (path,), (label,) if label.exists() else None, test)
+    if not cases:
+        raise UserError(f"no scans in {root / 'imagesTr'} (CASE_0000{ending})")
+    return cases
+
+
+def classes(data: ConfigDict) -> tuple[str, ...]:
+    """Names of the organs 1, 2, ... from dataset.json."""
+    path = pathlib.Path(data.root or "/nonexistent") / "dataset.json"
+    labels = _description(data).get("labels", {})
+    if all(key.isdigit() for key in labels):  # the older layout: value -> name
+        labels = {name: int(value) for value, name in labels.items()}
+    names = sorted((v, k) for k, v in labels.items() if isinstance(v, int))
+    if len(names) < 2 or [v for v, _ in names] != list(range(len(labels))):
+        raise UserError(f"{path}: labels must be background 0 and organs 1, 2, ...; got {labels}")
+    return tuple(name for _, name in names[1:])
+
+
+def _description(data):
+    path = pathlib.Path(data.root or "/nonexistent") / "dataset.json"
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"no {path}: --config.data.root must hold dataset.json, imagesTr/CASE_0000.nii.gz and "
+            "labelsTr/CASE.nii.gz (nnU-Net's raw layout)"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None

@@ -1,0 +1,54 @@
+"""Synapse multi-organ abdominal CT (BTCV, synapse.org syn3193805), eight organs.
+
+Two layouts: TransUNet's prepared arrays (`train_npz/*.npz`, `test_vol_h5/*.npy.h5`: clipped to
+[-125, 275] HU and scaled to [0, 1], labels 1 to 8), and the raw NIfTI.
+"""
+
+import pathlib
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cgs_jax.data import slices, volume
+from cgs_jax.data.volume import Case, Volume
+from cgs_jax.errors import UserError
+
+# BTCV's aorta, gallbladder, left and right kidney, liver, pancreas, spleen, stomach, in the order
+# of TransUNet's labels 1 to 8; its other organs are background here.
+BTCV_LABELS = (8, 4, 3, 2, 6, 11, 1, 7)
+
+
+def find(data: ConfigDict) -> dict[str, Case]:
+    """Cases below `data.root`, in either layout; `img0001` is `case0001`."""
+    root = pathlib.Path(data.root or "/nonexistent")
+    cases = slices.group_slices(root / "train_npz", r"(case\d+)_slice(\d+)\.npz")
+    for path in sorted(root.glob("test_vol_h5/case*.npy.h5")):
+        name = path.name.split(".")[0]
+        cases.setdefault(name, Case(name, (path,), (path,)))
+    if not cases:
+        labels = {path.name: path for path in root.glob("**/label*.nii.gz")}
+        for path in sorted(root.glob("**/img*.nii.gz")):
+            name = path.name.replace("img", "case").removesuffix(".nii.gz")
+            label = labels.get(path.name.replace("img", "label"))
+            cases[name] = Case(name, (path,), (label,) if label else None)
+    if not cases:
+        raise UserError(
+            f"no Synapse in {data.root!r}: --config.data.root must hold train_npz/*.npz and "
+            "test_vol_h5/*.npy.h5 (github.com/Beckschen/TransUNet) or img0001.nii.gz and "
+            "label0001.nii.gz (synapse.org syn3193805)"
+        )
+    return cases
+
+
+def read(case: Case, data: ConfigDict) -> Volume:
+    """The case in [0, 1] with labels 0 to 8."""
+    if case.image[0].suffix in (".npz", ".h5"):
+        return slices.read_arrays(case, lambda image: np.clip(image, 0, 1))
+    image, label, spacing = volume.read_nifti_case(case, data)
+    if label is not None:
+        if label.min() < 0 or label.max() > 13 or np.any(label != np.floor(label)):
+            raise UserError(f"{case.label[0]} has label values besides BTCV's 0 to 13")
+        table = np.zeros(14, np.uint8)
+        table[list(BTCV_LABELS)] = np.arange(1, 9)
+        label = table[label.astype(int)]
+    return Volume(image, label, spacing)

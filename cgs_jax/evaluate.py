@@ -1,0 +1,152 @@
+"""Volumes -> slices -> prediction -> volumes -> scores per case and organ."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from cgs_jax import metrics
+from cgs_jax.data.prepare import LEVELS, Prepared
+from cgs_jax.data.volume import resize
+from cgs_jax.methods.base import Method
+from cgs_jax.sharding import put_batch
+from cgs_jax.train_state import TrainState
+
+Predict = Callable[[np.ndarray], np.ndarray]
+Results = dict[str, dict[str, dict[str, float]]]  # case -> organ -> metric -> value
+
+
+def to_image(slices: jax.Array) -> jax.Array:
+    """uint16 [B, H, W] -> float32 [B, H, W, 1] in [0, 1]."""
+    return slices[..., None].astype(jnp.float32) / LEVELS
+
+
+def make_predict(method: Method, mesh: Mesh) -> Callable[[TrainState, np.ndarray], np.ndarray]:
+    """Compiles (state, uint16 [B, size, size]) -> uint8 labels [B, size, size]."""
+
+    @jax.jit
+    def predict(state, slices):
+        scores = method.predict(state, to_image(slices))
+        return jnp.argmax(scores, -1).astype(jnp.uint8)
+
+    return lambda state, slices: np.asarray(predict(state, put_batch(mesh, slices)))
+
+
+def segment(
+    predict: Predict, stacks: Iterable[np.ndarray], size: int, batch: int
+) -> Iterator[np.ndarray]:
+    """Segments volumes, slices of all of them batched to one fixed shape.
+
+    Args:
+      predict: uint16 [batch, size, size] -> uint8 labels.
+      stacks: uint16 [D, H, W], each on its own grid.
+
+    Yields:
+      uint8 labels [D, H, W] on the same grids, in order.
+    """
+    shapes = deque()
+    todo = np.empty((0, size, size), np.uint16)
+    done = np.empty((0, size, size), np.uint8)
+
+    def run(count):
+        nonlocal todo, done
+        part, todo = todo[:count], todo[count:]
+        padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0)))
+        done = np.concatenate([done, predict(padded)[: len(part)]])
+
+    def finished():
+        nonlocal done
+        while shapes and len(done) >= shapes[0][0]:
+            depth, height, width = shapes.popleft()
+            label, done = done[:depth], done[depth:]
+            yield resize(label, height, width)
+
+    for stack in stacks:
+        shapes.append(stack.shape)
+        todo = np.concatenate([todo, resize(stack, size, size)])
+        while len(todo) >= batch:
+            run(batch)
+        yield from finished()
+    if len(todo):
+        run(len(todo))
+    yield from finished()
+
+
+def evaluate(
+    predict: Predict,
+    prepared: Prepared,
+    cases: list[str],
+    config: Any,
+    surface: bool,
+    look: Callable[[str, np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+) -> Results:
+    """Scores `cases`; without `surface` only the overlap metrics.
+
+    `look` is called with (case, image, truth, prediction), [D, H, W] each.
+    """
+    volumes = [prepared.volume(case) for case in cases]
+    stacks = (volume.image for volume in volumes)
+    labels = segment(predict, stacks, config.data.size, config.eval_batch)
+    labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
+    results = {}
+    for case, volume, label in zip(cases, volumes, labels, strict=True):
+        truth = np.asarray(volume.label)
+        results[case] = {}
+        for i, organ in enumerate(config.data.classes, 1):
+            if surface:
+                results[case][organ] = metrics.score(label == i, truth == i, volume.spacing)
+            else:
+                results[case][organ] = metrics.overlap(label == i, truth == i)
+        if look:
+            look(case, volume.image, truth, label)
+    return results
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """Means over cases for every organ, and over organs, with the number of undefined values.
+
+    Returns {'mean': {metric: value}, 'organs': {organ: {metric: {'mean', 'std', 'undefined'}}},
+    'cases': results}; what no case defines is nan.
+    """
+    organs: dict[str, Any] = {}
+    for by_organ in results.values():
+        for organ, scores in by_organ.items():
+            for metric, value in scores.items():
+                organs.setdefault(organ, {}).setdefault(metric, []).append(value)
+    for by_metric in organs.values():
+        for metric, values in by_metric.items():
+            known = [v for v in values if not np.isnan(v)]
+            by_metric[metric] = {
+                "mean": float(np.mean(known)) if known else float("nan"),
+                "std": float(np.std(known)) if known else float("nan"),
+                "undefined": len(values) - len(known),
+            }
+    mean = {}
+    for metric in next(iter(organs.values())):
+        means = [by_metric[metric]["mean"] for by_metric in organs.values()]
+        known = [v for v in means if not np.isnan(v)]
+        mean[metric] = float(np.mean(known)) if known else float("nan")
+    return {"mean": mean, "organs": organs, "cases": results}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The means as text, an organ a line."""
+    columns = list(summary["mean"])
+    scale = {name: 100 if name in metrics.OVERLAP else 1 for name in columns}
+    head = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD vox", "asd": "ASD vox"}
+    head |= {"hd95_mm": "95HD mm", "asd_mm": "ASD mm"}
+    width = max(map(len, [*summary["organs"], "organ"]))
+    lines = [f"{'organ':<{width}}" + "".join(f"{head[c]:>11}" for c in columns)]
+    for organ, scores in summary["organs"].items():
+        cells = (f"{scores[c]['mean'] * scale[c]:>11.2f}" for c in columns)
+        undefined = max(scores[c]["undefined"] for c in columns)
+        note = f"   ({undefined} undefined)" if undefined else ""
+        lines.append(f"{organ:<{width}}" + "".join(cells) + note)
+    mean = (f"{summary['mean'][c] * scale[c]:>11.2f}" for c in columns)
+    lines.append(f"{'mean':<{width}}" + "".join(mean))
+    return "\n".join(lines)

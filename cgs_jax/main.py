@@ -1,0 +1,105 @@
+"""Trains, resumes and evaluates.
+
+python -m cgs_jax.main --config configs/segthor.py --workdir RUN --config.data.root=FOLDER
+"""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from cgs_jax import evaluate, plots, run_config, sharding, train
+from cgs_jax.checkpoint import Checkpoints
+from cgs_jax.data import prepare
+from cgs_jax.errors import UserError
+from cgs_jax.writers import read_metrics, say, to_json
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
+    """Trains what is left to train, tests the best checkpoint, and writes the outputs.
+
+    `config.total_steps` 0 tests a trained `workdir` without training. Returns summary.json.
+    """
+    prepare.dataset(config)
+    method = train.make_method(config)
+    mesh = sharding.make_mesh()
+    sharding.check_divisible(mesh, **config.batch, eval_batch=config.eval_batch)
+    only_evaluate = config.total_steps == 0
+    if only_evaluate:
+        config.total_steps = run_config.load(workdir).total_steps
+    if (workdir / "config.json").exists():
+        run_config.check_same(config, workdir)
+    run_config.save(config, workdir)
+    if (workdir / "splits").is_dir():  # a resumed run keeps its cases
+        config.data.splits = str(workdir / "splits")
+    prepared = prepare.prepare(config)
+    prepared.splits.write(workdir / "splits")
+
+    checkpoints = Checkpoints(workdir)
+    try:
+        if not only_evaluate:
+            train.train(config, method, prepared, checkpoints, workdir, mesh)
+        summary = test(config, method, prepared, checkpoints, workdir, mesh)
+    finally:
+        checkpoints.close()
+    return summary
+
+
+def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
+    """Scores the best checkpoint on validation and test volumes; writes summary and pictures."""
+    state, step = train.restore_best(config, method, checkpoints, workdir, mesh)
+    compiled = evaluate.make_predict(method, mesh)
+    summary = {"checkpoint": "best", "step": step, "inference": config.inference}
+    looks = plots.Looks()
+    for split in ("val", "test"):
+        results = evaluate.evaluate(
+            lambda slices: compiled(state, slices),
+            prepared,
+            getattr(prepared.splits, split),
+            config,
+            surface=True,
+            look=looks if split == "test" else None,
+        )
+        summary[split] = evaluate.summarise(results)
+    (workdir / "summary.json").write_text(to_json(summary, indent=1) + "\n")
+    plots.curves(read_metrics(workdir), config.data.classes, workdir / "curves.png")
+    plots.overlays(looks, results, config.data.classes, workdir / "overlays.png")
+    say(f"\ntest, best validation checkpoint (step {step}), {len(results)} cases")
+    say(evaluate.table(summary["test"]))
+    for name in ("summary.json", "curves.png", "overlays.png"):
+        say(str(workdir / name))
+    return summary
+
+
+def cli(main: Callable[[list[str]], None]) -> None:
+    """Runs `main` with parsed flags; what the user can mend is one line and exit code 1."""
+    # Compilation takes most of a minute; later starts take it from here.
+    cache = pathlib.Path.home() / ".cache" / "cgs_jax" / "xla"
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    try:
+        arguments = flags.FLAGS(sys.argv)
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # ml_collections raises these for an unknown field or a value of another type.
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    try:
+        main(arguments)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the last checkpoint")
+    except OSError as error:  # disk full, permissions, ...
+        sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli(lambda _: run(_CONFIG.value, pathlib.Path(_WORKDIR.value)) and None)

@@ -1,0 +1,125 @@
+"""Maps weights between this UNet and PyTorch checkpoints of the SSL4MIS / CGS family.
+
+Reads `.npz` and `.safetensors`, never pickles: a pickle runs code when it is opened.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import numpy as np
+
+from cgs_jax.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+
+
+def _block(torch_prefix: str, path: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """torch name -> (collection, *path) of one ConvBlock."""
+    names = {}
+    for i, (conv, norm) in enumerate(((0, 1), (4, 5)), 1):
+        names |= _conv(f"{torch_prefix}.{conv}", (*path, f"conv{i}"))
+        names |= _norm(f"{torch_prefix}.{norm}", (*path, f"bn{i}"))
+    return names
+
+
+def _conv(torch_prefix, path):
+    return {
+        f"{torch_prefix}.weight": ("params", *path, "kernel"),
+        f"{torch_prefix}.bias": ("params", *path, "bias"),
+    }
+
+
+def _norm(torch_prefix, path):
+    return {
+        f"{torch_prefix}.weight": ("params", *path, "scale"),
+        f"{torch_prefix}.bias": ("params", *path, "bias"),
+        f"{torch_prefix}.running_mean": ("batch_stats", *path, "mean"),
+        f"{torch_prefix}.running_var": ("batch_stats", *path, "var"),
+    }
+
+
+def _names(levels: int, heads: int) -> dict[str, tuple[Any, ...]]:
+    """torch name -> path in the Flax variables; an integer at its end is a specialist's row."""
+    names = _block("encoder.in_conv.conv_conv", ("backbone", "down0"))
+    for i in range(1, levels):
+        names |= _block(f"encoder.down{i}.maxpool_conv.1.conv_conv", ("backbone", f"down{i}"))
+        names |= _conv(f"decoder.up{i}.conv1x1", ("backbone", f"up{i}_reduce"))
+        names |= _block(f"decoder.up{i}.conv.conv_conv", ("backbone", f"up{i}"))
+    names |= _conv("decoder.out_conv", ("generalist", "conv"))
+    for k in range(heads):
+        prefix = f"decoder.projection_heads.{k}"
+        for torch_layer, layer in (("0", "conv1"), ("3", "conv2")):
+            names[f"{prefix}.{torch_layer}.weight"] = (
+                "params",
+                "specialists",
+                f"{layer}_kernel",
+                k,
+            )
+            names[f"{prefix}.{torch_layer}.bias"] = ("params", "specialists", f"{layer}_bias", k)
+        for name, path in _norm(f"{prefix}.1", ("specialists", "bn")).items():
+            names[name] = (*path, k)
+    return names
+
+
+def _names_of(flat: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[Any, ...]]:
+    levels = len({path[2] for path in flat if path[2].startswith("down")})
+    bias = flat.get(("params", "specialists", "conv2_bias"))
+    return _names(levels, 0 if bias is None else bias.shape[0])
+
+
+def from_torch(state_dict: Mapping[str, np.ndarray], variables: Any, source: str) -> Any:
+    """Returns `variables` ({'params', 'batch_stats'}) with the values of a torch state_dict.
+
+    Raises:
+      UserError: a name is missing or left over, or a shape differs; names `source`.
+    """
+    flat = dict(flax.traverse_util.flatten_dict(variables))
+    names = _names_of(flat)
+    given = {k for k in state_dict if not k.endswith("num_batches_tracked")}
+    for problem, odd in (("lacks", set(names) - given), ("has unknown", given - set(names))):
+        if odd:
+            raise UserError(f"{source} {problem} {sorted(odd)[0]} ({len(odd)} such names)")
+    loaded = {path: np.array(value) for path, value in flat.items()}
+    for name, path in names.items():
+        path, row = (path[:-1], path[-1]) if isinstance(path[-1], int) else (path, ...)
+        value = np.asarray(state_dict[name])
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+        target = loaded[path][row]
+        if target.shape != value.shape:
+            raise UserError(
+                f"{source}: {name} has shape {state_dict[name].shape}, which does not fit the "
+                f"model's {target.shape}; check config.data.classes and config.model.channels"
+            )
+        loaded[path][row] = value
+    return flax.traverse_util.unflatten_dict(loaded)
+
+
+def to_torch(variables: Any) -> Arrays:
+    """The torch state_dict of Flax variables, as numpy arrays."""
+    flat = flax.traverse_util.flatten_dict(variables)
+    state_dict = {}
+    for name, path in _names_of(flat).items():
+        path, row = (path[:-1], path[-1]) if isinstance(path[-1], int) else (path, ...)
+        value = np.asarray(flat[path])[row]
+        state_dict[name] = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
+    return state_dict
+
+
+def read(path: str) -> Arrays:
+    """Reads a state_dict from `.npz` or `.safetensors`."""
+    suffix = pathlib.Path(path).suffix
+    try:
+        if suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                return dict(file)
+        if suffix == ".safetensors":
+            from safetensors.numpy import load_file  # an optional dependency
+
+            return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"no weights at {path}") from None
+    except Exception as error:
+        raise UserError(f"can not read weights from {path}: {error}") from error
+    raise UserError(f"{path}: weights must be .npz or .safetensors (pickles run code when opened)")

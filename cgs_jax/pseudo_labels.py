@@ -1,0 +1,65 @@
+"""Labels that generalist and specialists make for each other, and the masks that doubt them.
+
+Relabelling, merging, inter-head error detection (IHED) and agreement of CGS (Wang et al., IEEE TMI
+2025). K targets are 1..K; a specialist's classes are background, target and remaining.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cgs_jax.models import Outputs
+
+BACKGROUND, TARGET, REMAINING = 0, 1, 2
+
+
+def relabel(labels: jax.Array, num_targets: int) -> jax.Array:
+    """Multi-class labels [B, H, W] -> labels of each specialist [K, B, H, W]."""
+    targets = jnp.arange(1, num_targets + 1).reshape(-1, *[1] * labels.ndim)
+    return jnp.where(labels == 0, BACKGROUND, jnp.where(labels == targets, TARGET, REMAINING))
+
+
+def merge(specialist_probs: jax.Array) -> jax.Array:
+    """Probabilities of the specialists [K, B, H, W, 3] -> scores [B, H, W, K + 1].
+
+    Background scores the mean of all heads, target k what its specialist gives it; the scores are
+    not renormalised.
+    """
+    background = jnp.mean(specialist_probs[..., BACKGROUND], 0)
+    targets = jnp.moveaxis(specialist_probs[..., TARGET], 0, -1)
+    return jnp.concatenate([background[..., None], targets], -1)
+
+
+def ihed_mask(votes: jax.Array) -> jax.Array:
+    """True where the specialists' votes [K, B, H, W] fit together: [B, H, W].
+
+    Either all say background, or exactly one says target and all others say remaining. Since 2K - 1
+    is one below the largest sum, the sum of the votes tells both cases.
+    """
+    total = jnp.sum(votes, 0)
+    return (total == 0) | (total == 2 * votes.shape[0] - 1)
+
+
+class PseudoLabels(NamedTuple):
+    """What a teacher says of unlabelled images; every entry ends in [B, H, W], so all mix alike."""
+
+    generalist: jax.Array  # y_g [B, H, W]
+    confident: jax.Array  # M_g [B, H, W]: its probability exceeds tau
+    specialists: jax.Array  # y_s [B, H, W]: argmax of the merged specialists
+    votes: jax.Array  # z_k [K, B, H, W]: each specialist's own classes
+    consistent: jax.Array  # M_d [B, H, W]: the IHED mask
+
+
+def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
+    """Pseudo-labels and masks of one forward pass; `tau` is the confidence that M_g asks for."""
+    generalist = jax.nn.softmax(teacher.generalist.astype(jnp.float32))
+    specialists = jax.nn.softmax(teacher.specialists.astype(jnp.float32))
+    votes = jnp.argmax(specialists, -1)
+    return PseudoLabels(
+        generalist=jnp.argmax(generalist, -1),
+        confident=jnp.max(generalist, -1) > tau,
+        specialists=jnp.argmax(merge(specialists), -1),
+        votes=votes,
+        consistent=ihed_mask(votes),
+    )

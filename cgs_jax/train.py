@@ -1,0 +1,183 @@
+"""The training step and the loop around it."""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from cgs_jax import evaluate, optim, sharding
+from cgs_jax.checkpoint import Checkpoints
+from cgs_jax.data import pipeline
+from cgs_jax.data.prepare import Prepared
+from cgs_jax.errors import UserError
+from cgs_jax.methods.base import Method
+from cgs_jax.models import torch_weights
+from cgs_jax.modules import load_by_name
+from cgs_jax.train_state import TrainState
+from cgs_jax.writers import Writer, say
+
+
+def make_method(config: ConfigDict) -> Method:
+    """The method of `config.method.name`, with the weights of `config.model.weights`, if any."""
+    size, levels = config.data.size, len(config.model.channels)
+    if size % 2 ** (levels - 1):
+        raise UserError(f"data.size={size} does not divide by {2 ** (levels - 1)} ({levels} levels)")
+    if config.inference not in ("generalist", "specialists"):
+        raise UserError(f"unknown inference {config.inference!r}; there are: generalist, specialists")
+    method = load_by_name("cgs_jax.methods", config.method.name, "method").Method(config)
+    if config.inference == "specialists" and not method.specialists:
+        raise UserError(f"inference=specialists: {config.method.name} trains no specialists")
+    if config.model.weights:
+        given = torch_weights.read(config.model.weights)
+        variables = method.network.init(jax.random.key(0), jnp.zeros((1, size, size, 1)))
+        method.start = torch_weights.from_torch(given, variables, config.model.weights)
+    return method
+
+
+def init_state(
+    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> TrainState:
+    """A fresh state, made on the devices."""
+
+    def init(key):
+        image = jnp.zeros((1, config.data.size, config.data.size, 1))
+        params, model_state, extra = method.init(key, image)
+        opt_state = optimizer.init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, extra)
+
+    return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
+
+
+def make_train_step(method: Method, optimizer: optax.GradientTransformation, seed: int) -> Any:
+    """Compiles (state, batch) -> (state, metrics). The state is donated."""
+
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        k_views, k_loss = jax.random.split(key)
+        for stream in batch.values():
+            stream["image"] = evaluate.to_image(stream["image"])
+        views = method.views(batch, k_views)
+        loss = jax.value_and_grad(method.loss, has_aux=True)
+        (_, aux), grads = loss(state.params, state, views, k_loss)
+        model_state, extra, metrics = aux
+        state = state.replace(model_state=model_state, extra=extra)
+        return method.after_update(apply_gradients(optimizer, state, grads)), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Any
+) -> TrainState:
+    """One update of the parameters; counts the step."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+
+
+def train(
+    config: ConfigDict,
+    method: Method,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+) -> TrainState:
+    """Trains to `config.total_steps`, from the latest checkpoint where there is one.
+
+    Order: step, then validation, then checkpoint; data and keys are functions of (seed, step), so
+    a resumed run goes on exactly as the undisturbed one.
+
+    Raises:
+      UserError: the loss is not finite; checkpoints from before are kept.
+    """
+    optimizer, schedule = optim.make_optimizer(config)
+    state = init_state(method, optimizer, config, mesh)
+    start = checkpoints.latest or 0
+    if start:
+        state = checkpoints.restore(start, state)
+        say(f"resuming {workdir} at step {start}")
+    elif config.total_steps:
+        count = parameter_overview.count_parameters(state.params)
+        say(f"{config.method.name} on {config.data.name}: {count:,} parameters, {mesh.size} device(s)")
+    if start >= config.total_steps:
+        return state
+
+    sizes = {name: config.batch[name] * method.draws for name in ("labelled", "unlabelled")}
+    if not method.unlabelled:
+        sizes["unlabelled"] = 0
+    batches = pipeline.prefetched(
+        pipeline.batches(prepared, config, sizes, start),
+        lambda batch: sharding.put_batch(mesh, batch),
+    )
+    train_step = make_train_step(method, optimizer, config.seed)
+    predict = evaluate.make_predict(method, mesh)
+    writer, unlogged, zero_before = Writer(workdir, start), [], set()
+    progress = tqdm(
+        batches, "training", config.total_steps, initial=start, unit="step", disable=None
+    )
+    for step, batch in enumerate(progress, start + 1):
+        state, metrics = train_step(state, batch)
+        unlogged.append(metrics)
+        validates = step % config.eval_every == 0 or step == config.total_steps
+        if validates or step % config.log_every == 0:
+            means = _means(unlogged, step, checkpoints)
+            unlogged = []
+            means["lr"] = float(schedule(step - 1))
+            writer.write(step, means)
+            progress.set_postfix(loss=f"{means['loss']:.3f}")
+            if progress.disable:
+                say(f"step {step}/{config.total_steps}  loss {means['loss']:.4f}")
+        if validates:
+            scores = validate(lambda x: predict(state, x), prepared, config)  # noqa: B023
+            writer.write(step, scores)
+            organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
+            say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
+            zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}
+            for organ in sorted(zero & zero_before):
+                say(f"WARNING: {organ} stays at Dice 0 on validation: the network never finds it")
+            zero_before = zero
+            checkpoints.save(state, scores["val/dice"])
+    writer.close()
+    return state
+
+
+def restore_best(
+    config: ConfigDict, method: Method, checkpoints: Checkpoints, workdir: pathlib.Path, mesh: Mesh
+) -> tuple[TrainState, int]:
+    """The state with the best validation Dice, and its step."""
+    step = checkpoints.best
+    if step is None:
+        raise UserError(f"{workdir} holds no checkpoint; train first")
+    optimizer, _ = optim.make_optimizer(config)
+    return checkpoints.restore(step, init_state(method, optimizer, config, mesh)), step
+
+
+def validate(predict: evaluate.Predict, prepared: Prepared, config: ConfigDict) -> dict[str, float]:
+    """Mean validation Dice (%) by organ, 'val/<organ>', and of all, 'val/dice'."""
+    results = evaluate.evaluate(predict, prepared, prepared.splits.val, config, surface=False)
+    summary = evaluate.summarise(results)
+    scores = {f"val/{o}": 100 * s["dice"]["mean"] for o, s in summary["organs"].items()}
+    return scores | {"val/dice": 100 * float(np.nan_to_num(summary["mean"]["dice"]))}
+
+
+def _means(unlogged: list[dict[str, jax.Array]], step: int, checkpoints: Checkpoints):
+    """Means since the last log: the one place where the host waits for the device."""
+    rows = jax.device_get(unlogged)
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    if not np.isfinite(means["loss"]):
+        bad = next(i for i, row in enumerate(rows) if not np.isfinite(row["loss"]))
+        first, kept = step - len(rows) + bad + 1, checkpoints.latest
+        raise UserError(
+            f"the loss is {rows[bad]['loss']} at step {first}; "
+            + (f"the checkpoint of step {kept} is kept; " if kept else "no checkpoint yet; ")
+            + "try a lower --config.optimizer.lr in a new --workdir"
+        )
+    return means

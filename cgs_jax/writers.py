@@ -1,0 +1,61 @@
+"""What a run tells: metrics.jsonl, TensorBoard files, and lines on the console."""
+
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Strict JSON: nan and infinity become null."""
+
+    def clean(x):
+        if isinstance(x, Mapping):
+            return {k: clean(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [clean(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(clean(value), allow_nan=False, **options)
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """Lines of metrics.jsonl; a line that a kill broke off is left out."""
+    path, lines = workdir / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
+
+
+def say(text: str) -> None:
+    """Prints a line without breaking a progress bar."""
+    tqdm.write(text)
+
+
+class Writer:
+    """Appends scalars by step; what an interrupted run wrote past `start` is taken back."""
+
+    def __init__(self, workdir: pathlib.Path, start: int):
+        kept = [line for line in read_metrics(workdir) if line["step"] <= start]
+        path = workdir / "metrics.jsonl"
+        path.write_text("".join(f"{to_json(line)}\n" for line in kept))
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes one line and its TensorBoard scalars."""
+        self._file.write(to_json({"step": step, **scalars}) + "\n")
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._file.close()
+        self._board.close()

@@ -1,0 +1,65 @@
+"""Defaults that all data sets share; a field's comment is its documentation."""
+
+import importlib
+import importlib.util
+
+from ml_collections import ConfigDict
+
+
+def parse(arg: str | None, **defaults: str) -> dict[str, str]:
+    """'method=cgs,labelled=3' -> {'method': 'cgs', 'labelled': '3'} over `defaults`."""
+    options = dict(defaults)
+    for pair in filter(None, (arg or "").split(",")):
+        key, _, value = pair.partition("=")
+        if key not in options or not value:
+            raise ValueError(f"config argument {pair!r}: write {', '.join(options)} as NAME=VALUE")
+        options[key] = value
+    return options
+
+
+def get_config(method: str) -> ConfigDict:
+    """Common fields with those of configs/methods/<method>.py laid over."""
+    config = ConfigDict()
+    config.seed = 0
+    config.total_steps = 30_000  # 0 on a trained workdir: evaluate only
+    config.log_every = 50
+    config.eval_every = 500  # validation and checkpoint
+    config.eval_batch = 32  # slices
+
+    config.batch = ConfigDict()
+    config.batch.labelled = 12  # slices a step, over all devices
+    config.batch.unlabelled = 12
+
+    config.model = ConfigDict()
+    config.model.name = "unet"  # a file of cgs_jax/models
+    config.model.channels = (16, 32, 64, 128, 256)
+    config.model.dropout = (0.05, 0.1, 0.2, 0.3, 0.5)
+    config.model.weights = ""  # .npz or .safetensors to start from, PyTorch names
+
+    config.optimizer = ConfigDict()
+    config.optimizer.lr = 0.01
+    config.optimizer.momentum = 0.9
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.power = 0.9  # lr (1 - t/T)^power
+
+    config.augment = ConfigDict()
+    config.augment.flip = 0.5  # probability of a mirror image (rot90^k, then a flip)
+    config.augment.rotate = 0.5  # else: probability of a rotation
+    config.augment.degrees = 20.0
+    config.augment.jitter = 0.8  # probability of brightness and contrast in the strong view
+    config.augment.strength = 0.5  # each factor is uniform in 1 +- strength
+
+    config.inference = "generalist"  # or 'specialists': their merged scores
+    config.method = ConfigDict({"name": method})
+    config.data = ConfigDict()
+    config.data.root = ""  # folder of the data set
+    config.data.cache = ""  # prepared data; '' means ROOT/cgs_cache
+    config.data.size = 256  # slices are resized to size x size, nearest neighbour
+    config.data.splits = ""  # folder of train.txt, val.txt, test.txt; '': published, else random
+    config.data.val_fraction = 0.1  # of the patients, where no list says
+    config.data.test_fraction = 0.2
+    config.data.patient = r"(.+?)(?:_(?:frame|time|visit|phase)\d+)?$"  # of a case name, by regex
+
+    if importlib.util.find_spec(f"configs.methods.{method}"):  # else main lists the methods
+        importlib.import_module(f"configs.methods.{method}").update(config)
+    return config

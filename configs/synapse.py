@@ -1,0 +1,21 @@
+"""Synapse abdominal CT, eight organs; N labelled patients of 18 less the validation patients.
+
+python -m cgs_jax.main --config configs/synapse.py:method=cgs,labelled=4 --workdir runs/synapse \
+    --config.data.root=FOLDER
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    options = common.parse(arg, method="cgs", labelled="4")
+    config = common.get_config(options["method"])
+    config.data.name = "synapse"
+    config.data.classes = (
+        *("aorta", "gallbladder", "left kidney", "right kidney"),
+        *("liver", "pancreas", "spleen", "stomach"),
+    )
+    config.data.labelled = int(options["labelled"])  # patients
+    config.data.normalise = (-125.0, 275.0)  # HU; TransUNet's arrays come with it applied
+    config.data.slicing = "axial"
+    return config
