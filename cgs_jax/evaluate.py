@@ -120,18 +120,18 @@ def summarise(results: Results) -> dict[str, Any]:
                 organs.setdefault(organ, {}).setdefault(metric, []).append(value)
     for by_metric in organs.values():
         for metric, values in by_metric.items():
-            known = [v for v in values if not np.isnan(v)]
-            by_metric[metric] = {
-                "mean": float(np.mean(known)) if known else float("nan"),
-                "std": float(np.std(known)) if known else float("nan"),
-                "undefined": len(values) - len(known),
-            }
-    mean = {}
-    for metric in next(iter(organs.values())):
-        means = [by_metric[metric]["mean"] for by_metric in organs.values()]
-        known = [v for v in means if not np.isnan(v)]
-        mean[metric] = float(np.mean(known)) if known else float("nan")
-    return {"mean": mean, "organs": organs, "cases": results}
+            undefined = int(np.isnan(values).sum())
+            by_metric[metric] = {"mean": mean(values), "std": mean(values, np.std)}
+            by_metric[metric]["undefined"] = undefined
+    names = next(iter(organs.values()))
+    overall = {m: mean([by_metric[m]["mean"] for by_metric in organs.values()]) for m in names}
+    return {"mean": overall, "organs": organs, "cases": results}
+
+
+def mean(values: Iterable[float], statistic: Callable = np.mean) -> float:
+    """Mean, or another statistic, of what is not nan; nan where nothing is left."""
+    known = [v for v in values if not np.isnan(v)]
+    return float(statistic(known)) if known else float("nan")
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -147,6 +147,6 @@ def table(summary: dict[str, Any]) -> str:
         undefined = max(scores[c]["undefined"] for c in columns)
         note = f"   ({undefined} undefined)" if undefined else ""
         lines.append(f"{organ:<{width}}" + "".join(cells) + note)
-    mean = (f"{summary['mean'][c] * scale[c]:>11.2f}" for c in columns)
-    lines.append(f"{'mean':<{width}}" + "".join(mean))
+    cells = (f"{summary['mean'][c] * scale[c]:>11.2f}" for c in columns)
+    lines.append(f"{'mean':<{width}}" + "".join(cells))
     return "\n".join(lines)

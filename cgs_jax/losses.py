@@ -20,7 +20,7 @@ def segmentation_loss(
       mask: [B, H, W], 1 where a pixel counts; None counts all.
 
     Returns:
-      CE: sum of masked -log p_y over the number of *all* pixels, so that a small mask weighs little.
+      CE: sum of masked -log p_y over the number of *all* pixels, so a small mask weighs little.
       Dice loss: mean over classes, background included, of 1 - 2 S(p y) / (S(p^2) + S(y^2)) with
       sums S over batch and masked pixels. A class with neither prediction nor label loses nothing.
     """

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 import jax
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from cgs_jax import evaluate, plots, run_config, sharding, train
@@ -81,12 +81,16 @@ def cli(main: Callable[[list[str]], None]) -> None:
     cache = pathlib.Path.home() / ".cache" / "cgs_jax" / "xla"
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache))
+    app.define_help_flags()
     try:
         arguments = flags.FLAGS(sys.argv)
     except flags.Error as error:
-        sys.exit(f"error: {error}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        # ml_collections raises these for an unknown field or a value of another type.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # An error inside the config file arrives as its traceback: the last line says what it is.
+        sys.exit("error: " + (lines[-1] if "Traceback" in str(error) else " ".join(lines)))
+    except (AttributeError, KeyError) as error:  # how ml_collections answers an unknown field
+        sys.exit(f"error: unknown config field: {' '.join(str(error.args[0]).split())}")
+    except (OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     try:
         main(arguments)

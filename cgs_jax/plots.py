@@ -9,7 +9,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from cgs_jax.evaluate import Results
+from cgs_jax.evaluate import Results, mean
 
 
 def curves(lines: list[dict[str, float]], classes: tuple[str, ...], path: pathlib.Path) -> None:
@@ -38,11 +38,13 @@ def curves(lines: list[dict[str, float]], classes: tuple[str, ...], path: pathli
 
 def colour(i: int) -> Any:
     """Distinct colour of organ `i`, counted from 0."""
-    return matplotlib.colormaps["tab10"](i % 10) if i < 10 else matplotlib.colormaps["tab20b"](i % 20)
+    return (
+        matplotlib.colormaps["tab10"](i % 10) if i < 10 else matplotlib.colormaps["tab20b"](i % 20)
+    )
 
 
 class Looks:
-    """Collects one telling slice of every case: the one with the most organs, then the most area."""
+    """Collects a telling slice of every case: most organs, then most area."""
 
     def __init__(self):
         self.slices: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -60,7 +62,7 @@ def overlays(
     """Image, truth and prediction of `count` cases, from the worst mean Dice to the best."""
 
     def dice(case):
-        return np.nanmean([s["dice"] for s in results[case].values()] or [np.nan])
+        return mean(s["dice"] for s in results[case].values())
 
     ranked = sorted(results, key=lambda case: (np.isnan(dice(case)), dice(case)))
     picks = sorted({round(i) for i in np.linspace(0, len(ranked) - 1, min(count, len(ranked)))})
@@ -79,8 +81,13 @@ def overlays(
             if overlay is not None:
                 shown = np.ma.masked_equal(overlay, 0)
                 axes.imshow(
-                    shown, cmap=colours, alpha=0.55, origin="lower", interpolation="nearest",
-                    vmin=1, vmax=len(classes) + 1e-3,
+                    shown,
+                    cmap=colours,
+                    alpha=0.55,
+                    origin="lower",
+                    interpolation="nearest",
+                    vmin=1,
+                    vmax=len(classes) + 1e-3,
                 )
             axes.set_title(title, fontsize=9)
             axes.axis("off")

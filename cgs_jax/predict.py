@@ -32,13 +32,16 @@ def predict(
     """
     config = run_config.load(workdir)
     files = find(source, output, overwrite)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can not write to --output {output}: {error.strerror}") from error
     mesh = sharding.make_mesh()
     method = train.make_method(config)
     checkpoints = Checkpoints(workdir)
     state, _ = train.restore_best(config, method, checkpoints, workdir, mesh)
     checkpoints.close()
     compiled = evaluate.make_predict(method, mesh)
-    output.mkdir(parents=True, exist_ok=True)
     # Scans that wait for a full batch, kept small: only what is needed to turn labels back.
     waiting: list[Scan] = []
     labels = evaluate.segment(

@@ -14,9 +14,16 @@ FREE = ("data.root", "data.cache", "data.splits", "log_every", "eval_batch", "in
 
 
 def save(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes config.json."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(to_json(config.to_dict(), indent=2) + "\n")
+    """Writes config.json.
+
+    Raises:
+      UserError: `workdir` can not be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(to_json(config.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"can not write to --workdir {workdir}: {error.strerror}") from error
 
 
 def load(workdir: pathlib.Path) -> ConfigDict:
@@ -50,5 +57,7 @@ def check_same(config: ConfigDict, workdir: pathlib.Path) -> None:
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return flat

@@ -28,9 +28,13 @@ def make_method(config: ConfigDict) -> Method:
     """The method of `config.method.name`, with the weights of `config.model.weights`, if any."""
     size, levels = config.data.size, len(config.model.channels)
     if size % 2 ** (levels - 1):
-        raise UserError(f"data.size={size} does not divide by {2 ** (levels - 1)} ({levels} levels)")
+        raise UserError(
+            f"data.size={size} does not divide by {2 ** (levels - 1)} ({levels} levels)"
+        )
     if config.inference not in ("generalist", "specialists"):
-        raise UserError(f"unknown inference {config.inference!r}; there are: generalist, specialists")
+        raise UserError(
+            f"unknown inference {config.inference!r}; there are: generalist, specialists"
+        )
     method = load_by_name("cgs_jax.methods", config.method.name, "method").Method(config)
     if config.inference == "specialists" and not method.specialists:
         raise UserError(f"inference=specialists: {config.method.name} trains no specialists")
@@ -105,8 +109,8 @@ def train(
         state = checkpoints.restore(start, state)
         say(f"resuming {workdir} at step {start}")
     elif config.total_steps:
-        count = parameter_overview.count_parameters(state.params)
-        say(f"{config.method.name} on {config.data.name}: {count:,} parameters, {mesh.size} device(s)")
+        count = f"{parameter_overview.count_parameters(state.params):,} parameters"
+        say(f"{config.method.name} on {config.data.name}: {count}, {mesh.size} device(s)")
     if start >= config.total_steps:
         return state
 
@@ -141,8 +145,9 @@ def train(
             organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
             say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
             zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}
-            for organ in sorted(zero & zero_before):
-                say(f"WARNING: {organ} stays at Dice 0 on validation: the network never finds it")
+            if zero & zero_before:
+                organs = ", ".join(sorted(zero & zero_before))
+                say(f"WARNING: validation Dice stays 0 for {organs}")
             zero_before = zero
             checkpoints.save(state, scores["val/dice"])
     writer.close()

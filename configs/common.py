@@ -13,6 +13,8 @@ def parse(arg: str | None, **defaults: str) -> dict[str, str]:
         key, _, value = pair.partition("=")
         if key not in options or not value:
             raise ValueError(f"config argument {pair!r}: write {', '.join(options)} as NAME=VALUE")
+        if defaults[key].isdigit() and not value.isdigit():
+            raise ValueError(f"config argument {pair!r}: {key} is a number")
         options[key] = value
     return options
 

@@ -125,9 +125,7 @@ def first_patients(cases: list[str], count: int, pattern: str) -> list[str]:
     return [case for case in cases if patient(case, pattern) in chosen]
 
 
-def hold_out(
-    cases: list[str], fractions: list[float], seed: int, pattern: str
-) -> list[list[str]]:
+def hold_out(cases: list[str], fractions: list[float], seed: int, pattern: str) -> list[list[str]]:
     """Splits cases by patient at random: [rest, a part for each fraction].
 
     Each part gets at least one patient.

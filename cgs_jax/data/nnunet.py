@@ -17,7 +17,10 @@ read = read_nifti_case
 
 def find(data: ConfigDict) -> dict[str, Case]:
     """Cases of `data.root`."""
-    root, ending = pathlib.Path(data.root or "/nonexistent"), _description(data).get("file_ending", ".nii.gz")
+    root, ending = (
+        pathlib.Path(data.root or "/nonexistent"),
+        _description(data).get("file_ending", ".nii.gz"),
+    )
     if ending not in (".nii.gz", ".nii"):
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; NIfTI is read")
     cases = {}

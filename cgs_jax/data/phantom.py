@@ -17,9 +17,12 @@ from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
+from cgs_jax.errors import UserError
+
 ESOPHAGUS, HEART, TRACHEA, AORTA = 1, 2, 3, 4
 FOV_MM, HEIGHT_MM = 380.0, 176.0
 SPLITS = Path(__file__).parent / "splits" / "segthor"
+MARK = "PHANTOM.txt"  # only folders that carry it are written over
 
 
 def _field(rng, shape, modes):
@@ -216,15 +219,20 @@ def write(out, cases, size, depth, seed):
     """Write OUT/NAME/NAME.nii.gz (HU) and, where asked, OUT/NAME/GT.nii.gz (labels).
 
     `cases` maps a case name to whether its labels are written; `size` and `depth` (voxels) are
-    those of `make_case`. A case depends on `seed` and its index in `cases` only. Files of the
-    same names are replaced.
+    those of `make_case`. A case depends on `seed` and its index in `cases` only. Phantoms of the
+    same names are replaced; a folder that holds anything else is refused.
     """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()) and not (out / MARK).exists():
+        raise UserError(f"{out} holds other files; phantoms need a folder of their own")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text(f"Synthetic scans, seed {seed}: nothing here comes from a patient.\n")
     pixel, gap = FOV_MM / size, HEIGHT_MM / depth
     affine = np.diag([-pixel, -pixel, gap, 1.0])  # voxel axes are LPS, the world of NIfTI is RAS
     affine[:3, 3] = (FOV_MM - pixel) / 2, (FOV_MM - pixel) / 2, -HEIGHT_MM
     for index, (name, labelled) in enumerate(tqdm(cases.items(), "phantoms", disable=None)):
         hu, label = make_case(np.random.default_rng([seed, index]), size, depth)
-        folder = Path(out) / name
+        folder = out / name
         folder.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(hu, affine), folder / f"{name}.nii.gz")
         (folder / "GT.nii.gz").unlink(missing_ok=True)  # an earlier run may have left one
@@ -246,7 +254,10 @@ def main():
         parser.error(f"--labelled must lie in 0..{len(train)}")
     labelled = {*train[: args.labelled], *val, *test}
     names = [f"Patient_{i:02d}" for i in range(1, 41)]
-    write(args.out, {n: n in labelled for n in names}, args.size, args.depth, args.seed)
+    try:
+        write(args.out, {n: n in labelled for n in names}, args.size, args.depth, args.seed)
+    except UserError as error:
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Reading volumes: NIfTI orientation and checks, intensities to [0, 1], nearest resizing."""
 
+import ast
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -93,7 +94,9 @@ def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
 def _orientation(path, nifti, slicing):
     to_ras = nib.orientations.io_orientation(nifti.affine)
     if np.isnan(to_ras).any():
-        raise UserError(f"{path}: its affine has no orientation; repair it or use data.slicing=stored")
+        raise UserError(
+            f"{path}: its affine has no orientation; repair it or use data.slicing=stored"
+        )
     stored_axis = np.argsort(to_ras[:, 0])  # of RAS axes x, y, z
     zooms = np.array(nifti.header.get_zooms()[:3])[stored_axis]
     if slicing == "coarsest":
@@ -160,6 +163,8 @@ def normalise(image: np.ndarray, how: Sequence[float] | str) -> np.ndarray:
     `how`: (low, high) for a fixed window such as Hounsfield units; 'minmax' of the volume;
     'percentile' for its 0.5 and 99.5 percentiles.
     """
+    if isinstance(how, str) and how.startswith("("):  # from the command line
+        how = ast.literal_eval(how)
     if how == "minmax":
         low, high = float(image.min()), float(image.max())
     elif how == "percentile":

@@ -1,0 +1,51 @@
+"""Runs side by side: test Dice by organ.
+
+python -m cgs_jax.compare RUN RUN ...
+"""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+from cgs_jax.errors import UserError
+
+
+def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
+    """summary.json of a run."""
+    path = workdir / "summary.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"no {path}; {workdir} has not finished") from None
+
+
+def compare(workdirs: list[pathlib.Path]) -> str:
+    """Table of test Dice (%), an organ a line, a run a column; the last column is last - first."""
+    tests = [read_summary(workdir)["test"] for workdir in workdirs]
+    rows = {
+        organ: [test["organs"][organ]["dice"]["mean"] for test in tests]
+        for organ in tests[0]["organs"]
+        if all(organ in test["organs"] for test in tests)
+    }
+    rows["mean"] = [test["mean"]["dice"] for test in tests]
+    head = [workdir.name for workdir in workdirs] + ["gain"] * (len(tests) > 1)
+    width = max(11, *(len(name) + 2 for name in head))
+    label = max(map(len, rows))
+    lines = [" " * label + "".join(f"{name:>{width}}" for name in head)]
+    for organ, values in rows.items():
+        numbers = [float("nan") if v is None else 100 * v for v in values]
+        numbers += [numbers[-1] - numbers[0]] * (len(tests) > 1)
+        cells = [f"{v:>{width}.2f}" for v in numbers[: len(tests)]]
+        cells += [f"{v:>+{width}.2f}" for v in numbers[len(tests) :]]
+        lines.append(f"{organ:<{label}}" + "".join(cells))
+    return "test Dice %, best validation checkpoint\n" + "\n".join(lines)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    try:
+        print(compare([pathlib.Path(argument) for argument in sys.argv[1:]]))
+    except UserError as problem:
+        sys.exit(f"error: {problem}")

@@ -1,0 +1,15 @@
+# Sourced by the other scripts: makes .venv in the checkout and installs what "$@" names into it.
+python=${PYTHON:-python3}
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+  echo "error: Python 3.11 or newer is needed; set PYTHON to one" >&2
+  exit 1
+fi
+if [ ! -x .venv/bin/pip ]; then
+  "$python" -m venv .venv || { echo "error: venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
+fi
+stamp=.venv/installed-$(cat requirements.txt pyproject.toml | sha256sum | cut -c1-12)-$#
+if [ ! -e "$stamp" ]; then
+  echo "installing into .venv ..."
+  .venv/bin/pip install --quiet --disable-pip-version-check "$@"
+  touch "$stamp"
+fi

@@ -1,0 +1,441 @@
+"""Reading, splitting, caching and streaming; and one clear line for every bad input."""
+
+import gzip
+import json
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+
+from cgs_jax.data import case_lists, pipeline, prepare
+from cgs_jax.data.phantom import write as write_phantoms
+from cgs_jax.data.volume import normalise, read_nifti
+from cgs_jax.errors import UserError
+from configs import acdc, nnunet, segthor, synapse
+
+
+def lists(folder, **cases):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, names in cases.items():
+        (folder / f"{name}.txt").write_text("\n".join(names) + "\n")
+    return str(folder)
+
+
+@pytest.fixture
+def thorax(tmp_path):
+    """Five phantom patients in SegTHOR's layout, one image-only, with lists of their own."""
+    root = tmp_path / "scans"
+    patients = {f"Patient_{i:02d}": i != 3 for i in range(1, 6)}
+    write_phantoms(root, patients, size=24, depth=6, seed=0)
+    config = segthor.get_config("labelled=2")
+    config.data.root, config.data.size = str(root), 16
+    config.data.splits = lists(
+        tmp_path / "lists",
+        train=["Patient_01", "Patient_02", "Patient_03"],
+        val=["Patient_04"],
+        test=["Patient_05"],
+    )
+    config.total_steps = 40
+    return config, root
+
+
+def save(path, array, affine=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+
+
+def test_orientation_round_trip(tmp_path):
+    """A scan stored in any orientation is read alike, and labels go back to its own axes."""
+    array = np.random.default_rng(0).integers(0, 99, (4, 5, 6)).astype(np.int16)
+    ras = nib.Nifti1Image(array, np.diag([1.0, 2, 3, 1]))
+    nib.save(ras, tmp_path / "ras.nii.gz")
+    reference = read_nifti(tmp_path / "ras.nii.gz", "axial")
+    np.testing.assert_array_equal(reference.array, array.transpose(2, 1, 0))
+    assert reference.spacing == (3, 2, 1)
+    for codes in ("LPS", "SAR", "PIL", "ASL"):
+        target = nib.orientations.axcodes2ornt(codes)
+        turned = ras.as_reoriented(
+            nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), target)
+        )
+        nib.save(turned, tmp_path / "turned.nii.gz")
+        scan = read_nifti(tmp_path / "turned.nii.gz", "axial")
+        np.testing.assert_array_equal(scan.array, reference.array)
+        assert scan.spacing == reference.spacing
+        np.testing.assert_array_equal(scan.to_stored(scan.array), np.asarray(turned.dataobj))
+    assert read_nifti(tmp_path / "ras.nii.gz", "coarsest").array.shape == (6, 5, 4)
+    assert read_nifti(tmp_path / "ras.nii.gz", "coronal").array.shape == (5, 6, 4)
+    save(tmp_path / "sagittal.nii", array, np.diag([5.0, 1, 1, 1]))
+    assert read_nifti(tmp_path / "sagittal.nii", "coarsest").array.shape == (4, 6, 5)
+
+
+def test_normalise():
+    image = np.array([-1000.0, -400, 0, 400, 3000], np.float32)
+    np.testing.assert_allclose(normalise(image, (-400, 400)), [0, 0, 0.5, 1, 1])
+    np.testing.assert_allclose(normalise(image, "(-400, 400)"), [0, 0, 0.5, 1, 1])
+    np.testing.assert_allclose(normalise(image, "minmax"), [0, 0.15, 0.25, 0.35, 1])
+    assert np.isfinite(normalise(np.zeros(3, np.float32), "minmax")).all()
+    with pytest.raises(UserError, match="unknown data.normalise 'zscore'"):
+        normalise(image, "zscore")
+
+
+def test_prepared_slices_and_volumes(thorax):
+    config, root = thorax
+    data = prepare.prepare(config)
+    assert data.images.shape == data.labels.shape == (18, 16, 16)
+    np.testing.assert_array_equal(data.rows(["Patient_02"]), range(6, 12))
+    assert (data.labels[12:] == prepare.NO_LABEL).all()  # the image-only patient
+    assert data.labels[:12].max() == 4
+    volume = data.volume("Patient_05")
+    truth = np.asarray(nib.load(root / "Patient_05" / "GT.nii.gz").dataobj)
+    # stored LPS, read RAS
+    np.testing.assert_array_equal(volume.label, truth[::-1, ::-1].transpose(2, 1, 0))
+    assert volume.spacing == pytest.approx((176 / 6, 380 / 24, 380 / 24))
+
+
+def test_cache_knows_its_sources(thorax):
+    config, root = thorax
+    first = prepare.prepare(config).folder
+    stamp = (first / "index.json").stat().st_mtime_ns
+    assert prepare.prepare(config).folder == first
+    assert (first / "index.json").stat().st_mtime_ns == stamp
+    config.data.size = 32
+    assert prepare.prepare(config).folder != first
+    config.data.size = 16
+    scan = root / "Patient_02" / "Patient_02.nii.gz"
+    scan.write_bytes(gzip.compress(gzip.decompress(scan.read_bytes()), mtime=1))
+    assert prepare.prepare(config).folder != first
+
+
+def test_broken_off_preparation_is_not_taken_for_whole(thorax, monkeypatch):
+    config, root = thorax
+    read, seen = prepare._read, []
+
+    def breaks(*args):
+        seen.append(args)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(prepare, "_read", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.prepare(config)
+    assert not list((root / "cgs_cache").iterdir())
+    assert prepare.prepare(config).images.shape == (18, 16, 16)
+
+
+def test_stream_is_a_function_of_seed_and_step(thorax):
+    config, _ = thorax
+    data = prepare.prepare(config)
+    sizes = {"labelled": 4, "unlabelled": 3}
+    whole, rest = (pipeline.batches(data, config, sizes, start) for start in (0, 10))
+    assert len(whole) == 40
+    assert len(rest) == 30
+    for i in (0, 7, 29):
+        for name in sizes:
+            np.testing.assert_array_equal(rest[i][name]["image"], whole[i + 10][name]["image"])
+    config.seed = 1
+    other = pipeline.batches(data, config, sizes, 0)
+    assert any(
+        (other[i]["labelled"]["image"] != whole[i]["labelled"]["image"]).any() for i in (0, 1)
+    )
+    loaded = list(pipeline.prefetched(rest, lambda batch: batch))
+    assert len(loaded) == 30
+    np.testing.assert_array_equal(loaded[5]["labelled"]["label"], rest[5]["labelled"]["label"])
+
+
+def test_every_slice_once_an_epoch_and_no_label_in_the_unlabelled_stream(thorax):
+    config, _ = thorax
+    data = prepare.prepare(config)
+    batches = pipeline.batches(data, config, {"labelled": 4, "unlabelled": 3}, 0)
+    assert set(batches[0]["unlabelled"]) == {"image"}
+    labelled = np.concatenate([batches[i]["labelled"]["image"] for i in range(6)])
+    for epoch in (labelled[:12], labelled[12:]):  # 12 slices, 4 a step
+        assert {x.tobytes() for x in epoch} == {x.tobytes() for x in data.images[:12]}
+    unlabelled = np.concatenate([batches[i]["unlabelled"]["image"] for i in range(2)])
+    assert {x.tobytes() for x in unlabelled} == {x.tobytes() for x in data.images[12:]}
+
+
+def test_fewer_labelled_slices_than_the_batch_repeat(thorax):
+    config, _ = thorax
+    batches = pipeline.batches(prepare.prepare(config), config, {"labelled": 30}, 0)
+    assert batches[0]["labelled"]["image"].shape == (30, 16, 16)
+    assert len({x.tobytes() for x in batches[0]["labelled"]["image"]}) == 12
+
+
+def test_hosts_share_one_global_batch(thorax, monkeypatch):
+    config, _ = thorax
+    data = prepare.prepare(config)
+    whole = pipeline.batches(data, config, {"labelled": 4}, 0)[3]["labelled"]["image"]
+    monkeypatch.setattr(pipeline.jax, "process_count", lambda: 2)
+    halves = []
+    for process in (0, 1):
+        monkeypatch.setattr(pipeline.jax, "process_index", lambda p=process: p)
+        halves.append(pipeline.batches(data, config, {"labelled": 4}, 0)[3]["labelled"]["image"])
+    np.testing.assert_array_equal(np.concatenate(halves), whole)
+
+
+def test_published_splits():
+    for config, sizes, labelled in (
+        (acdc.get_config("labelled=3"), (140, 20, 40), 6),
+        (acdc.get_config("labelled=7"), (140, 20, 40), 14),
+        (segthor.get_config("labelled=3"), (28, 4, 8), 3),
+        (segthor.get_config("labelled=6"), (28, 4, 8), 6),
+        (synapse.get_config("labelled=4"), (16, 2, 12), 4),
+    ):
+        folder = prepare.case_lists.pathlib.Path(case_lists.__file__).parent / "splits"
+        names = [
+            name
+            for path in (folder / config.data.name).glob("*.txt")
+            for name in case_lists.read_list(path)
+        ]
+        cases = {name: case_lists.Case(name, (), ("label",)) for name in names}
+        splits = case_lists.split(cases, config.data, seed=0)
+        assert tuple(map(len, splits[:3])) == sizes
+        assert len(splits.labelled) == labelled
+    patients = {case[:10] for case in case_lists.read_list(folder / "acdc" / "labelled_7.txt")}
+    assert patients == {f"patient{p}" for p in ("099", "038", "050", "021", "049", "058", "100")}
+
+
+def test_random_split_keeps_patients_together():
+    data = nnunet.get_config("labelled=3").data
+    cases = {
+        f"p{i}_frame{f:02d}": case_lists.Case(
+            f"p{i}_frame{f:02d}", (), ("label",) if i < 20 else None
+        )
+        for i in range(30)
+        for f in (1, 2)
+    }
+    splits = case_lists.split(cases, data, seed=0)
+    assert [len(part) for part in splits] == [28 + 20, 4, 8, 6]
+    assert splits == case_lists.split(cases, data, seed=0)
+    assert splits != case_lists.split(cases, data, seed=1)
+    patients = [{case.split("_")[0] for case in part} for part in splits[:3]]
+    assert not patients[0] & patients[1] | patients[0] & patients[2] | patients[1] & patients[2]
+
+
+def test_split_written_by_a_run_is_read_back(tmp_path):
+    data = nnunet.get_config("labelled=3").data
+    cases = {f"c{i}": case_lists.Case(f"c{i}", (), ("label",)) for i in range(10)}
+    splits = case_lists.split(cases, data, seed=0)
+    splits.write(tmp_path / "splits")
+    data.splits = str(tmp_path / "splits")
+    assert case_lists.split(cases, data, seed=5) == splits
+
+
+def test_acdc_layouts_agree(tmp_path):
+    """The h5 layout and the challenge's NIfTI lead to the same arrays under the same names."""
+    rng = np.random.default_rng(0)
+    image, label = rng.random((12, 20, 18), np.float32), rng.integers(0, 4, (12, 20, 18))
+    slices = tmp_path / "h5" / "data" / "slices"
+    slices.mkdir(parents=True)
+    for case in ("patient001_frame01", "patient001_frame02", "patient002_frame01"):
+        for i in range(12):
+            with h5py.File(slices / f"{case}_slice_{i + 1}.h5", "w") as file:
+                file["image"], file["label"] = image[i], label[i].astype(np.uint8)
+    with h5py.File(tmp_path / "h5" / "data" / "patient003_frame01.h5", "w") as file:
+        file["image"], file["label"] = image, label.astype(np.uint8)
+    for name in ("patient001_frame01", "patient001_frame12", "patient002_frame04"):
+        path = tmp_path / "nii" / "training" / name[:10] / f"{name}.nii.gz"
+        save(path, image.transpose(2, 1, 0), np.diag([-1.5, -1.5, 10, 1]))
+        save(path.with_name(f"{name}_gt.nii.gz"), label.transpose(2, 1, 0).astype(np.uint8))
+    from cgs_jax.data import acdc as module
+
+    data = acdc.get_config().data
+    volumes = {}
+    for layout in ("h5", "nii"):
+        data.root = str(tmp_path / layout)
+        cases = module.find(data)
+        volumes[layout] = {name: module.read(case, data) for name, case in cases.items()}
+    assert set(volumes["nii"]) == set(volumes["h5"]) - {"patient003_frame01"}
+    for name, volume in volumes["nii"].items():
+        np.testing.assert_allclose(volume.image, volumes["h5"][name].image, atol=1e-6)
+        np.testing.assert_array_equal(volume.label, label)
+    np.testing.assert_array_equal(volumes["h5"]["patient003_frame01"].label, label)
+    assert volumes["nii"]["patient001_frame02"].spacing == (10, 1.5, 1.5)
+
+
+def test_synapse_layouts(tmp_path):
+    from cgs_jax.data import synapse as module
+
+    data = synapse.get_config().data
+    rng = np.random.default_rng(0)
+    image, label = rng.random((3, 8, 8), np.float32), rng.integers(0, 9, (3, 8, 8))
+    for folder in ("train_npz", "test_vol_h5"):
+        (tmp_path / "arrays" / folder).mkdir(parents=True)
+    for i in range(3):
+        path = tmp_path / "arrays" / "train_npz" / f"case0005_slice{i:03d}.npz"
+        np.savez(path, image=image[i], label=label[i].astype(np.float32))
+    with h5py.File(tmp_path / "arrays" / "test_vol_h5" / "case0008.npy.h5", "w") as file:
+        file["image"], file["label"] = image, label
+    data.root = str(tmp_path / "arrays")
+    for case in module.find(data).values():
+        volume = module.read(case, data)
+        np.testing.assert_allclose(volume.image, image)  # scaled already: no window
+        np.testing.assert_array_equal(volume.label, label)
+
+    raw = np.arange(14).reshape(14, 1, 1) * np.ones((14, 2, 2))
+    save(tmp_path / "raw" / "img" / "img0005.nii.gz", 400 * raw / 13 - 125)
+    save(tmp_path / "raw" / "label" / "label0005.nii.gz", raw.astype(np.uint8))
+    data.root = str(tmp_path / "raw")
+    volume = module.read(module.find(data)["case0005"], data)
+    np.testing.assert_allclose(volume.image[0, 0], np.arange(14) / 13, atol=1e-6)
+    # BTCV: 1 spleen, 2 right kidney, 3 left kidney, 4 gallbladder, 6 liver, 7 stomach, 8 aorta, 11
+    # pancreas
+    expected = [0, 7, 4, 3, 2, 0, 5, 8, 1, 0, 0, 6, 0, 0]
+    np.testing.assert_array_equal(volume.label[0, 0], expected)
+
+
+def nnunet_folder(tmp_path, labels=None, cases=12, **description):
+    root = tmp_path / "Dataset001_Mine"
+    rng = np.random.default_rng(0)
+    for i in range(cases):
+        save(root / "imagesTr" / f"mine_{i:03d}_0000.nii.gz", rng.random((9, 8, 4), np.float32))
+        if i < cases - 3:
+            label = rng.integers(0, 3, (9, 8, 4)).astype(np.uint8)
+            save(root / "labelsTr" / f"mine_{i:03d}.nii.gz", label)
+    labels = labels or {"background": 0, "head": 1, "tail": 2}
+    description = {"labels": labels, "file_ending": ".nii.gz"} | description
+    (root / "dataset.json").write_text(json.dumps(description))
+    config = nnunet.get_config()
+    config.data.root, config.data.size = str(root), 16
+    return config, root
+
+
+def test_nnunet_layout(tmp_path):
+    config, root = nnunet_folder(tmp_path)
+    data = prepare.prepare(config)
+    assert config.data.classes == ("head", "tail")
+    assert [len(part) for part in data.splits] == [6 + 3, 1, 2, 6]
+    assert {"mine_009", "mine_010", "mine_011"} <= set(data.splits.train)
+    # a test set of its own is kept apart; without labels it is not used at all
+    save(root / "imagesTs" / "mine_100_0000.nii.gz", np.zeros((9, 8, 4), np.float32))
+    save(root / "labelsTs" / "mine_100.nii.gz", np.ones((9, 8, 4), np.uint8))
+    save(root / "imagesTs" / "mine_101_0000.nii.gz", np.zeros((9, 8, 4), np.float32))
+    splits = prepare.prepare(config).splits
+    assert splits.test == ["mine_100"]
+    assert "mine_101" not in splits.train
+    config.data.classes = ()
+    old = {"labels": {"0": "background", "1": "head", "2": "tail"}}
+    (root / "dataset.json").write_text(json.dumps(old))
+    prepare.dataset(config)
+    assert config.data.classes == ("head", "tail")
+
+
+def test_bad_nnunet_descriptions(tmp_path):
+    config, root = nnunet_folder(tmp_path, labels={"background": 0, "head": 1, "tail": 5})
+    with pytest.raises(UserError, match=r"dataset.json: labels must be background 0"):
+        prepare.prepare(config)
+    config, _ = nnunet_folder(tmp_path)
+    save(root / "imagesTr" / "mine_000_0001.nii.gz", np.zeros((9, 8, 4), np.float32))
+    with pytest.raises(UserError, match=r"mine_000_0001.nii.gz: one channel is read"):
+        prepare.prepare(config)
+    (root / "dataset.json").unlink()
+    with pytest.raises(UserError, match=r"no .*dataset.json: --config.data.root must hold"):
+        prepare.prepare(config)
+
+
+def edit(path, change):
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)), image.affine), path)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-900])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("GT.nii.gz", lambda p: edit(p, lambda x: x + 3), r"GT.nii.gz has label value [567]; the"),
+        (
+            "GT.nii.gz",
+            lambda p: edit(p, lambda x: x[1:]),
+            r"GT.nii.gz has shape \(6, 24, 23\), its",
+        ),
+        ("Patient_01.nii.gz", truncate, r"Patient_01.nii.gz is not a whole NIfTI file"),
+        (
+            "Patient_01.nii.gz",
+            lambda p: edit(p, lambda x: np.where(x > 0, np.nan, x).astype(np.float32)),
+            r"Patient_01.nii.gz has \d+ voxels that are NaN",
+        ),
+        ("GT.nii.gz", lambda p: p.unlink(), "labelled case Patient_01 has no label"),
+        ("Patient_01.nii.gz", lambda p: p.unlink(), "1 of 3 train cases .* such as Patient_01"),
+    ],
+)
+def test_bad_scans(thorax, file, damage, message):
+    config, root = thorax
+    lists(root.parent / "lists", labelled=["Patient_01", "Patient_02"])
+    damage(root / "Patient_01" / file)
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labelled_2": ["Patient_01", "Patient_77"]}, "labelled cases .* such as Patient_77"),
+        ({"labelled_2": []}, "no labelled cases"),
+        ({"labelled_2": ["Patient_04"]}, "labelled case Patient_04 is not a training case"),
+        ({"val": ["Patient_01"]}, "patient Patient_01 is in train and in val"),
+        ({"test": ["Patient_03"]}, "test case Patient_03 has no label"),
+    ],
+)
+def test_bad_lists(thorax, change, message):
+    config, root = thorax
+    lists(root.parent / "lists", **change)
+    with pytest.raises(UserError, match=message):
+        prepare.prepare(config)
+
+
+def test_missing_data(tmp_path):
+    for module, layout in (
+        (acdc, "data/slices/.*frame01_gt.nii.gz"),
+        (segthor, "Patient_01.nii.gz.*phantom"),
+        (synapse, "train_npz.*img0001"),
+        (nnunet, "dataset.json"),
+    ):
+        config = module.get_config()
+        for root in ("", str(tmp_path)):
+            config.data.root = root
+            with pytest.raises(UserError, match=layout):
+                prepare.prepare(config)
+        config.data.root = str(tmp_path / "missing")
+        with pytest.raises(UserError, match="no folder .*missing"):
+            prepare.prepare(config)
+
+
+def test_h5_without_its_keys(tmp_path):
+    from cgs_jax.data import acdc as module
+
+    path = tmp_path / "data" / "patient001_frame01.h5"
+    path.parent.mkdir()
+    with h5py.File(path, "w") as file:
+        file["image"] = np.zeros((2, 4, 4), np.float32)
+    data = acdc.get_config().data
+    data.root = str(tmp_path)
+    with pytest.raises(UserError, match=r"frame01.h5 lacks 'image' or 'label'"):
+        module.read(module.find(data)["patient001_frame01"], data)
+    path.write_bytes(b"not an h5 file")
+    with pytest.raises(UserError, match=r"frame01.h5 is not readable"):
+        module.read(module.find(data)["patient001_frame01"], data)
+
+
+def test_more_labelled_patients_than_there_are(thorax):
+    config, _ = thorax
+    config.data.labelled = 9
+    with pytest.raises(UserError, match="data.labelled=9, but only 2 patients have labels"):
+        prepare.prepare(config)
+
+
+def test_phantoms_never_replace_other_files(tmp_path):
+    (tmp_path / "real.nii.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="holds other files"):
+        write_phantoms(tmp_path, {"Patient_01": True}, 16, 4, 0)
+
+
+def test_unlabelled_pool_falls_back_to_the_labelled_images(thorax):
+    config, root = thorax
+    lists(root.parent / "lists", train=["Patient_01", "Patient_02"])
+    streams = pipeline.streams(prepare.prepare(config))
+    np.testing.assert_array_equal(streams["labelled"], streams["unlabelled"])

@@ -1,0 +1,285 @@
+"""Losses, masks, network parts and views against numbers made by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cgs_jax import augment, losses, optim, train
+from cgs_jax import pseudo_labels as pl
+from cgs_jax.errors import UserError
+from cgs_jax.methods import cgs
+from cgs_jax.models import Outputs, build, torch_weights
+from cgs_jax.models.unet import max_pool_2x2, upsample_2x
+from cgs_jax.sharding import make_mesh
+from configs import common
+
+
+def tiny(method="cgs", size=16, **fields):
+    """The published configuration, shrunk."""
+    config = common.get_config(method)
+    config.data.update(classes=("big", "small"), size=size)
+    config.model.update(channels=(4, 4, 8), dropout=(0.1, 0.1, 0.1))
+    config.batch.update(labelled=2, unlabelled=2 if method == "cgs" else 0)
+    config.total_steps = 60
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def tiny_batch(config, draws=1):
+    rng, size = np.random.default_rng(0), config.data.size
+    n = 2 * draws
+    label = np.zeros((n, size, size), np.uint8)
+    label[:, 3:12, 2:9] = 1
+    label[:, 5:8, 11:14] = 2
+    image = (label * 20000.0 + rng.integers(0, 9000, label.shape)).astype(np.uint16)
+    return {"labelled": {"image": image, "label": label}, "unlabelled": {"image": image[::-1]}}
+
+
+def test_losses_by_hand():
+    # one image of two pixels, two classes: p = (.8, .2) with label 0, p = (.4, .6) with label 1
+    logits = jnp.log(jnp.array([[[[0.8, 0.2], [0.4, 0.6]]]]))
+    labels = jnp.array([[[0, 1]]])
+    ce, dice = losses.segmentation_loss(logits, labels)
+    assert ce == pytest.approx(-(np.log(0.8) + np.log(0.6)) / 2, abs=1e-6)
+    per_class = [1 - 2 * 0.8 / (0.8**2 + 0.4**2 + 1), 1 - 2 * 0.6 / (0.2**2 + 0.6**2 + 1)]
+    assert dice == pytest.approx(np.mean(per_class), abs=1e-6)
+    # masking the second pixel: CE still over all pixels, class 1 keeps only its false positive
+    ce, dice = losses.segmentation_loss(logits, labels, jnp.array([[[1, 0]]]))
+    assert ce == pytest.approx(-np.log(0.8) / 2, abs=1e-6)
+    assert dice == pytest.approx((1 - 1.6 / 1.64 + 1) / 2, abs=1e-6)
+    nothing = losses.segmentation_loss(logits, labels, jnp.zeros((1, 1, 2)))
+    assert nothing == (0, 0)
+
+
+def test_masked_pixels_have_no_gradient():
+    logits = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    labels = jax.random.randint(jax.random.key(1), (2, 4, 4), 0, 3)
+    mask = jnp.arange(32).reshape(2, 4, 4) % 3 == 0
+    gradient = jax.grad(lambda x: sum(losses.segmentation_loss(x, labels, mask)))(logits)
+    touched = np.abs(gradient).max(-1) > 0
+    np.testing.assert_array_equal(touched, mask)
+
+
+def test_ramp():
+    assert losses.gaussian_ramp(0, 100, 2.0) == pytest.approx(2 * np.exp(-5))
+    assert losses.gaussian_ramp(50, 100, 2.0) == pytest.approx(2 * np.exp(-1.25))
+    assert losses.gaussian_ramp(100, 100, 2.0) == 2
+
+
+def test_relabel_by_hand():
+    labels = jnp.array([[[0, 1], [2, 3]]])
+    expected = [[[[0, 1], [2, 2]]], [[[0, 2], [1, 2]]], [[[0, 2], [2, 1]]]]
+    np.testing.assert_array_equal(pl.relabel(labels, 3), expected)
+
+
+def test_ihed_by_hand():
+    # pixels: all background | target of head 0 | both claim it | one says remaining, one background
+    votes = jnp.array([[0, 1, 1, 2], [0, 2, 1, 0]]).reshape(2, 1, 2, 2)
+    np.testing.assert_array_equal(pl.ihed_mask(votes), [[[True, True], [False, False]]])
+
+
+@pytest.mark.parametrize("k", range(1, 9))
+def test_ihed_sum_test_is_the_rule(k):
+    """All say background, or one says target and all others remaining: over all 3^K votes."""
+    votes = np.indices((3,) * k).reshape(k, 1, 1, -1)
+    rule = (votes == 0).all(0) | (((votes == 1).sum(0) == 1) & ((votes == 2).sum(0) == k - 1))
+    np.testing.assert_array_equal(pl.ihed_mask(votes), rule)
+    assert rule.sum() == k + 1
+
+
+def test_merge_by_hand():
+    probs = jnp.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).reshape(2, 1, 1, 1, 3)
+    np.testing.assert_allclose(pl.merge(probs)[0, 0, 0], [0.3, 0.3, 0.6], atol=1e-6)
+
+
+def test_pseudo_labels_by_hand():
+    def one_hot(index, confidence, classes=3):
+        rest = (1 - confidence) / (classes - 1)
+        return np.log(np.where(np.arange(classes) == index, confidence, rest))
+
+    # two pixels: sure target 1, unsure target 2; specialists agree on the first only
+    generalist = np.stack([one_hot(1, 0.95), one_hot(2, 0.6)])[None, None]
+    heads = [[one_hot(1, 0.9), one_hot(1, 0.9)], [one_hot(2, 0.9), one_hot(1, 0.8)]]
+    teacher = Outputs(jnp.asarray(generalist), jnp.asarray(heads)[:, None, None])
+    pseudo = pl.from_teacher(teacher, tau=0.9)
+    np.testing.assert_array_equal(pseudo.generalist, [[[1, 2]]])
+    np.testing.assert_array_equal(pseudo.confident, [[[True, False]]])
+    np.testing.assert_array_equal(pseudo.specialists, [[[1, 1]]])
+    np.testing.assert_array_equal(pseudo.consistent, [[[True, False]]])
+    _, cover = cgs.consistency_losses(teacher, pseudo)
+    assert (cover["cover/g"], cover["cover/s"], cover["cover/e"]) == (0.5, 0.5, 0.5)
+
+
+def test_upsampling_is_corner_aligned_bilinear():
+    x = np.random.default_rng(0).normal(size=(2, 5, 3, 4)).astype(np.float32)
+    expected = x
+    for axis in (1, 2):
+        n = expected.shape[axis]
+        at = np.linspace(0, n - 1, 2 * n)
+        expected = np.apply_along_axis(
+            lambda v, at=at, n=n: np.interp(at, np.arange(n), v), axis, expected
+        )
+    np.testing.assert_allclose(upsample_2x(upsample_2x(x, 1), 2), expected, atol=1e-6)
+
+
+def test_max_pool():
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
+    expected = x.reshape(2, 2, 2, 3, 2, 3).max((2, 4))
+    np.testing.assert_array_equal(max_pool_2x2(jnp.asarray(x)), expected)
+
+
+def test_stacked_specialists_are_independent_heads():
+    """Head k computes with its own row of parameters what a single head would."""
+    network = build(tiny(), specialists=True)
+    image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
+    variables = network.init(jax.random.key(1), image)
+    rows = variables["params"]["specialists"]["conv1_kernel"]
+    assert np.abs(rows[0] - rows[1]).max() > 0.01
+    before = network.apply(variables, image).specialists
+    kernel = variables["params"]["specialists"]["conv2_kernel"]
+    variables["params"]["specialists"]["conv2_kernel"] = kernel.at[1].multiply(2)
+    after = network.apply(variables, image).specialists
+    np.testing.assert_array_equal(before[0], after[0])
+    assert np.abs(before[1] - after[1]).max() > 1e-4
+
+
+def test_weights_with_another_class_count_are_refused():
+    network = build(tiny(), specialists=True)
+    variables = network.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
+    weights = torch_weights.to_torch(variables)
+    weights["decoder.out_conv.bias"] = np.zeros(7, np.float32)
+    with pytest.raises(UserError, match=r"mine.npz: decoder.out_conv.bias has shape \(7,\)"):
+        torch_weights.from_torch(weights, variables, "mine.npz")
+    del weights["decoder.out_conv.bias"]
+    with pytest.raises(UserError, match=r"mine.npz lacks decoder.out_conv.bias"):
+        torch_weights.from_torch(weights, variables, "mine.npz")
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_training_starts_from_given_weights(tmp_path, suffix):
+    config = tiny()
+    network = build(config, specialists=True)
+    variables = network.init(jax.random.key(7), jnp.zeros((1, 16, 16, 1)))
+    path, weights = tmp_path / f"weights{suffix}", torch_weights.to_torch(variables)
+    if suffix == ".npz":
+        np.savez(path, **weights)
+    else:
+        weights = {k: np.ascontiguousarray(v) for k, v in weights.items()}
+        pytest.importorskip("safetensors.numpy").save_file(weights, path)
+    config.model.weights = str(path)
+    method = train.make_method(config)
+    state = train.init_state(method, optim.make_optimizer(config)[0], config, make_mesh())
+    for tree in (state.params, state.extra["params"]):
+        jax.tree.map(np.testing.assert_array_equal, tree, variables["params"])
+    (tmp_path / "weights.pth").write_bytes(b"")
+    config.model.weights = str(tmp_path / "weights.pth")
+    with pytest.raises(UserError, match="pickles run code"):
+        train.make_method(config)
+
+
+def test_image_and_label_move_together():
+    config = tiny().augment
+    label = np.zeros((16, 32, 32), np.uint8)
+    label[:, 5:20, 8:14] = 1
+    label[:, 22:25, 3:30] = 2
+    image = label[..., None] / 2.0
+    moved, moved_label = augment.weak(jax.random.key(3), image, label, config)
+    np.testing.assert_array_equal(np.round(moved[..., 0] * 2), moved_label)
+    changed = (np.asarray(moved_label) != label).any((1, 2))
+    assert 8 <= changed.sum() < 16  # a quarter stays as it is
+
+
+def test_mirror_images_keep_every_pixel():
+    config = tiny().augment
+    config.flip = 1.0
+    image = jax.random.uniform(jax.random.key(0), (32, 8, 8, 1))
+    moved, _ = augment.weak(jax.random.key(1), image, None, config)
+    image, moved = np.asarray(image)[..., 0], np.asarray(moved)[..., 0]
+    mirrors = [lambda x: x[::-1], lambda x: x[:, ::-1], np.transpose, lambda x: x[::-1, ::-1].T]
+    hits = np.array([[np.array_equal(m(a), b) for m in mirrors] for a, b in zip(image, moved)])  # noqa: B905
+    assert (hits.sum(1) == 1).all()
+    assert (hits.sum(0) > 0).all()
+
+
+def test_jitter_stays_in_range_and_keeps_some_images():
+    config = tiny().augment
+    image = jax.random.uniform(jax.random.key(0), (64, 8, 8, 1))
+    jittered = augment.strong(jax.random.key(1), image, config)
+    assert jittered.min() >= 0
+    assert jittered.max() <= 1
+    same = (np.asarray(jittered) == np.asarray(image)).all((1, 2, 3)).mean()
+    assert 0.05 < same < 0.4
+
+
+def test_cutmix_boxes_are_boxes_of_the_right_size():
+    keep = np.asarray(augment.cutmix_keep(jax.random.key(0), 400, 64))
+    inside = ~keep
+    areas = inside.mean((1, 2))
+    assert 0.01 < areas.min() < 0.05
+    assert 0.3 < areas.max() <= 0.4
+    height, width = inside.any(2).sum(1), inside.any(1).sum(1)
+    np.testing.assert_array_equal(height * width, inside.sum((1, 2)))
+    assert inside[:, 4:-4, 4:-4].any(0).all()
+    assert all(
+        edge.any() for edge in (inside[:, 0], inside[:, -1], inside[..., 0], inside[..., -1])
+    )
+
+
+@pytest.mark.parametrize("method", ["cgs:lean", "cgs:full", "supervised", "supervised:heads"])
+def test_step_learns_and_every_part_gets_gradient(method):
+    name, _, option = method.partition(":")
+    config = tiny(name)
+    if name == "cgs":
+        config.method.update(plan=option, tau=0.5)
+    else:
+        config.method.specialists = option == "heads"
+    method = train.make_method(config)
+    optimizer, _ = optim.make_optimizer(config)
+    mesh = make_mesh()
+    state = train.init_state(method, optimizer, config, mesh)
+    start = jax.device_get(state.params)
+    step = train.make_train_step(method, optimizer, config.seed)
+    batch = tiny_batch(config, method.draws)
+    if not method.unlabelled:
+        del batch["unlabelled"]
+    seen = []
+    for _ in range(config.total_steps):
+        state, metrics = step(state, jax.tree.map(jnp.asarray, batch))
+        seen.append({k: float(v) for k, v in metrics.items()})
+    supervised = [sum(v for k, v in row.items() if k.startswith("sup/")) for row in seen]
+    assert np.mean(supervised[-5:]) < 0.6 * np.mean(supervised[:5])
+    assert all(np.isfinite(v) for row in seen for v in row.values())
+    moved = jax.tree.map(lambda a, b: bool(np.abs(a - b).max() > 0), start, state.params)
+    assert all(jax.tree.leaves(moved))
+    if name == "cgs":
+        teacher = state.extra["params"]
+        gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), teacher, state.params)
+        assert 0 < max(jax.tree.leaves(gap)) < 0.2
+
+
+def test_every_unsupervised_term_has_a_gradient():
+    key = jax.random.key(0)
+    student = Outputs(jax.random.normal(key, (2, 8, 8, 3)), jax.random.normal(key, (2, 2, 8, 8, 3)))
+    teacher = Outputs(student.generalist * 5, student.specialists[:, ::-1] * 5)
+    pseudo = pl.from_teacher(teacher, 0.5)
+    terms, _ = cgs.consistency_losses(student, pseudo)
+    for name in terms:
+        gradient = jax.grad(lambda s, n=name: cgs.consistency_losses(s, pseudo)[0][n])(student)
+        reached = [bool(np.abs(g).max() > 0) for g in gradient]
+        assert reached == [name.startswith("unsup/G"), name.startswith("unsup/S")], name
+
+
+def test_keys_follow_the_step():
+    """The same step draws the same views, the next one others."""
+    config = tiny()
+    method = train.make_method(config)
+    optimizer, _ = optim.make_optimizer(config)
+    step = train.make_train_step(method, optimizer, config.seed)
+    losses_seen = []
+    for count in (0, 0, 1):
+        state = train.init_state(method, optimizer, config, make_mesh())
+        state = state.replace(step=jnp.asarray(count))
+        _, metrics = step(state, jax.tree.map(jnp.asarray, tiny_batch(config)))
+        losses_seen.append(float(metrics["sup"]))
+    assert losses_seen[0] == losses_seen[1] != losses_seen[2]

@@ -1,0 +1,95 @@
+"""Volume metrics with numbers known by hand."""
+
+import numpy as np
+import pytest
+
+from cgs_jax import evaluate, metrics
+from cgs_jax.data.volume import resize
+
+
+def cube(at, shape=(12, 12, 12), edge=4):
+    mask = np.zeros(shape, bool)
+    mask[tuple(slice(a, a + edge) for a in at)] = True
+    return mask
+
+
+def test_identical_cubes():
+    scores = metrics.score(cube((2, 2, 2)), cube((2, 2, 2)), (3.0, 1.0, 1.0))
+    assert scores == {**{"dice": 1, "jaccard": 1, "hd95": 0, "asd": 0, "hd95_mm": 0, "asd_mm": 0}}
+
+
+def test_shifted_cube():
+    """A cube of edge 4 moved by 2: a third of the union is shared."""
+    scores = metrics.score(cube((2, 2, 2)), cube((4, 2, 2)), (3.0, 1.0, 1.0))
+    assert scores["dice"] == pytest.approx(0.5)
+    assert scores["jaccard"] == pytest.approx(1 / 3)
+    assert scores["hd95"] == 2
+    assert scores["hd95_mm"] == 6
+
+
+def test_single_voxels_at_known_distance():
+    a, b = np.zeros((8, 8, 8), bool), np.zeros((8, 8, 8), bool)
+    a[1, 1, 1] = b[1, 4, 5] = True
+    scores = metrics.score(a, b, (1.0, 2.0, 0.5))
+    assert (scores["dice"], scores["hd95"], scores["asd"]) == (0, 5, 5)
+    assert scores["asd_mm"] == pytest.approx(np.hypot(6, 2))
+
+
+def test_asd_is_one_directional():
+    """Prediction inside the truth's surface: every predicted voxel is near, not the reverse."""
+    truth, pred = np.zeros((1, 1, 10), bool), np.zeros((1, 1, 10), bool)
+    truth[..., :] = True
+    pred[..., 0] = True
+    assert metrics.score(pred, truth)["asd"] == 0
+    assert metrics.score(truth, pred)["asd"] == pytest.approx(4.5)
+
+
+def test_absent_organs():
+    empty, full = np.zeros((4, 4, 4), bool), cube((0, 0, 0), (4, 4, 4), 2)
+    both = metrics.score(empty, empty, (1, 1, 1))
+    assert all(np.isnan(v) for v in both.values())
+    for pred, truth in ((empty, full), (full, empty)):
+        scores = metrics.score(pred, truth)
+        assert scores == {"dice": 0, "jaccard": 0, "hd95": 50, "asd": 10}
+
+
+def test_summary_counts_undefined_and_leaves_them_out():
+    nan = float("nan")
+    results = {
+        "a": {"big": {"dice": 0.8}, "small": {"dice": nan}},
+        "b": {"big": {"dice": 0.6}, "small": {"dice": 0.4}},
+    }
+    summary = evaluate.summarise(results)
+    assert summary["organs"]["big"]["dice"]["mean"] == pytest.approx(0.7)
+    assert summary["organs"]["small"]["dice"] == {"mean": 0.4, "std": 0, "undefined": 1}
+    assert summary["mean"]["dice"] == pytest.approx(0.55)
+    assert "(1 undefined)" in evaluate.table(summary)
+
+
+def test_segment_returns_every_volume_on_its_own_grid():
+    """Slices of several volumes share batches; each comes back whole, in order, resized."""
+    rng = np.random.default_rng(0)
+    shapes = [(3, 16, 16), (1, 8, 24), (7, 16, 16), (2, 40, 12)]
+    stacks = [rng.integers(0, 4, shape).astype(np.uint16) for shape in shapes]
+    batches = []
+
+    def predict(slices):
+        batches.append(slices.shape)
+        return slices.astype(np.uint8)
+
+    labels = list(evaluate.segment(predict, iter(stacks), 16, 4))
+    assert set(batches) == {(4, 16, 16)}
+    assert len(batches) == 4  # 13 slices
+    for stack, label in zip(stacks, labels, strict=True):
+        expected = resize(resize(stack, 16, 16), *stack.shape[1:])
+        np.testing.assert_array_equal(label, expected)
+
+
+def test_resize_is_scipys_nearest_zoom():
+    from scipy import ndimage
+
+    stack = np.random.default_rng(0).integers(0, 9, (2, 13, 37))
+    for height, width in ((16, 16), (7, 64), (13, 37)):
+        zoom = (1, height / 13, width / 37)
+        expected = ndimage.zoom(stack, zoom, order=0)
+        np.testing.assert_array_equal(resize(stack, height, width), expected)
