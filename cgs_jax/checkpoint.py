@@ -6,6 +6,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from cgs_jax.errors import UserError
 from cgs_jax.train_state import TrainState
 
 
@@ -39,8 +40,17 @@ class Checkpoints:
         )
 
     def restore(self, step: int, like: Any) -> TrainState:
-        """The state of `step`, shaped and sharded as `like` (arrays or their abstract values)."""
-        return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        """The state of `step`, shaped and sharded as `like`.
+
+        Raises:
+          UserError: it can not be read.
+        """
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except Exception as error:
+            reason = str(error).split("\n")[0]
+            folder = self._manager.directory / str(step)
+            raise UserError(f"{folder} is damaged: remove it, or start anew ({reason})") from error
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -16,8 +16,8 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
     path = workdir / "summary.json"
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"no {path}; {workdir} has not finished") from None
+    except (OSError, ValueError):
+        raise UserError(f"no whole {path}; {workdir} has not finished") from None
 
 
 def compare(workdirs: list[pathlib.Path]) -> str:
@@ -43,7 +43,7 @@ def compare(workdirs: list[pathlib.Path]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     try:
         print(compare([pathlib.Path(argument) for argument in sys.argv[1:]]))

@@ -3,6 +3,7 @@
 python -m cgs_jax.main --config configs/segthor.py --workdir RUN --config.data.root=FOLDER
 """
 
+import fcntl
 import os
 import pathlib
 import sys
@@ -16,7 +17,7 @@ from cgs_jax import evaluate, plots, run_config, sharding, train
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
-from cgs_jax.writers import read_metrics, say, to_json
+from cgs_jax.writers import read_metrics, say, to_json, write_text
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
@@ -28,16 +29,19 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     method = train.make_method(config)
     mesh = sharding.make_mesh()
     sharding.check_divisible(mesh, **config.batch, eval_batch=config.eval_batch)
-    only_evaluate = config.total_steps == 0
-    if only_evaluate:
-        config.total_steps = run_config.load(workdir).total_steps
-    if (workdir / "config.json").exists():
-        run_config.check_same(config, workdir)
-    run_config.save(config, workdir)
-    if (workdir / "splits").is_dir():  # a resumed run keeps its cases
-        config.data.splits = str(workdir / "splits")
-    prepared = prepare.prepare(config)
-    prepared.splits.write(workdir / "splits")
+    only_evaluate, splits = config.total_steps == 0, None
+    if only_evaluate or (workdir / "config.json").exists():
+        saved, splits = run_config.load(workdir)  # a run keeps its cases
+        config.total_steps = config.total_steps or saved.total_steps
+        run_config.check_same(saved, config, workdir)
+    prepared = prepare.prepare(config, splits)
+    if not splits:
+        run_config.save(config, prepared.splits, workdir)
+    lock = open(workdir / "lock", "w")  # noqa: SIM115  held until the process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is working in {workdir}") from None
 
     checkpoints = Checkpoints(workdir)
     try:
@@ -46,6 +50,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         summary = test(config, method, prepared, checkpoints, workdir, mesh)
     finally:
         checkpoints.close()
+        lock.close()
     return summary
 
 
@@ -65,7 +70,7 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
             look=looks if split == "test" else None,
         )
         summary[split] = evaluate.summarise(results)
-    (workdir / "summary.json").write_text(to_json(summary, indent=1) + "\n")
+    write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
     plots.curves(read_metrics(workdir), config.data.classes, workdir / "curves.png")
     plots.overlays(looks, results, config.data.classes, workdir / "overlays.png")
     say(f"\ntest, best validation checkpoint (step {step}), {len(results)} cases")
@@ -97,9 +102,10 @@ def cli(main: Callable[[list[str]], None]) -> None:
     except UserError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
+        sys.exit("interrupted; a training run goes on from its last checkpoint")
     except OSError as error:  # disk full, permissions, ...
-        sys.exit(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit("error: " + " ".join(f"{error.strerror or error}{where}".split()))
 
 
 if __name__ == "__main__":

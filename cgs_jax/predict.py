@@ -8,7 +8,6 @@ import pathlib
 import nibabel as nib
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cgs_jax import evaluate, run_config, sharding, train
@@ -21,16 +20,22 @@ from cgs_jax.writers import say
 
 
 def predict(
-    workdir: pathlib.Path, source: pathlib.Path, output: pathlib.Path, overwrite: bool = False
+    workdir: pathlib.Path,
+    source: pathlib.Path,
+    output: pathlib.Path,
+    overwrite: bool = False,
+    inference: str | None = None,
 ) -> list[pathlib.Path]:
     """Writes one label map (uint8) for every scan, with its grid and header, under its name.
 
-    Returns the files written.
+    `inference` replaces the run's own. Returns the files written.
 
     Raises:
-      UserError: no run, no scans, an unreadable scan, or a file that would be overwritten.
+      UserError: no run, no scans, a file that would be overwritten; or, after all others are
+        written, a scan that can not be read.
     """
-    config = run_config.load(workdir)
+    config, _ = run_config.load(workdir)
+    config.inference = inference or config.inference
     files = find(source, output, overwrite)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -42,21 +47,29 @@ def predict(
     state, _ = train.restore_best(config, method, checkpoints, workdir, mesh)
     checkpoints.close()
     compiled = evaluate.make_predict(method, mesh)
-    # Scans that wait for a full batch, kept small: only what is needed to turn labels back.
-    waiting: list[Scan] = []
-    labels = evaluate.segment(
-        lambda slices: compiled(state, slices),
-        _stacks(files, config, waiting),
-        config.data.size,
-        config.eval_batch,
-    )
+    waiting: list[tuple[pathlib.Path, Scan]] = []  # for their labels
+    problems: list[str] = []
+
+    def stacks():
+        for path in tqdm(files, "segmenting", unit="scan", disable=None):
+            try:
+                scan = read_nifti(path, config.data.slicing)
+                image = normalise(finite(scan.array, path), config.data.normalise)
+            except UserError as error:
+                problems.append(str(error))
+                continue
+            waiting.append((path, scan._replace(array=None)))
+            yield quantise(image)
+
     written = []
-    for path, label in tqdm(
-        zip(files, labels, strict=True), "segmenting", len(files), unit="scan", disable=None
-    ):
-        target = output / path.name
-        write(waiting.pop(0), label, target)
-        written.append(target)
+    predict = lambda slices: compiled(state, slices)  # noqa: E731
+    for label in evaluate.segment(predict, stacks(), config.data.size, config.eval_batch):
+        path, scan = waiting.pop(0)
+        write(scan, label, output / path.name)
+        written.append(output / path.name)
+    if problems:
+        rest = f"; {len(written)} others are written to {output}" if written else ""
+        raise UserError("; ".join(problems) + rest)
     return written
 
 
@@ -66,6 +79,7 @@ def find(source: pathlib.Path, output: pathlib.Path, overwrite: bool) -> list[pa
         raise UserError(f"no such file or folder: {source}")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [path for path in files if path.name.endswith((".nii", ".nii.gz"))]
+    files = [path for path in files if not path.name.startswith(".")]
     if not files:
         raise UserError(f"no .nii or .nii.gz in {source}")
     if output.exists() and not output.is_dir():
@@ -77,14 +91,6 @@ def find(source: pathlib.Path, output: pathlib.Path, overwrite: bool) -> list[pa
         if target.exists() and not overwrite:
             raise UserError(f"{target} exists; choose another --output or give --overwrite")
     return files
-
-
-def _stacks(files: list[pathlib.Path], config: ConfigDict, waiting: list[Scan]):
-    for path in files:
-        scan = read_nifti(path, config.data.slicing)
-        image = normalise(finite(scan.array, path), config.data.normalise)
-        waiting.append(scan._replace(array=np.empty(0)))
-        yield quantise(image)
 
 
 def write(scan: Scan, label: np.ndarray, path: pathlib.Path) -> None:
@@ -107,11 +113,14 @@ if __name__ == "__main__":
     _INPUT = flags.DEFINE_string("input", None, "a NIfTI file, or a folder of them")
     _OUTPUT = flags.DEFINE_string("output", None, "folder for the label maps")
     _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace label maps that are there")
+    _INFERENCE = flags.DEFINE_enum(
+        "inference", None, ["generalist", "specialists"], "which heads decide; default: the run's"
+    )
     flags.mark_flags_as_required(["workdir", "input", "output"])
 
     def _main(_):
         paths = (pathlib.Path(flag.value) for flag in (_WORKDIR, _INPUT, _OUTPUT))
-        for path in predict(*paths, overwrite=_OVERWRITE.value):
+        for path in predict(*paths, _OVERWRITE.value, _INFERENCE.value):
             say(str(path))
 
     cli(_main)

@@ -1,4 +1,4 @@
-"""config.json of a run: what it was trained with, and whether a new start fits it."""
+"""config.json and splits.json of a run: what it was trained with, and whether a new start fits."""
 
 import json
 import pathlib
@@ -6,46 +6,51 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cgs_jax.data.case_lists import Splits
 from cgs_jax.errors import UserError
-from cgs_jax.writers import to_json
+from cgs_jax.writers import to_json, write_text
 
 # What may differ between two starts of one run: places, and how often to look.
-FREE = ("data.root", "data.cache", "data.splits", "log_every", "eval_batch", "inference")
+FREE = ("data.root", "data.cache", "log_every", "eval_batch", "inference")
 
 
-def save(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes config.json.
+def save(config: ConfigDict, splits: Splits, workdir: pathlib.Path) -> None:
+    """Writes both files; config.json last, for it tells that there is a run.
 
     Raises:
       UserError: `workdir` can not be written.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(to_json(config.to_dict(), indent=2) + "\n")
+        write_text(workdir / "splits.json", to_json(splits._asdict(), indent=1) + "\n")
+        write_text(workdir / "config.json", to_json(config.to_dict(), indent=2) + "\n")
     except OSError as error:
         raise UserError(f"can not write to --workdir {workdir}: {error.strerror}") from error
 
 
-def load(workdir: pathlib.Path) -> ConfigDict:
-    """Reads config.json.
+def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
+    """Reads both files.
 
     Raises:
       UserError: `workdir` holds no run.
     """
     try:
-        text = (workdir / "config.json").read_text()
+        config = (workdir / "config.json").read_text()
+        splits = json.loads((workdir / "splits.json").read_text())
+        return ConfigDict(json.loads(config, object_hook=_tuples)), Splits(**splits)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{workdir} holds no run (no config.json)") from None
-    return ConfigDict(json.loads(text, object_hook=_tuples))
+    except ValueError as error:
+        raise UserError(f"config.json or splits.json in {workdir} is damaged: {error}") from None
 
 
 def _tuples(mapping: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items()}
 
 
-def check_same(config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_same(saved: ConfigDict, config: ConfigDict, workdir: pathlib.Path) -> None:
     """Raises UserError where `config` would go on with a run that was trained otherwise."""
-    saved, now = _flat(load(workdir).to_dict()), _flat(config.to_dict())
+    saved, now = _flat(saved.to_dict()), _flat(config.to_dict())
     for name in sorted(saved.keys() | now.keys()):
         if name not in FREE and saved.get(name) != now.get(name):
             raise UserError(

@@ -1,5 +1,7 @@
 """The training step and the loop around it."""
 
+import contextlib
+import operator
 import pathlib
 from typing import Any
 
@@ -25,12 +27,16 @@ from cgs_jax.writers import Writer, say
 
 
 def make_method(config: ConfigDict) -> Method:
-    """The method of `config.method.name`, with the weights of `config.model.weights`, if any."""
-    size, levels = config.data.size, len(config.model.channels)
-    if size % 2 ** (levels - 1):
-        raise UserError(
-            f"data.size={size} does not divide by {2 ** (levels - 1)} ({levels} levels)"
-        )
+    """The method of `config.method.name`.
+
+    Raises:
+      UserError: an option has a value that can not be.
+    """
+    levels = len(config.model.channels)
+    if config.data.size % 2 ** (levels - 1):
+        raise UserError(f"data.size={config.data.size} does not divide by {2 ** (levels - 1)}")
+    if len(config.model.dropout) != levels:
+        raise UserError("model.dropout and model.channels must have the same length")
     if config.inference not in ("generalist", "specialists"):
         raise UserError(
             f"unknown inference {config.inference!r}; there are: generalist, specialists"
@@ -38,11 +44,22 @@ def make_method(config: ConfigDict) -> Method:
     method = load_by_name("cgs_jax.methods", config.method.name, "method").Method(config)
     if config.inference == "specialists" and not method.specialists:
         raise UserError(f"inference=specialists: {config.method.name} trains no specialists")
-    if config.model.weights:
-        given = torch_weights.read(config.model.weights)
-        variables = method.network.init(jax.random.key(0), jnp.zeros((1, size, size, 1)))
-        method.start = torch_weights.from_torch(given, variables, config.model.weights)
+    at_least_one = ["log_every", "eval_every", "eval_batch", "batch.labelled"]
+    for name in at_least_one + ["batch.unlabelled"] * method.unlabelled:
+        if operator.attrgetter(name)(config) < 1:
+            raise UserError(f"{name} must be at least 1")
+    if config.total_steps < 0:
+        raise UserError("total_steps must be at least 0")
     return method
+
+
+def start_from_weights(method: Method, config: ConfigDict) -> None:
+    """Lets `method` start from the PyTorch-named weights of `config.model.weights`, if any."""
+    if config.model.weights:
+        image = jnp.zeros((1, config.data.size, config.data.size, 1))
+        variables = method.network.init(jax.random.key(0), image)
+        weights = torch_weights.read(config.model.weights)
+        method.start = torch_weights.from_torch(weights, variables, config.model.weights)
 
 
 def init_state(
@@ -103,12 +120,14 @@ def train(
       UserError: the loss is not finite; checkpoints from before are kept.
     """
     optimizer, schedule = optim.make_optimizer(config)
-    state = init_state(method, optimizer, config, mesh)
     start = checkpoints.latest or 0
+    if not start:
+        start_from_weights(method, config)
+    state = init_state(method, optimizer, config, mesh)
     if start:
         state = checkpoints.restore(start, state)
         say(f"resuming {workdir} at step {start}")
-    elif config.total_steps:
+    else:
         count = f"{parameter_overview.count_parameters(state.params):,} parameters"
         say(f"{config.method.name} on {config.data.name}: {count}, {mesh.size} device(s)")
     if start >= config.total_steps:
@@ -123,34 +142,37 @@ def train(
     )
     train_step = make_train_step(method, optimizer, config.seed)
     predict = evaluate.make_predict(method, mesh)
-    writer, unlogged, zero_before = Writer(workdir, start), [], set()
+    unlogged, zero_before = [], set()
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )
-    for step, batch in enumerate(progress, start + 1):
-        state, metrics = train_step(state, batch)
-        unlogged.append(metrics)
-        validates = step % config.eval_every == 0 or step == config.total_steps
-        if validates or step % config.log_every == 0:
-            means = _means(unlogged, step, checkpoints)
-            unlogged = []
-            means["lr"] = float(schedule(step - 1))
-            writer.write(step, means)
-            progress.set_postfix(loss=f"{means['loss']:.3f}")
-            if progress.disable:
-                say(f"step {step}/{config.total_steps}  loss {means['loss']:.4f}")
-        if validates:
-            scores = validate(lambda x: predict(state, x), prepared, config)  # noqa: B023
-            writer.write(step, scores)
-            organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
-            say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
-            zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}
-            if zero & zero_before:
-                organs = ", ".join(sorted(zero & zero_before))
-                say(f"WARNING: validation Dice stays 0 for {organs}")
-            zero_before = zero
-            checkpoints.save(state, scores["val/dice"])
-    writer.close()
+    with contextlib.closing(Writer(workdir, start)) as writer:
+        for step, batch in enumerate(progress, start + 1):
+            state, metrics = train_step(state, batch)
+            unlogged.append(metrics)
+            validates = step % config.eval_every == 0 or step == config.total_steps
+            if validates or step % config.log_every == 0:
+                means = _means(unlogged, step, checkpoints)
+                unlogged = []
+                means["lr"] = float(schedule(step - 1))
+                writer.write(step, means)
+                progress.set_postfix(loss=f"{means['loss']:.3f}")
+                if progress.disable:
+                    say(f"step {step}/{config.total_steps}  loss {means['loss']:.4f}")
+            if validates:
+                if not np.isfinite(optax.global_norm(state.params)):
+                    raise _diverged("a parameter is not finite", step, checkpoints)
+                scores = validate(lambda x: predict(state, x), prepared, config)  # noqa: B023
+                writer.write(step, scores)
+                organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
+                say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
+                zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}
+                stays = zero if step == config.total_steps else zero & zero_before
+                if stays:
+                    organs = ", ".join(sorted(stays))
+                    say(f"WARNING: validation Dice stays 0 for {organs}")
+                zero_before = zero
+                checkpoints.save(state, scores["val/dice"])
     return state
 
 
@@ -179,10 +201,12 @@ def _means(unlogged: list[dict[str, jax.Array]], step: int, checkpoints: Checkpo
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     if not np.isfinite(means["loss"]):
         bad = next(i for i, row in enumerate(rows) if not np.isfinite(row["loss"]))
-        first, kept = step - len(rows) + bad + 1, checkpoints.latest
-        raise UserError(
-            f"the loss is {rows[bad]['loss']} at step {first}; "
-            + (f"the checkpoint of step {kept} is kept; " if kept else "no checkpoint yet; ")
-            + "try a lower --config.optimizer.lr in a new --workdir"
-        )
+        raise _diverged(f"the loss is {rows[bad]['loss']}", step - len(rows) + bad + 1, checkpoints)
     return means
+
+
+def _diverged(what: str, step: int, checkpoints: Checkpoints) -> UserError:
+    kept = checkpoints.latest
+    kept = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
+    advice = "try a lower --config.optimizer.lr in a new --workdir"
+    return UserError(f"{what} at step {step}; {kept}; {advice}")

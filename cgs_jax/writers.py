@@ -23,6 +23,13 @@ def to_json(value: Any, **options: Any) -> str:
     return json.dumps(clean(value), allow_nan=False, **options)
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all: a kill leaves the old one."""
+    unfinished = path.with_name(f"unfinished_{path.name}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     """Lines of metrics.jsonl; a line that a kill broke off is left out."""
     path, lines = workdir / "metrics.jsonl", []
@@ -45,7 +52,7 @@ class Writer:
     def __init__(self, workdir: pathlib.Path, start: int):
         kept = [line for line in read_metrics(workdir) if line["step"] <= start]
         path = workdir / "metrics.jsonl"
-        path.write_text("".join(f"{to_json(line)}\n" for line in kept))
+        write_text(path, "".join(f"{to_json(line)}\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
 
@@ -53,6 +60,8 @@ class Writer:
         """Writes one line and its TensorBoard scalars."""
         self._file.write(to_json({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
+            if not math.isfinite(value):
+                continue
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:

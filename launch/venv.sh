@@ -7,7 +7,7 @@ fi
 if [ ! -x .venv/bin/pip ]; then
   "$python" -m venv .venv || { echo "error: venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
 fi
-stamp=.venv/installed-$(cat requirements.txt pyproject.toml | sha256sum | cut -c1-12)-$#
+stamp=.venv/installed-$({ cat requirements.txt pyproject.toml; echo "$@"; } | sha256sum | cut -c1-12)
 if [ ! -e "$stamp" ]; then
   echo "installing into .venv ..."
   .venv/bin/pip install --quiet --disable-pip-version-check "$@"

@@ -75,8 +75,9 @@ def test_normalise():
     np.testing.assert_allclose(normalise(image, "(-400, 400)"), [0, 0, 0.5, 1, 1])
     np.testing.assert_allclose(normalise(image, "minmax"), [0, 0.15, 0.25, 0.35, 1])
     assert np.isfinite(normalise(np.zeros(3, np.float32), "minmax")).all()
-    with pytest.raises(UserError, match="unknown data.normalise 'zscore'"):
-        normalise(image, "zscore")
+    for wrong in ("zscore", (400, -400), "(400", (1.0, 2.0, 3.0)):
+        with pytest.raises(UserError, match="give .low, high., minmax or percentile"):
+            normalise(image, wrong)
 
 
 def test_prepared_slices_and_volumes(thorax):
@@ -156,11 +157,23 @@ def test_every_slice_once_an_epoch_and_no_label_in_the_unlabelled_stream(thorax)
     assert {x.tobytes() for x in unlabelled} == {x.tobytes() for x in data.images[12:]}
 
 
+def test_labels_may_be_stored_otherwise_than_their_image(thorax):
+    """As floats off by rounding, and in another orientation that its own affine tells."""
+    config, root = thorax
+    expected = np.array(prepare.prepare(config).labels)
+    path = root / "Patient_01" / "GT.nii.gz"
+    label = nib.as_closest_canonical(nib.load(path))
+    save(path, np.asarray(label.dataobj) * np.float32(0.9999999), label.affine)
+    np.testing.assert_array_equal(prepare.prepare(config).labels, expected)
+
+
 def test_fewer_labelled_slices_than_the_batch_repeat(thorax):
     config, _ = thorax
     batches = pipeline.batches(prepare.prepare(config), config, {"labelled": 30}, 0)
     assert batches[0]["labelled"]["image"].shape == (30, 16, 16)
     assert len({x.tobytes() for x in batches[0]["labelled"]["image"]}) == 12
+    single = pipeline.batches(prepare.prepare(config), config, {"labelled": 1}, 0)
+    assert single[39]["labelled"]["label"].shape == (1, 16, 16)
 
 
 def test_hosts_share_one_global_batch(thorax, monkeypatch):
@@ -191,6 +204,7 @@ def test_published_splits():
         ]
         cases = {name: case_lists.Case(name, (), ("label",)) for name in names}
         splits = case_lists.split(cases, config.data, seed=0)
+        case_lists.check(splits, cases, config.data)
         assert tuple(map(len, splits[:3])) == sizes
         assert len(splits.labelled) == labelled
     patients = {case[:10] for case in case_lists.read_list(folder / "acdc" / "labelled_7.txt")}
@@ -214,13 +228,15 @@ def test_random_split_keeps_patients_together():
     assert not patients[0] & patients[1] | patients[0] & patients[2] | patients[1] & patients[2]
 
 
-def test_split_written_by_a_run_is_read_back(tmp_path):
-    data = nnunet.get_config("labelled=3").data
-    cases = {f"c{i}": case_lists.Case(f"c{i}", (), ("label",)) for i in range(10)}
-    splits = case_lists.split(cases, data, seed=0)
-    splits.write(tmp_path / "splits")
-    data.splits = str(tmp_path / "splits")
-    assert case_lists.split(cases, data, seed=5) == splits
+def test_lists_without_validation_hold_out_patients_with_labels(tmp_path):
+    """The published Synapse lists are such: selection must not use the test cases."""
+    data = nnunet.get_config("labelled=2").data
+    cases = {f"c{i}": case_lists.Case(f"c{i}", (), ("x",) if i < 5 else None) for i in range(9)}
+    data.splits = lists(tmp_path, train=[f"c{i}" for i in range(1, 9)], test=["c0"])
+    for seed in range(5):
+        splits = case_lists.split(cases, data, seed)
+        case_lists.check(splits, cases, data)
+        assert (len(splits.train), len(splits.val), splits.test) == (7, 1, ["c0"])
 
 
 def test_acdc_layouts_agree(tmp_path):
@@ -238,7 +254,8 @@ def test_acdc_layouts_agree(tmp_path):
     for name in ("patient001_frame01", "patient001_frame12", "patient002_frame04"):
         path = tmp_path / "nii" / "training" / name[:10] / f"{name}.nii.gz"
         save(path, image.transpose(2, 1, 0), np.diag([-1.5, -1.5, 10, 1]))
-        save(path.with_name(f"{name}_gt.nii.gz"), label.transpose(2, 1, 0).astype(np.uint8))
+        label_path = path.with_name(f"{name}_gt.nii.gz")
+        save(label_path, label.transpose(2, 1, 0).astype(np.uint8), np.diag([-1.5, -1.5, 10, 1]))
     from cgs_jax.data import acdc as module
 
     data = acdc.get_config().data
@@ -335,9 +352,10 @@ def test_bad_nnunet_descriptions(tmp_path):
         prepare.prepare(config)
 
 
-def edit(path, change):
+def edit(path, change, affine=None):
     image = nib.load(path)
-    nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)), image.affine), path)
+    affine = image.affine if affine is None else affine
+    nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)), affine), path)
 
 
 def truncate(path):
@@ -359,13 +377,23 @@ def truncate(path):
             lambda p: edit(p, lambda x: np.where(x > 0, np.nan, x).astype(np.float32)),
             r"Patient_01.nii.gz has \d+ voxels that are NaN",
         ),
+        (
+            "GT.nii.gz",
+            lambda p: edit(p, lambda x: np.where(x > 1, np.nan, x).astype(np.float32)),
+            "GT.nii.gz has label value nan",
+        ),
+        (
+            "GT.nii.gz",
+            lambda p: edit(p, np.array, np.diag([-1, -1, 1, 1])),
+            "GT.nii.gz lies elsewhere",
+        ),
         ("GT.nii.gz", lambda p: p.unlink(), "labelled case Patient_01 has no label"),
         ("Patient_01.nii.gz", lambda p: p.unlink(), "1 of 3 train cases .* such as Patient_01"),
     ],
 )
 def test_bad_scans(thorax, file, damage, message):
     config, root = thorax
-    lists(root.parent / "lists", labelled=["Patient_01", "Patient_02"])
+    lists(root.parent / "lists", labelled_2=["Patient_01", "Patient_02"])
     damage(root / "Patient_01" / file)
     with pytest.raises(UserError, match=message):
         prepare.prepare(config)

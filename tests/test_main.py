@@ -1,10 +1,12 @@
 """The programs as a user starts them: train, resume, evaluate, predict; and their error lines."""
 
 import errno
+import fcntl
 import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,7 +96,7 @@ def trained(scans, tmp_path_factory):
 def test_outputs_of_a_run(trained):
     workdir, printed = trained
     names = ["config.json", "checkpoints", "metrics.jsonl", "tensorboard", "summary.json"]
-    for name in [*names, "curves.png", "overlays.png", "splits/labelled.txt"]:
+    for name in [*names, "curves.png", "overlays.png", "splits.json"]:
         assert (workdir / name).exists(), name
     summary = json.loads((workdir / "summary.json").read_text())
     assert set(summary["test"]["cases"]) == {"Patient_06", "Patient_07"}
@@ -226,6 +228,11 @@ def test_predict_keeps_grid_header_and_name(trained, scans, tmp_path):
     assert start([*line, "--overwrite"]).returncode == 0
     with pytest.raises(UserError, match="would replace the input"):
         predict.predict(workdir, inputs, inputs, overwrite=True)
+    (inputs / "b.nii").write_bytes(b"damaged")
+    (tmp_path / "labels" / "c.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"b.nii is not a whole NIfTI.*; 2 others are written to"):
+        predict.predict(workdir, inputs, tmp_path / "labels", overwrite=True)
+    assert (tmp_path / "labels" / "c.nii.gz").exists()
     with pytest.raises(UserError, match="no such file or folder"):
         predict.predict(workdir, tmp_path / "nothing", tmp_path / "labels")
     with pytest.raises(UserError, match="holds no run"):
@@ -251,22 +258,25 @@ def test_prediction_scores_as_the_evaluation_says(trained, scans, tmp_path):
         assert dice == pytest.approx(summary["test"]["cases"]["Patient_07"][organ]["dice"])
 
 
-def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(scans, tmp_path, monkeypatch):
-    config = config_of(scans)
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (42, r"the loss is (nan|inf) at step 4[3-5]; the checkpoint of step 40 is kept"),
+        (39, r"a parameter is not finite at step 40; the checkpoint of step 20 is kept"),
+    ],
+)
+def test_nan_stops_and_keeps_the_last_good_checkpoint(scans, tmp_path, monkeypatch, last, message):
     make = optim.make_optimizer
 
     def explodes(config):
-        schedule = lambda step: jax.numpy.where(step < 42, 0.01, 1e30)  # noqa: E731
+        schedule = lambda step: jax.numpy.where(step < last, 0.01, jax.numpy.nan)  # noqa: E731
         return optim.sgd(schedule, 0.9, 1e-4), make(config)[1]
 
     monkeypatch.setattr(optim, "make_optimizer", explodes)
-    with pytest.raises(
-        UserError, match=r"the loss is (nan|inf) at step 4[3-5]; the checkpoint of step 40"
-    ):
-        main.run(config, tmp_path / "run")
-    monkeypatch.undo()
+    with pytest.raises(UserError, match=message):
+        main.run(config_of(scans, "supervised"), tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run")
-    assert checkpoints.latest == 40
+    assert checkpoints.latest == last // 20 * 20
     checkpoints.close()
 
 
@@ -298,6 +308,9 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         ({"method.plan": "quick"}, "unknown --config.method.plan 'quick'; there are: full, lean"),
         ({"inference": "both"}, "unknown inference 'both'"),
         ({"data.size": 18}, "data.size=18 does not divide by 4"),
+        ({"batch.unlabelled": 0}, "batch.unlabelled must be at least 1"),
+        ({"eval_every": 0}, "eval_every must be at least 1"),
+        ({"model.dropout": (0.1,)}, "model.dropout and model.channels must have the same length"),
     ],
 )
 def test_bad_options(trained, scans, fields, message):
@@ -305,9 +318,27 @@ def test_bad_options(trained, scans, fields, message):
         main.run(config_of(scans, **fields), trained[0])
 
 
-def test_evaluating_a_folder_without_run(scans, tmp_path):
+def test_workdir_without_a_whole_run(trained, scans, tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         main.run(config_of(scans, total_steps=0), tmp_path / "nothing")
+    with pytest.raises(UserError, match="data.labelled=9, but only 2 patients"):
+        main.run(config_of(scans, **{"data.labelled": 9}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()  # so the mended command can use it
+    shutil.copytree(trained[0], tmp_path / "damaged")
+    for file in (tmp_path / "damaged" / "checkpoints").glob("*/state/manifest.ocdbt"):
+        file.unlink()
+    with pytest.raises(UserError, match="checkpoints/[0-9]+ is damaged"):
+        main.run(config_of(scans, total_steps=0), tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json or splits.json in .* is damaged"):
+        main.run(config_of(scans), tmp_path / "damaged")
+
+
+def test_two_processes_in_one_workdir(trained, scans):
+    with open(trained[0] / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is working in"):
+            main.run(config_of(scans, total_steps=0), trained[0])
 
 
 @pytest.mark.parametrize(
@@ -353,7 +384,7 @@ def test_hippocampus_end_to_end(test_data, tmp_path):
     workdir = tmp_path / "run"
     summary = main.run(config, workdir)
     assert list(summary["test"]["organs"]) == ["anterior", "posterior"]
-    train_cases = (workdir / "splits" / "train.txt").read_text().split()
+    train_cases = json.loads((workdir / "splits.json").read_text())["train"]
     labels = pathlib.Path(config.data.root) / "labelsTr"
     unlabelled = [c for c in train_cases if not (labels / f"{c}.nii.gz").exists()]
     assert len(unlabelled) == 12

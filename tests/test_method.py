@@ -169,13 +169,14 @@ def test_training_starts_from_given_weights(tmp_path, suffix):
         pytest.importorskip("safetensors.numpy").save_file(weights, path)
     config.model.weights = str(path)
     method = train.make_method(config)
+    train.start_from_weights(method, config)
     state = train.init_state(method, optim.make_optimizer(config)[0], config, make_mesh())
     for tree in (state.params, state.extra["params"]):
         jax.tree.map(np.testing.assert_array_equal, tree, variables["params"])
     (tmp_path / "weights.pth").write_bytes(b"")
     config.model.weights = str(tmp_path / "weights.pth")
     with pytest.raises(UserError, match="pickles run code"):
-        train.make_method(config)
+        train.start_from_weights(method, config)
 
 
 def test_image_and_label_move_together():

@@ -26,9 +26,9 @@ def find(data: ConfigDict) -> dict[str, Case]:
             if not path.name.endswith("_gt.nii.gz"):
                 frames.setdefault(path.name.split("_")[0], []).append(path)
     for patient, paths in frames.items():
+        paths = [path for path in paths if _truth(path).exists()] or paths
         for i, path in enumerate(paths, 1):
-            label = path.with_name(path.name.replace(".nii.gz", "_gt.nii.gz"))
-            name = f"{patient}_frame{i:02d}"
+            name, label = f"{patient}_frame{i:02d}", _truth(path)
             cases[name] = Case(name, (path,), (label,) if label.exists() else None)
     if not cases:
         raise UserError(
@@ -37,6 +37,10 @@ def find(data: ConfigDict) -> dict[str, Case]:
             "patient001_frame01_gt.nii.gz (humanheart-project.creatis.insa-lyon.fr)"
         )
     return cases
+
+
+def _truth(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name.replace(".nii.gz", "_gt.nii.gz"))
 
 
 def read(case: Case, data: ConfigDict) -> Volume:

@@ -23,81 +23,70 @@ class Splits(NamedTuple):
     test: list[str]
     labelled: list[str]
 
-    def write(self, folder: pathlib.Path) -> None:
-        """Writes the lists as text files, which `split` takes."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, cases in self._asdict().items():
-            (folder / f"{name}.txt").write_text("".join(f"{case}\n" for case in cases))
-
 
 def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     """Splits by the lists in `data.splits`, else by the published ones, else at random by patient.
 
     The random split depends on `seed` alone: it holds out `data.val_fraction` and, where no case is
     marked for testing, `data.test_fraction` of the patients with labels; scans without label train.
-
-    Raises:
-      UserError: a list is missing, names a case that is not there or has no label where it needs
-        one, or puts a patient into two of train, val and test.
+    Lists without `val.txt` hold out validation patients likewise: the test set must not select.
+    `labelled_N.txt`, or else the first N patients of `train.txt`, are the labelled ones.
     """
-    folder = pathlib.Path(data.splits or pathlib.Path(__file__).parent / "splits" / data.name)
-    if folder.is_dir() or data.splits:
-        train, test = read_list(folder / "train.txt"), read_list(folder / "test.txt")
-        val = folder / "val.txt"
-        if val.exists():
-            val = read_list(val)
-        else:  # published without validation list: selection must not use the test cases
-            train, val = hold_out(train, [data.val_fraction], seed, data.patient)
+    published = pathlib.Path(__file__).parent / "splits" / data.name
+    folder = pathlib.Path(data.splits) if data.splits else published
+    if not folder.is_dir() and not data.splits:
+        return _random_split(cases, data, seed)
+    train, test = read_list(folder / "train.txt"), read_list(folder / "test.txt")
+    if (folder / "val.txt").exists():
+        val = read_list(folder / "val.txt")
     else:
-        folder = "the random split"
-        test = [name for name, case in cases.items() if case.test]
-        rest = [name for name, case in cases.items() if case.label and not case.test]
-        if test:
-            rest, val = hold_out(rest, [data.val_fraction], seed, data.patient)
-        else:
-            fractions = [data.val_fraction, data.test_fraction]
-            rest, val, test = hold_out(rest, fractions, seed, data.patient)
-        held_out = {patient(name, data.patient) for name in val + test}
-        only_images = [name for name, case in cases.items() if not case.label and not case.test]
-        only_images = [name for name in only_images if patient(name, data.patient) not in held_out]
-        train = rest + only_images
-    labelled = _labelled(folder, train, cases, data)
-    splits = Splits(train, val, test, labelled)
-    _check(splits, cases, data, folder)
-    return splits
-
-
-def _labelled(folder, train, cases, data):
-    if folder != "the random split":
-        for name in ("labelled", f"labelled_{data.labelled}"):
-            if (folder / f"{name}.txt").exists():
-                return read_list(folder / f"{name}.txt")
+        with_label = [name for name in train if name not in cases or cases[name].label]
+        _, val = hold_out(with_label, [data.val_fraction], seed, data.patient)
+        held_out = {patient(name, data.patient) for name in val}
+        train = [name for name in train if patient(name, data.patient) not in held_out]
+    path = folder / f"labelled_{data.labelled}.txt"
+    if path.exists():
+        return Splits(train, val, test, read_list(path))
     with_label = [name for name in train if name in cases and cases[name].label]
-    return first_patients(with_label, data.labelled, data.patient)
+    return Splits(train, val, test, first_patients(with_label, data.labelled, data.patient))
 
 
-def _check(splits, cases, data, folder):
+def _random_split(cases, data, seed):
+    test = [name for name, case in cases.items() if case.test]
+    rest = [name for name, case in cases.items() if case.label and not case.test]
+    fractions = [data.val_fraction] + [data.test_fraction] * (not test)
+    rest, val, *drawn = hold_out(rest, fractions, seed, data.patient)
+    test = test or drawn[0]
+    held_out = {patient(name, data.patient) for name in val + test}
+    only_images = [name for name, case in cases.items() if not case.label]
+    train = rest + [n for n in only_images if patient(n, data.patient) not in held_out]
+    return Splits(train, val, test, first_patients(rest, data.labelled, data.patient))
+
+
+def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
+    """Raises UserError where a list is empty, names a case that is not there or has no label where
+    it needs one, or where a patient is in two of train, val and test."""
     for name, listed in splits._asdict().items():
         if not listed:
-            raise UserError(f"no {name} cases for {data.root} (by {folder})")
+            raise UserError(f"no {name} cases for {data.root}; see --config.data.splits")
         missing = [case for case in listed if case not in cases]
         if missing:
             raise UserError(
-                f"{len(missing)} of {len(listed)} {name} cases by {folder} are not in {data.root}, "
-                f"such as {missing[0]}; add them or give other lists with --config.data.splits"
+                f"{len(missing)} of {len(listed)} {name} cases are not in {data.root}, such as "
+                f"{missing[0]}; add them or give other lists with --config.data.splits"
             )
         without = [case for case in listed if not cases[case].label]
         if without and name != "train":
             raise UserError(f"{name} case {without[0]} has no label file in {data.root}")
     stray = set(splits.labelled) - set(splits.train)
     if stray:
-        raise UserError(f"labelled case {sorted(stray)[0]} is not a training case by {folder}")
+        raise UserError(f"labelled case {sorted(stray)[0]} is not a training case")
     seen = {}
     for name in ("train", "val", "test"):
         for case in getattr(splits, name):
             who = patient(case, data.patient)
             if seen.setdefault(who, name) != name:
-                raise UserError(f"patient {who} is in {seen[who]} and in {name} by {folder}")
+                raise UserError(f"patient {who} is in {seen[who]} and in {name}")
 
 
 def read_list(path: pathlib.Path) -> list[str]:
@@ -112,8 +101,11 @@ def read_list(path: pathlib.Path) -> list[str]:
 
 def patient(case: str, pattern: str) -> str:
     """Patient of a case: the first group of the regular expression `pattern`."""
-    match = re.match(pattern, case)
-    return match.group(1) if match else case
+    try:
+        match = re.match(pattern, case)
+        return match.group(1) if match else case
+    except (re.error, IndexError) as error:
+        raise UserError(f"data.patient={pattern!r} needs a group in parentheses: {error}") from None
 
 
 def first_patients(cases: list[str], count: int, pattern: str) -> list[str]:

@@ -26,6 +26,8 @@ def find(data: ConfigDict) -> dict[str, Case]:
     cases = {}
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
         for path in sorted((root / images).glob(f"*{ending}")):
+            if path.name.startswith("."):
+                continue
             stem = path.name.removesuffix(ending)
             name, _, channel = stem.rpartition("_")
             if channel != "0000":
@@ -45,7 +47,7 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
     if all(key.isdigit() for key in labels):  # the older layout: value -> name
         labels = {name: int(value) for value, name in labels.items()}
     names = sorted((v, k) for k, v in labels.items() if isinstance(v, int))
-    if len(names) < 2 or [v for v, _ in names] != list(range(len(labels))):
+    if len(names) < 2 or "ignore" in labels or [v for v, _ in names] != list(range(len(labels))):
         raise UserError(f"{path}: labels must be background 0 and organs 1, 2, ...; got {labels}")
     return tuple(name for _, name in names[1:])
 

@@ -41,10 +41,10 @@ def _grid(rng, size, depth):
     line = ((np.arange(size, dtype=np.float32) + 0.5) / size - 0.5) * FOV_MM
     w = (np.arange(depth, dtype=np.float32) + 0.5) / depth
     # deforming the coordinates deforms every organ at once and keeps image and label aligned
-    x, y = (3 * _field(rng, (size, size, depth), (5, 5, 4)) for _ in range(2))
-    x += line[:, None, None] - rng.normal(0, 5) + rng.normal(0, 8) * (w - 0.5)
-    y += line[None, :, None] - rng.normal(0, 5) + rng.normal(0, 8) * (w - 0.5)
-    turn, stretch = rng.normal(0, 0.05), rng.uniform(0.93, 1.07, 2).tolist()
+    x, y = (4.5 * _field(rng, (size, size, depth), (5, 5, 4)) for _ in range(2))
+    x += line[:, None, None] - rng.normal(0, 10) + rng.normal(0, 12) * (w - 0.5)
+    y += line[None, :, None] - rng.normal(0, 10) + rng.normal(0, 12) * (w - 0.5)
+    turn, stretch = rng.normal(0, 0.1), rng.uniform(0.86, 1.14, 2).tolist()
     c, s = float(np.cos(turn)), float(np.sin(turn))
     x, y = (c * x + s * y) / stretch[0], (c * y - s * x) / stretch[1]
     return x, y, w * np.float32(rng.uniform(0.95, 1.04)) + np.float32(rng.uniform(-0.02, 0.02))
@@ -54,9 +54,9 @@ def _path(rng, w, *nodes):
     """Wobbling centre line near `nodes` (w, x mm, y mm) from bottom to top: x, y [depth] mm."""
     at, *axes = np.transpose(nodes)
     for axis in axes:
-        line = PchipInterpolator(at, axis + rng.normal(0, 1.5, len(axis)))(w)
+        line = PchipInterpolator(at, axis + rng.normal(0, 2.5, len(axis)))(w)
         wave = np.sin(2 * np.pi * (rng.uniform(0.6, 1.6) * w + rng.random()))
-        yield (line + rng.normal(0, 1.5) * wave).astype(np.float32)
+        yield (line + rng.normal(0, 2.5) * wave).astype(np.float32)
 
 
 def _tube(x, y, cx, cy, rx, ry):
@@ -104,8 +104,8 @@ def _airway(rng, x, y, w, carina, r):
 
 def _heart(rng, x, y, w):
     """Radius of the heart (1 on the surface) and a mask of its muscle: free wall and septum."""
-    a, b = 60 * rng.uniform(0.9, 1.1), 47 * rng.uniform(0.9, 1.1)
-    top, c, turn = rng.uniform(0.44, 0.48), rng.uniform(0.21, 0.25), rng.normal(0.6, 0.12)
+    a, b = 60 * rng.uniform(0.82, 1.18), 47 * rng.uniform(0.82, 1.18)
+    top, c, turn = rng.uniform(0.4, 0.5), rng.uniform(0.2, 0.26), rng.normal(0.6, 0.2)
     cos, sin = float(np.cos(turn)), float(np.sin(turn))
     # the back stays before the esophagus whatever the size; the apex leans left and down
     gx, gy = x - 16 + 60 * (w - top + c), y - 11 + float(np.hypot(a * sin, b * cos))
@@ -171,7 +171,7 @@ def make_case(rng, size=128, depth=32):
     background, 1 esophagus, 2 heart, 3 trachea, 4 aorta.
     """
     x, y, w = _grid(rng, size, depth)
-    thick, wide, bore = rng.uniform(0.87, 1.13, 3).tolist()
+    thick, wide, bore = rng.uniform(0.78, 1.25, 3).tolist()
     aorta, foot = _aorta(rng, x, y, w, thick)
     carina = foot - rng.uniform(0.08, 0.12)
     trachea, bronchi = _airway(rng, x, y, w, carina, 9.5 * bore)
@@ -179,7 +179,7 @@ def make_case(rng, size=128, depth=32):
     gullet = _path(rng, w, (-0.1, 6, 12), (0.25, 3, 18), (0.5, 2, 16), (0.75, 2, 14), (1.1, 4, 16))
     esophagus = _tube(x, y, *gullet, 8.6 * wide, 6.5 * wide)
     enhanced = rng.random() < 0.6  # contrast agent in some scans only
-    blood, meat = rng.uniform((110, 65), (200, 95)) if enhanced else rng.uniform(38, 56, 2)
+    blood, meat = rng.uniform((90, 60), (300, 110)) if enhanced else rng.uniform(38, 56, 2)
     vessels = list(_vessels(rng, x, y, w, foot, blood))
 
     core = (aorta < 1.25) | (heart < 1.06) | (trachea < 1.4) | (bronchi < 1.5) | (esophagus < 1.4)
@@ -195,7 +195,7 @@ def make_case(rng, size=128, depth=32):
     for field, _, value in vessels:
         hu[field < 1] = value
     hu[aorta < 1] = blood
-    hu[esophagus < 1] = rng.uniform(22, 50)
+    hu[esophagus < 1] = rng.uniform(15, 55)
     # swallowed gas fills the lumen along some stretches of some cases only
     gas = np.sin(2 * np.pi * (rng.uniform(0.7, 2) * w + rng.random())) > rng.uniform(0, 2)
     hu[(esophagus < 0.45) & gas] = -800
@@ -210,7 +210,7 @@ def make_case(rng, size=128, depth=32):
     label[(trachea < 1) | ((bronchi < 1) & (w > carina - 0.05))] = TRACHEA
     # blur stands for partial volume, filtered noise for the grain of a reconstruction kernel
     noise = gaussian_filter(rng.standard_normal(x.shape, dtype=np.float32), (0.7, 0.7, 0.3))
-    noise *= rng.uniform(10, 25) / noise.std()
+    noise *= rng.uniform(10, 40) / noise.std()
     hu = np.rint(gaussian_filter(hu, (0.6, 0.6, 0.3)) + noise)
     return np.clip(hu, -1024, 3071).astype(np.int16), label
 
@@ -256,7 +256,7 @@ def main():
     names = [f"Patient_{i:02d}" for i in range(1, 41)]
     try:
         write(args.out, {n: n in labelled for n in names}, args.size, args.depth, args.seed)
-    except UserError as error:
+    except (UserError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
 
 

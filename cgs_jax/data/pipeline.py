@@ -51,7 +51,11 @@ def batches(
             return arrays | ({"label": prepared.labels[at]} if name == "labelled" else {})
 
         order = grain.MapDataset.range(len(rows[name])).seed(2 * config.seed + i).shuffle()
-        return order.repeat().batch(size, batch_fn=list)[start : config.total_steps].map(gather)
+        return (
+            order.repeat()
+            .batch(size, drop_remainder=True, batch_fn=list)[start : config.total_steps]
+            .map(gather)
+        )
 
     parts = {k: stream(i, k, n) for i, (k, n) in enumerate(sizes.items()) if n}
     zipped = grain.experimental.ZipMapDataset(list(parts.values()))

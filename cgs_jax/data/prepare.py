@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cgs_jax.data import case_lists
-from cgs_jax.data.volume import SLICINGS, Case, Volume, check_label, resize
+from cgs_jax.data.volume import Case, Volume, check_label, resize
 from cgs_jax.errors import UserError
 from cgs_jax.modules import load_by_name
 
@@ -69,10 +69,6 @@ def quantise(image: np.ndarray) -> np.ndarray:
 
 def dataset(config: ConfigDict) -> ModuleType:
     """The module of `config.data.name`; fills in the classes where they come with the data."""
-    if config.data.slicing not in SLICINGS:
-        raise UserError(
-            f"unknown data.slicing {config.data.slicing!r}; there are: {', '.join(SLICINGS)}"
-        )
     module = load_by_name("cgs_jax.data", config.data.name, "data set")
     if config.data.root and not pathlib.Path(config.data.root).is_dir():
         raise UserError(f"no folder {config.data.root!r} (--config.data.root)")
@@ -81,23 +77,25 @@ def dataset(config: ConfigDict) -> ModuleType:
     return module
 
 
-def prepare(config: ConfigDict) -> Prepared:
-    """Finds the scans, splits them, and makes the arrays unless they are there.
+def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prepared:
+    """Finds the scans, splits them unless `splits` is given, and makes the arrays once.
 
     Raises:
       UserError: scans are missing, broken or do not fit the configuration.
     """
     module, data = dataset(config), config.data
     cases = module.find(data)
-    splits = case_lists.split(cases, data, config.seed)
+    splits = splits or case_lists.split(cases, data, config.seed)
+    case_lists.check(splits, cases, data)
     cache = pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
     folder = cache / f"{data.name}_{data.size}_{_fingerprint(cases, splits, data)}"
     if not (folder / "index.json").exists():
         try:
             _write(folder, module, cases, splits, data)
-        except PermissionError as error:
+        except OSError as error:
             raise UserError(
-                f"can not write to {cache} ({error}); choose a folder with --config.data.cache"
+                f"can not write to {cache} ({error.strerror}); choose a folder with "
+                "--config.data.cache"
             ) from error
     return Prepared(folder, splits, data.size)
 

@@ -1,6 +1,5 @@
 """Reading volumes: NIfTI orientation and checks, intensities to [0, 1], nearest resizing."""
 
-import ast
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -47,6 +46,16 @@ class Scan(NamedTuple):
     permutation: tuple[int, ...]
     flipped: tuple[int, ...]
     nifti: Any
+
+    @property
+    def affine(self) -> np.ndarray:
+        """World coordinates (mm) of `array`'s indices, in the order of the file's axes turned."""
+        start = [n - 1 if i in self.flipped else 0 for i, n in enumerate(self.array.shape)]
+        step = [-1 if i in self.flipped else 1 for i in range(3)]
+        turn = np.zeros((4, 4))
+        turn[self.permutation, range(3)], turn[self.permutation, 3] = step, start
+        turn[3, 3] = 1
+        return self.nifti.affine @ turn
 
     def to_stored(self, array: np.ndarray) -> np.ndarray:
         """[slice, row, column] -> axes and directions of the file."""
@@ -121,8 +130,9 @@ def read_nifti_case(case: Case, data: Any) -> Volume:
     if case.label is None:
         return Volume(image, None, scan.spacing)
     label = read_nifti(case.label[0], data.slicing)
-    if (label.permutation, label.flipped) != (scan.permutation, scan.flipped):
-        raise UserError(f"{case.label[0]} is oriented unlike its image {case.image[0]}")
+    same_shape = label.array.shape == scan.array.shape  # else `check_label` has its say
+    if same_shape and not np.allclose(scan.affine, label.affine, rtol=1e-3, atol=0.1):
+        raise UserError(f"{case.label[0]} lies elsewhere than {case.image[0]}: affines differ")
     return Volume(image, label.array, scan.spacing)
 
 
@@ -132,6 +142,8 @@ def finite(image: np.ndarray, path: pathlib.Path) -> np.ndarray:
     Raises:
       UserError: it holds NaN or infinity; names the file.
     """
+    if image.dtype.kind not in "biuf":
+        raise UserError(f"{path} holds {image.dtype} values; one intensity a voxel is read")
     image = np.ascontiguousarray(image, np.float32)
     bad = np.count_nonzero(~np.isfinite(image))
     if bad:
@@ -149,12 +161,12 @@ def check_label(
     """
     if label.shape != image.shape:
         raise UserError(f"{path} has shape {label.shape}, its image {image.shape} (slices first)")
-    values = np.unique(label)
-    odd = [v for v in values if v != int(v) or not 0 <= v <= len(classes)]
-    if odd:
+    rounded = np.rint(label)  # float labels may be off by rounding
+    valid = (abs(label - rounded) < 1e-3) & (rounded >= 0) & (rounded <= len(classes))
+    if not valid.all():
         names = ", ".join(f"{i} {name}" for i, name in enumerate(("background", *classes)))
-        raise UserError(f"{path} has label value {odd[0]:g}; the classes are {names}")
-    return np.ascontiguousarray(label, np.uint8)
+        raise UserError(f"{path} has label value {label[~valid][0]:g}; the classes are {names}")
+    return np.ascontiguousarray(rounded, np.uint8)
 
 
 def normalise(image: np.ndarray, how: Sequence[float] | str) -> np.ndarray:
@@ -163,16 +175,19 @@ def normalise(image: np.ndarray, how: Sequence[float] | str) -> np.ndarray:
     `how`: (low, high) for a fixed window such as Hounsfield units; 'minmax' of the volume;
     'percentile' for its 0.5 and 99.5 percentiles.
     """
-    if isinstance(how, str) and how.startswith("("):  # from the command line
-        how = ast.literal_eval(how)
-    if how == "minmax":
+    if isinstance(how, str) and how.startswith("("):
+        how = how.strip("()").split(",")  # from the command line
+    if how in ("minmax", ("minmax",)):
         low, high = float(image.min()), float(image.max())
-    elif how == "percentile":
+    elif how in ("percentile", ("percentile",)):
         low, high = (float(v) for v in np.percentile(image, (0.5, 99.5)))
-    elif isinstance(how, str):
-        raise UserError(f"unknown data.normalise {how!r}: (low, high), 'minmax' or 'percentile'")
     else:
-        low, high = how
+        try:
+            low, high = map(float, how)
+        except ValueError:
+            low = high = 0.0
+        if low >= high:
+            raise UserError(f"data.normalise={how!r}: give (low, high), minmax or percentile")
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1, dtype=np.float32)
 
 

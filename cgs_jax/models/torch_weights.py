@@ -9,6 +9,7 @@ from typing import Any
 
 import flax
 import numpy as np
+import safetensors.numpy
 
 from cgs_jax.errors import UserError
 
@@ -115,9 +116,7 @@ def read(path: str) -> Arrays:
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)
         if suffix == ".safetensors":
-            from safetensors.numpy import load_file  # an optional dependency
-
-            return load_file(path)
+            return safetensors.numpy.load_file(path)
     except FileNotFoundError:
         raise UserError(f"no weights at {path}") from None
     except Exception as error:
