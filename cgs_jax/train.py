@@ -160,7 +160,7 @@ def train(
                 if progress.disable:
                     say(f"step {step}/{config.total_steps}  loss {means['loss']:.4f}")
             if validates:
-                if not np.isfinite(optax.global_norm(state.params)):
+                if not np.isfinite(optax.tree.norm(state.params)):
                     raise _diverged("a parameter is not finite", step, checkpoints)
                 scores = validate(lambda x: predict(state, x), prepared, config)  # noqa: B023
                 writer.write(step, scores)
