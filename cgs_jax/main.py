@@ -72,7 +72,7 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
         summary[split] = evaluate.summarise(results)
     write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
     plots.curves(read_metrics(workdir), config.data.classes, workdir / "curves.png")
-    plots.overlays(looks, results, config.data.classes, workdir / "overlays.png")
+    plots.overlays(looks, results, config.data, workdir / "overlays.png")
     say(f"\ntest, best validation checkpoint (step {step}), {len(results)} cases")
     say(evaluate.table(summary["test"]))
     for name in ("summary.json", "curves.png", "overlays.png"):

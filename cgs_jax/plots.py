@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from ml_collections import ConfigDict
 
 from cgs_jax.evaluate import Results, mean
 
@@ -57,9 +58,14 @@ class Looks:
 
 
 def overlays(
-    looks: Looks, results: Results, classes: tuple[str, ...], path: pathlib.Path, count: int = 4
+    looks: Looks, results: Results, data: ConfigDict, path: pathlib.Path, count: int = 4
 ) -> None:
-    """Image, truth and prediction of `count` cases, from the worst mean Dice to the best."""
+    """Image, truth and prediction of `count` cases, from the worst mean Dice to the best.
+
+    Oriented scans are shown as radiologists look at them: anterior or superior up, and the
+    patient's right on the left.
+    """
+    classes = data.classes
 
     def dice(case):
         return mean(s["dice"] for s in results[case].values())
@@ -77,20 +83,23 @@ def overlays(
             (None, truth, label),
             strict=True,
         ):
-            axes.imshow(image, cmap="gray", origin="lower")
+            axes.imshow(image, cmap="gray")
             if overlay is not None:
                 shown = np.ma.masked_equal(overlay, 0)
                 axes.imshow(
                     shown,
                     cmap=colours,
                     alpha=0.55,
-                    origin="lower",
                     interpolation="nearest",
                     vmin=1,
                     vmax=len(classes) + 1e-3,
                 )
             axes.set_title(title, fontsize=9)
             axes.axis("off")
+            if data.slicing != "stored":
+                axes.invert_yaxis()
+            if data.slicing in ("axial", "coronal"):
+                axes.invert_xaxis()
     patches = [Patch(color=colour(i), label=organ) for i, organ in enumerate(classes)]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(classes)))
     figure.savefig(path, dpi=110)

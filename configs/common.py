@@ -45,7 +45,8 @@ def get_config(method: str) -> ConfigDict:
     config.optimizer.power = 0.9  # lr (1 - t/T)^power
 
     config.augment = ConfigDict()
-    config.augment.flip = 0.5  # probability of a mirror image (rot90^k, then a flip)
+    # probability of a mirror image (rot90^k, then a flip); 0 where left and right differ
+    config.augment.flip = 0.5
     config.augment.rotate = 0.5  # else: probability of a rotation
     config.augment.degrees = 20.0
     config.augment.jitter = 0.8  # probability of brightness and contrast in the strong view
