@@ -55,7 +55,7 @@ def get_config(method: str) -> ConfigDict:
     config.inference = "generalist"  # or 'specialists': their merged scores
     config.method = ConfigDict({"name": method})
     config.data = ConfigDict()
-    config.data.root = ""  # folder of the data set
+    config.data.root = "data"  # folder of the data set
     config.data.cache = ""  # prepared data; '' means ROOT/cgs_cache
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
     config.data.splits = ""  # folder of train.txt, val.txt, test.txt; '': published, else random

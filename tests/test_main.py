@@ -70,8 +70,9 @@ def command(scans, workdir, *options, program="main"):
     return [*line, *options]
 
 
-def start(line):
-    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+def start(line, **environment):
+    options = {"cwd": REPOSITORY, "env": os.environ | environment, "timeout": 300}
+    return subprocess.run(line, capture_output=True, text=True, **options)
 
 
 def final_state(workdir, config):
@@ -171,18 +172,9 @@ def test_eight_devices_give_the_numbers_of_one(scans, tmp_path):
     options += ["--config.total_steps=6", "--config.log_every=1"]
     losses = []
     for devices in (1, 8):
-        environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"
-        }
+        flags = f"--xla_force_host_platform_device_count={devices}"
         workdir = tmp_path / f"devices{devices}"
-        done = subprocess.run(
-            command(scans, workdir, *options),
-            cwd=REPOSITORY,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = start(command(scans, workdir, *options), XLA_FLAGS=flags)
         assert done.returncode == 0, done.stderr
         assert f"{devices} device(s)" in done.stdout
         lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
@@ -348,7 +340,10 @@ def test_two_processes_in_one_workdir(trained, scans):
     [
         (["--config.nosuch=3"], "unknown config field"),
         (["--config.total_steps=many"], "total_steps"),
-        (["--config.data.root=/nonexistent/folder"], "no folder '/nonexistent/folder'"),
+        (
+            ["--config.data.root=/nonexistent/folder"],
+            "no SegTHOR in '/nonexistent/folder': --config.data.root",
+        ),
         (["--workdir=/dev/null/run"], "can not write to --workdir /dev/null/run"),
     ],
 )

@@ -73,12 +73,6 @@ def test_relabel_by_hand():
     np.testing.assert_array_equal(pl.relabel(labels, 3), expected)
 
 
-def test_ihed_by_hand():
-    # pixels: all background | target of head 0 | both claim it | one says remaining, one background
-    votes = jnp.array([[0, 1, 1, 2], [0, 2, 1, 0]]).reshape(2, 1, 2, 2)
-    np.testing.assert_array_equal(pl.ihed_mask(votes), [[[True, True], [False, False]]])
-
-
 @pytest.mark.parametrize("k", range(1, 9))
 def test_ihed_sum_test_is_the_rule(k):
     """All say background, or one says target and all others remaining: over all 3^K votes."""

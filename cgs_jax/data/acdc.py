@@ -16,7 +16,7 @@ from cgs_jax.errors import UserError
 
 def find(data: ConfigDict) -> dict[str, Case]:
     """Cases below `data.root`, in either layout."""
-    root = pathlib.Path(data.root or "/nonexistent")
+    root = pathlib.Path(data.root)
     cases = slices.group_slices(root / "data" / "slices", r"(patient\d+_frame\d+)_slice_(\d+)\.h5")
     for path in sorted(root.glob("data/patient*.h5")):
         cases.setdefault(path.stem, Case(path.stem, (path,), (path,)))

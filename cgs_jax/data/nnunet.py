@@ -17,10 +17,7 @@ read = read_nifti_case
 
 def find(data: ConfigDict) -> dict[str, Case]:
     """Cases of `data.root`."""
-    root, ending = (
-        pathlib.Path(data.root or "/nonexistent"),
-        _description(data).get("file_ending", ".nii.gz"),
-    )
+    root, ending = (pathlib.Path(data.root), _description(data).get("file_ending", ".nii.gz"))
     if ending not in (".nii.gz", ".nii"):
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; NIfTI is read")
     cases = {}
@@ -42,7 +39,7 @@ def find(data: ConfigDict) -> dict[str, Case]:
 
 def classes(data: ConfigDict) -> tuple[str, ...]:
     """Names of the organs 1, 2, ... from dataset.json."""
-    path = pathlib.Path(data.root or "/nonexistent") / "dataset.json"
+    path = pathlib.Path(data.root) / "dataset.json"
     labels = _description(data).get("labels", {})
     if all(key.isdigit() for key in labels):  # the older layout: value -> name
         labels = {name: int(value) for value, name in labels.items()}
@@ -53,7 +50,7 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
 
 
 def _description(data):
-    path = pathlib.Path(data.root or "/nonexistent") / "dataset.json"
+    path = pathlib.Path(data.root) / "dataset.json"
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):

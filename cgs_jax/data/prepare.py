@@ -70,8 +70,6 @@ def quantise(image: np.ndarray) -> np.ndarray:
 def dataset(config: ConfigDict) -> ModuleType:
     """The module of `config.data.name`; fills in the classes where they come with the data."""
     module = load_by_name("cgs_jax.data", config.data.name, "data set")
-    if config.data.root and not pathlib.Path(config.data.root).is_dir():
-        raise UserError(f"no folder {config.data.root!r} (--config.data.root)")
     if not config.data.classes:
         config.data.classes = module.classes(config.data)
     return module

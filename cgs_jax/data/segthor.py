@@ -17,9 +17,7 @@ read = read_nifti_case
 def find(data: ConfigDict) -> dict[str, Case]:
     """Cases in `data.root` or its folder `train`."""
     cases = {}
-    for path in sorted(
-        pathlib.Path(data.root or "/nonexistent").glob("**/Patient_*/Patient_*.nii.gz")
-    ):
+    for path in sorted(pathlib.Path(data.root).glob("**/Patient_*/Patient_*.nii.gz")):
         name, label = path.parent.name, path.with_name("GT.nii.gz")
         if path.name == f"{name}.nii.gz":
             cases[name] = Case(name, (path,), (label,) if label.exists() else None)

@@ -20,7 +20,7 @@ BTCV_LABELS = (8, 4, 3, 2, 6, 11, 1, 7)
 
 def find(data: ConfigDict) -> dict[str, Case]:
     """Cases below `data.root`, in either layout; `img0001` is `case0001`."""
-    root = pathlib.Path(data.root or "/nonexistent")
+    root = pathlib.Path(data.root)
     cases = slices.group_slices(root / "train_npz", r"(case\d+)_slice(\d+)\.npz")
     for path in sorted(root.glob("test_vol_h5/case*.npy.h5")):
         name = path.name.split(".")[0]
