@@ -3,7 +3,7 @@
 python -m cgs_jax.main --config configs/segthor.py --workdir RUN --config.data.root=FOLDER
 """
 
-import fcntl
+import contextlib
 import os
 import pathlib
 import sys
@@ -34,24 +34,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
         saved, splits = run_config.load(workdir)  # a run keeps its cases
         config.total_steps = config.total_steps or saved.total_steps
         run_config.check_same(saved, config, workdir)
-    prepared = prepare.prepare(config, splits)
-    if not splits:
-        run_config.save(config, prepared.splits, workdir)
-    lock = open(workdir / "lock", "w")  # noqa: SIM115  held until the process ends
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is working in {workdir}") from None
-
-    checkpoints = Checkpoints(workdir)
-    try:
+    with run_config.locked(workdir), contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        prepared = prepare.prepare(config, splits)
+        if not splits:
+            run_config.save(config, prepared.splits, workdir)
         if not only_evaluate:
             train.train(config, method, prepared, checkpoints, workdir, mesh)
-        summary = test(config, method, prepared, checkpoints, workdir, mesh)
-    finally:
-        checkpoints.close()
-        lock.close()
-    return summary
+        return test(config, method, prepared, checkpoints, workdir, mesh)
 
 
 def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:

@@ -1,7 +1,10 @@
 """config.json and splits.json of a run: what it was trained with, and whether a new start fits."""
 
+import contextlib
+import fcntl
 import json
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,18 +17,30 @@ from cgs_jax.writers import to_json, write_text
 FREE = ("data.root", "data.cache", "log_every", "eval_batch", "inference")
 
 
-def save(config: ConfigDict, splits: Splits, workdir: pathlib.Path) -> None:
-    """Writes both files; config.json last, for it tells that there is a run.
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes `workdir` and keeps other processes out of it.
 
     Raises:
-      UserError: `workdir` can not be written.
+      UserError: it can not be written, or another process works in it.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(workdir / "splits.json", to_json(splits._asdict(), indent=1) + "\n")
-        write_text(workdir / "config.json", to_json(config.to_dict(), indent=2) + "\n")
+        lock = open(workdir / "lock", "w")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"can not write to --workdir {workdir}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is working in {workdir}") from None
+        yield
+
+
+def save(config: ConfigDict, splits: Splits, workdir: pathlib.Path) -> None:
+    """Writes both files; config.json last, for it tells that there is a run."""
+    write_text(workdir / "splits.json", to_json(splits._asdict(), indent=1) + "\n")
+    write_text(workdir / "config.json", to_json(config.to_dict(), indent=2) + "\n")
 
 
 def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:

@@ -161,8 +161,11 @@ def test_kill_and_resume_is_bit_identical(trained, scans, tmp_path):
     assert (workdir / "summary.json").read_text() == (trained[0] / "summary.json").read_text()
 
 
-def test_supervised_runs_the_same_path(scans, tmp_path):
-    summary = main.run(config_of(scans, "supervised", total_steps=4), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("method", "fields"), [("supervised", {}), ("cgs", {"method.plan": "full"})]
+)
+def test_other_methods_run_the_same_path(scans, tmp_path, method, fields):
+    summary = main.run(config_of(scans, method, total_steps=4, **fields), tmp_path / "run")
     assert set(summary["test"]["organs"]) == {"esophagus", "heart", "trachea", "aorta"}
 
 
@@ -317,7 +320,7 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
         main.run(config_of(scans, total_steps=0), tmp_path / "nothing")
     with pytest.raises(UserError, match="data.labelled=9, but only 2 patients"):
         main.run(config_of(scans, **{"data.labelled": 9}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()  # so the mended command can use it
+    assert not (tmp_path / "run" / "config.json").exists()  # so the mended command can use it
     shutil.copytree(trained[0], tmp_path / "damaged")
     for file in (tmp_path / "damaged" / "checkpoints").glob("*/default/manifest.ocdbt"):
         file.unlink()
