@@ -30,11 +30,14 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict:
     mesh = sharding.make_mesh()
     sharding.check_divisible(mesh, **config.batch, eval_batch=config.eval_batch)
     only_evaluate, splits = config.total_steps == 0, None
-    if only_evaluate or (workdir / "config.json").exists():
-        saved, splits = run_config.load(workdir)  # a run keeps its cases
-        config.total_steps = config.total_steps or saved.total_steps
-        run_config.check_same(saved, config, workdir)
+    if only_evaluate:
+        config.total_steps = run_config.load(workdir)[0].total_steps
     with run_config.locked(workdir), contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        if (workdir / "config.json").exists():
+            saved, splits = run_config.load(workdir)  # a run keeps its cases
+            run_config.check_same(saved, config, workdir)
+        elif checkpoints.latest:
+            raise UserError(f"{workdir} holds checkpoints, but no config.json; choose another")
         prepared = prepare.prepare(config, splits)
         if not splits:
             run_config.save(config, prepared.splits, workdir)
@@ -86,6 +89,8 @@ def cli(main: Callable[[list[str]], None]) -> None:
         sys.exit(f"error: unknown config field: {' '.join(str(error.args[0]).split())}")
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
+    if len(arguments) > 1:
+        sys.exit(f"error: unexpected argument {arguments[1]!r}; options begin with --")
     try:
         main(arguments)
     except UserError as error:

@@ -22,6 +22,8 @@ def curves(lines: list[dict[str, float]], classes: tuple[str, ...], path: pathli
         "share of unlabelled pixels": cover,
     }
     groups = {t: g for t, g in groups.items() if any(k in line for line in lines for k in g)}
+    if not groups:  # metrics.jsonl was not kept
+        return
     figure = Figure(figsize=(5 * len(groups), 3.6), layout="constrained")
     for axes, (title, names) in zip(
         figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True

@@ -51,11 +51,14 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
     """
     try:
         config = (workdir / "config.json").read_text()
-        splits = json.loads((workdir / "splits.json").read_text())
-        return ConfigDict(json.loads(config, object_hook=_tuples)), Splits(**splits)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{workdir} holds no run (no config.json)") from None
-    except ValueError as error:
+        splits = Splits(**json.loads((workdir / "splits.json").read_text()))
+        config = ConfigDict(json.loads(config, object_hook=_tuples))
+        if not {"data", "model", "method", "total_steps"} <= set(config):
+            raise ValueError("config.json lacks fields")
+        return config, splits
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{workdir} holds no run: no {error.filename}") from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"config.json or splits.json in {workdir} is damaged: {error}") from None
 
 

@@ -326,8 +326,12 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
         file.unlink()
     with pytest.raises(UserError, match="checkpoints/[0-9]+ is damaged"):
         main.run(config_of(scans, total_steps=0), tmp_path / "damaged")
-    (tmp_path / "damaged" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json or splits.json in .* is damaged"):
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "damaged" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config.json or splits.json in .* is damaged"):
+            main.run(config_of(scans), tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").unlink()
+    with pytest.raises(UserError, match="holds checkpoints, but no config.json"):
         main.run(config_of(scans), tmp_path / "damaged")
 
 
@@ -343,6 +347,7 @@ def test_two_processes_in_one_workdir(trained, scans):
     [
         (["--config.nosuch=3"], "unknown config field"),
         (["--config.total_steps=many"], "total_steps"),
+        (["config.total_steps=3"], "unexpected argument 'config.total_steps=3'"),
         (
             ["--config.data.root=/nonexistent/folder"],
             "no SegTHOR in '/nonexistent/folder': --config.data.root",

@@ -37,18 +37,22 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     if not folder.is_dir() and not data.splits:
         return _random_split(cases, data, seed)
     train, test = read_list(folder / "train.txt"), read_list(folder / "test.txt")
+    path = folder / f"labelled_{data.labelled}.txt"
+    labelled = read_list(path) if path.exists() else None
+    with_label = [name for name in train if name not in cases or cases[name].label]
     if (folder / "val.txt").exists():
         val = read_list(folder / "val.txt")
     else:
-        with_label = [name for name in train if name not in cases or cases[name].label]
-        _, val = hold_out(with_label, [data.val_fraction], seed, data.patient)
+        spare = [name for name in with_label if name not in (labelled or ())]
+        _, val = hold_out(spare, [data.val_fraction], seed, data.patient)
         held_out = {patient(name, data.patient) for name in val}
-        train = [name for name in train if patient(name, data.patient) not in held_out]
-    path = folder / f"labelled_{data.labelled}.txt"
-    if path.exists():
-        return Splits(train, val, test, read_list(path))
-    with_label = [name for name in train if name in cases and cases[name].label]
-    return Splits(train, val, test, first_patients(with_label, data.labelled, data.patient))
+        train, with_label = (
+            [name for name in names if patient(name, data.patient) not in held_out]
+            for names in (train, with_label)
+        )
+    if labelled is None:
+        labelled = first_patients(with_label, data.labelled, data.patient)
+    return Splits(train, val, test, labelled)
 
 
 def _random_split(cases, data, seed):

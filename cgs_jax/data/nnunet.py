@@ -29,6 +29,8 @@ def find(data: ConfigDict) -> dict[str, Case]:
             name, _, channel = stem.rpartition("_")
             if channel != "0000":
                 raise UserError(f"{path}: one channel is read, CASE_0000{ending}")
+            if name in cases:
+                raise UserError(f"{name} is in imagesTr and in imagesTs of {root}")
             label, test = root / labels / f"{name}{ending}", images == "imagesTs"
             if label.exists() or not test:
                 cases[name] = Case(name, (path,), (label,) if label.exists() else None, test)
@@ -41,6 +43,8 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
     """Names of the organs 1, 2, ... from dataset.json."""
     path = pathlib.Path(data.root) / "dataset.json"
     labels = _description(data).get("labels", {})
+    if not isinstance(labels, dict):
+        raise UserError(f"{path}: labels must map names to numbers; got {labels}")
     if all(key.isdigit() for key in labels):  # the older layout: value -> name
         labels = {name: int(value) for value, name in labels.items()}
     names = sorted((v, k) for k, v in labels.items() if isinstance(v, int))

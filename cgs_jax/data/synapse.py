@@ -46,9 +46,8 @@ def read(case: Case, data: ConfigDict) -> Volume:
         return slices.read_arrays(case, lambda image: np.clip(image, 0, 1))
     image, label, spacing = volume.read_nifti_case(case, data)
     if label is not None:
-        if label.min() < 0 or label.max() > 13 or np.any(label != np.floor(label)):
-            raise UserError(f"{case.label[0]} has label values besides BTCV's 0 to 13")
+        label = volume.check_label(label, image, case.label[0], [f"BTCV {i}" for i in range(1, 14)])
         table = np.zeros(14, np.uint8)
         table[list(BTCV_LABELS)] = np.arange(1, 9)
-        label = table[label.astype(int)]
+        label = table[label]
     return Volume(image, label, spacing)

@@ -47,15 +47,12 @@ class Scan(NamedTuple):
     flipped: tuple[int, ...]
     nifti: Any
 
-    @property
-    def affine(self) -> np.ndarray:
-        """World coordinates (mm) of `array`'s indices, in the order of the file's axes turned."""
-        start = [n - 1 if i in self.flipped else 0 for i, n in enumerate(self.array.shape)]
-        step = [-1 if i in self.flipped else 1 for i in range(3)]
-        turn = np.zeros((4, 4))
-        turn[self.permutation, range(3)], turn[self.permutation, 3] = step, start
-        turn[3, 3] = 1
-        return self.nifti.affine @ turn
+    def corners(self) -> np.ndarray:
+        """World coordinates (mm) of the first voxel and of the last one along each axis: [4, 3]."""
+        index = np.vstack([np.zeros(3), np.diag(np.array(self.array.shape) - 1)])
+        for axis in self.flipped:
+            index[:, axis] = self.array.shape[axis] - 1 - index[:, axis]
+        return nib.affines.apply_affine(self.nifti.affine, index[:, np.argsort(self.permutation)])
 
     def to_stored(self, array: np.ndarray) -> np.ndarray:
         """[slice, row, column] -> axes and directions of the file."""
@@ -130,9 +127,12 @@ def read_nifti_case(case: Case, data: Any) -> Volume:
     if case.label is None:
         return Volume(image, None, scan.spacing)
     label = read_nifti(case.label[0], data.slicing)
-    same_shape = label.array.shape == scan.array.shape  # else `check_label` has its say
-    if same_shape and not np.allclose(scan.affine, label.affine, rtol=1e-3, atol=0.1):
-        raise UserError(f"{case.label[0]} lies elsewhere than {case.image[0]}: affines differ")
+    if label.array.shape == scan.array.shape:  # else `check_label` has its say
+        apart = np.abs(label.corners() - scan.corners()).max()
+        if apart > min(scan.spacing) / 2:
+            raise UserError(
+                f"{case.label[0]} lies up to {apart:.1f} mm off {case.image[0]} by their affines"
+            )
     return Volume(image, label.array, scan.spacing)
 
 
@@ -186,7 +186,7 @@ def normalise(image: np.ndarray, how: Sequence[float] | str) -> np.ndarray:
             low, high = map(float, how)
         except ValueError:
             low = high = 0.0
-        if low >= high:
+        if not -np.inf < low < high < np.inf:
             raise UserError(f"data.normalise={how!r}: give (low, high), minmax or percentile")
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1, dtype=np.float32)
 
