@@ -14,7 +14,7 @@ from cgs_jax import metrics
 from cgs_jax.data.prepare import LEVELS, Prepared
 from cgs_jax.data.volume import resize
 from cgs_jax.methods.base import Method
-from cgs_jax.sharding import put_batch
+from cgs_jax.sharding import jit, put_batch
 from cgs_jax.train_state import TrainState
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -29,12 +29,12 @@ def to_image(slices: jax.Array) -> jax.Array:
 def make_predict(method: Method, mesh: Mesh) -> Callable[[TrainState, np.ndarray], np.ndarray]:
     """Compiles (state, uint16 [B, size, size]) -> uint8 labels [B, size, size]."""
 
-    @jax.jit
     def predict(state, slices):
         scores = method.predict(state, to_image(slices))
         return jnp.argmax(scores, -1).astype(jnp.uint8)
 
-    return lambda state, slices: np.asarray(predict(state, put_batch(mesh, slices)))
+    compiled = jit(predict, mesh)
+    return lambda state, slices: np.asarray(compiled(state, put_batch(mesh, slices)))
 
 
 def segment(

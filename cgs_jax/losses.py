@@ -24,21 +24,22 @@ def segmentation_loss(
       Dice loss: mean over classes, background included, of 1 - 2 S(p y) / (S(p^2) + S(y^2)) with
       sums S over batch and masked pixels. A class with neither prediction nor label loses nothing.
     """
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    logits = jnp.moveaxis(logits, -1, 0).astype(jnp.float32)  # a plane a class: rows fill vectors
+    log_probs = jax.nn.log_softmax(logits, 0)
     probs = jnp.exp(log_probs)
-    target = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
-    if mask is None:
-        masked_square = probs**2
-    else:
-        mask = mask.astype(jnp.float32)[..., None]
-        target = target * mask
-        masked_square = probs**2 * mask
-    ce = -jnp.sum(target * log_probs) / labels.size
-    axes = tuple(range(logits.ndim - 1))
-    overlap = jnp.sum(target * probs, axes)
-    total = jnp.sum(masked_square, axes) + jnp.sum(target, axes)
-    dice = 1 - (2 * overlap + DICE_EPS) / (total + DICE_EPS)
-    return ce, jnp.mean(dice)
+    classes = jnp.arange(len(logits), dtype=labels.dtype).reshape(-1, *[1] * labels.ndim)
+    target, counted = labels == classes, True
+    if mask is not None:
+        counted = mask.astype(bool)
+        target &= counted
+
+    def total(x, where):
+        return jnp.sum(jnp.where(where, x, 0.0), tuple(range(1, x.ndim)))
+
+    ce = -jnp.sum(total(log_probs, target)) / labels.size
+    overlap = total(probs, target)
+    sizes = total(probs * probs, counted) + jnp.sum(target, tuple(range(1, target.ndim)))
+    return ce, jnp.mean(1 - (2 * overlap + DICE_EPS) / (sizes + DICE_EPS))
 
 
 def gaussian_ramp(step: jax.Array, total_steps: int, maximum: float) -> jax.Array:

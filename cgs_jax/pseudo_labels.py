@@ -17,7 +17,8 @@ BACKGROUND, TARGET, REMAINING = 0, 1, 2
 def relabel(labels: jax.Array, num_targets: int) -> jax.Array:
     """Multi-class labels [B, H, W] -> labels of each specialist [K, B, H, W]."""
     targets = jnp.arange(1, num_targets + 1).reshape(-1, *[1] * labels.ndim)
-    return jnp.where(labels == 0, BACKGROUND, jnp.where(labels == targets, TARGET, REMAINING))
+    classes = jnp.array([BACKGROUND, TARGET, REMAINING], labels.dtype)
+    return jnp.where(labels == 0, classes[0], jnp.where(labels == targets, *classes[1:]))
 
 
 def merge(specialist_probs: jax.Array) -> jax.Array:
@@ -55,11 +56,15 @@ def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
     """Pseudo-labels and masks of one forward pass; `tau` is the confidence that M_g asks for."""
     generalist = jax.nn.softmax(teacher.generalist.astype(jnp.float32))
     specialists = jax.nn.softmax(teacher.specialists.astype(jnp.float32))
-    votes = jnp.argmax(specialists, -1)
+    votes = _argmax(specialists)
     return PseudoLabels(
-        generalist=jnp.argmax(generalist, -1),
+        generalist=_argmax(generalist),
         confident=jnp.max(generalist, -1) > tau,
-        specialists=jnp.argmax(merge(specialists), -1),
+        specialists=_argmax(merge(specialists)),
         votes=votes,
         consistent=ihed_mask(votes),
     )
+
+
+def _argmax(scores: jax.Array) -> jax.Array:
+    return jnp.argmax(scores, -1).astype(jnp.uint8)

@@ -76,7 +76,9 @@ def init_state(
     return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
 
 
-def make_train_step(method: Method, optimizer: optax.GradientTransformation, seed: int) -> Any:
+def make_train_step(
+    method: Method, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+) -> Any:
     """Compiles (state, batch) -> (state, metrics). The state is donated."""
 
     def train_step(state, batch):
@@ -91,7 +93,7 @@ def make_train_step(method: Method, optimizer: optax.GradientTransformation, see
         state = state.replace(model_state=model_state, extra=extra)
         return method.after_update(apply_gradients(optimizer, state, grads)), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return sharding.jit(train_step, mesh, donate_argnums=0)
 
 
 def apply_gradients(
@@ -140,7 +142,7 @@ def train(
         pipeline.batches(prepared, config, sizes, start),
         lambda batch: sharding.put_batch(mesh, batch),
     )
-    train_step = make_train_step(method, optimizer, config.seed)
+    train_step = make_train_step(method, optimizer, config.seed, mesh)
     predict = evaluate.make_predict(method, mesh)
     unlogged, zero_before = [], set()
     progress = tqdm(

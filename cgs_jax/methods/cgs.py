@@ -6,6 +6,7 @@ contradiction. Both labels, and where they agree the consensus, teach both kinds
 student on the CutMixed strong view.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -87,7 +88,7 @@ class Method(base.Method):
         partner = jax.tree.map(lambda x: jnp.roll(x, 1, axis=-3), own)
         strong = unlabelled["strong"]
         strong = cutmix(views["keep"], strong, jnp.roll(strong, 1, axis=0))
-        images = jnp.concatenate([image, strong])
+        images = _join(image, strong)
         student, model_state = self.forward(params, state.model_state, images, k_student)
         labelled, mixed = _split(student, len(image))
         pseudo = mix_labels(views["keep"], own, partner)
@@ -110,7 +111,7 @@ class Method(base.Method):
         weak, model_state = self.forward(params, state.model_state, _all_weak(views), k_weak)
         strong, strong_partner = (v["unlabelled"]["strong"] for v in (views, partner_views))
         strong = cutmix(keep, strong, strong_partner)
-        strong = jnp.concatenate([views["labelled"]["strong"], strong])
+        strong = _join(views["labelled"]["strong"], strong)
         strong, model_state = self.forward(params, model_state, strong, k_strong)
         pseudo = mix_labels(keep, own, partner)
         labelled, mixed = _split(weak, count)[0], _split(strong, count)[1]
@@ -168,10 +169,24 @@ def mix_labels(keep: jax.Array, own: pl.PseudoLabels, partner: pl.PseudoLabels) 
 
 
 def _all_weak(views):
-    return jnp.concatenate([views["labelled"]["image"], views["unlabelled"]["weak"]])
+    return _join(views["labelled"]["image"], views["unlabelled"]["weak"])
 
 
-def _split(outputs: Outputs, count: int) -> tuple[Outputs, Outputs]:
-    """First `count` images, and the rest."""
-    g, s = outputs
-    return Outputs(g[:count], s[:, :count]), Outputs(g[count:], s[:, count:])
+def _join(labelled: jax.Array, unlabelled: jax.Array) -> jax.Array:
+    """Both batches as one, dealt in turn: so each device's rows of both stay on that device."""
+    groups = math.gcd(len(labelled), len(unlabelled))
+    parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (labelled, unlabelled)]
+    return jnp.concatenate(parts, 1).reshape(-1, *labelled.shape[1:])
+
+
+def _split(outputs: Outputs, labelled: int) -> tuple[Outputs, Outputs]:
+    """The outputs of `_join`ed batches, apart again."""
+    total = len(outputs.generalist)
+    groups = math.gcd(labelled, total - labelled)
+
+    def part(x, which):
+        dealt = x.reshape(*x.shape[:-4], groups, -1, *x.shape[-3:])
+        return dealt[..., which, :, :, :].reshape(*x.shape[:-4], -1, *x.shape[-3:])
+
+    first, rest = slice(labelled // groups), slice(labelled // groups, None)
+    return Outputs(*(part(x, first) for x in outputs)), Outputs(*(part(x, rest) for x in outputs))

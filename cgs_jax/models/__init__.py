@@ -22,31 +22,34 @@ class Network(nn.Module):
     """Backbone, generalist and, where there are any, specialists.
 
     Attributes:
-      backbone: makes the feature extractor, [B, H, W, 1] -> [B, H, W, F].
+      backbone: makes the feature extractor, [B, H, W, 1] -> packed features and their pack.
       num_classes: background included.
       specialists: whether every target has a specialist head.
+      dtype: of the feature maps; parameters, statistics and losses are float32.
     """
 
     backbone: Callable[[], nn.Module]
     num_classes: int
     specialists: bool
+    dtype: str
 
     @nn.compact
     def __call__(self, image: jax.Array, train: bool = False) -> Outputs:
-        features = self.backbone(name="backbone")(image, train)
-        generalist = Generalist(self.num_classes, name="generalist")(features)
+        features, pack = self.backbone(name="backbone")(image.astype(self.dtype), train)
+        generalist = Generalist(self.num_classes, name="generalist")(features, pack)
         if not self.specialists:
             return Outputs(generalist, None)
         heads = Specialists(self.num_classes - 1, name="specialists")
-        return Outputs(generalist, heads(features, train))
+        return Outputs(generalist, heads(features, pack, train))
 
 
 def build(config: ConfigDict, specialists: bool) -> Network:
     """Network of `config.model`, with one specialist per organ of `config.data.classes`."""
-    options = {k: v for k, v in config.model.items() if k not in ("name", "weights")}
+    options = {k: v for k, v in config.model.items() if k not in ("name", "weights", "dtype")}
     module = load_by_name("cgs_jax.models", config.model.name, "model")
     return Network(
         backbone=lambda **kw: module.Backbone(**options, **kw),
         num_classes=len(config.data.classes) + 1,
         specialists=specialists,
+        dtype=config.model.dtype,
     )

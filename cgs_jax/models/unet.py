@@ -11,34 +11,78 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from cgs_jax.models import packed
+
 # PyTorch's default for convolutions, which the published numbers were made with.
 conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def max_pool_2x2(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H/2, W/2, C].
+class Conv(nn.Module):
+    """Convolution with bias of one packed map, or of several as if their channels were joined.
 
-    Two elementwise maxima: the gradient of a reduce-window maximum is a select-and-scatter, the
-    slowest operation of the step on every backend.
+    Attributes:
+      features: output channels.
+      size: of the square kernel.
+      pack: of the maps.
     """
-    x = jnp.maximum(x[:, 0::2], x[:, 1::2])
-    return jnp.maximum(x[:, :, 0::2], x[:, :, 1::2])
+
+    features: int
+    size: int
+    pack: int
+
+    @nn.compact
+    def __call__(self, *maps: jax.Array) -> jax.Array:
+        widths = [x.shape[-1] // self.pack for x in maps]
+        shape = (self.size, self.size, sum(widths), self.features)
+        kernel = self.param("kernel", conv_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        y, start = 0, 0
+        for x, width in zip(maps, widths, strict=True):
+            y = y + packed.conv(x, kernel[:, :, start : start + width], self.pack)
+            start += width
+        return y + packed.per_channel(bias, self.pack, y.dtype)
 
 
-def upsample_2x(x: jax.Array, axis: int) -> jax.Array:
-    """Doubles `axis` bilinearly with corner-aligned grids (torch's `align_corners=True`).
+class BatchNorm(nn.Module):
+    """Parameters and running statistics of batch norm; what it does to its input is left to the
+    caller, who may know the statistics without looking at every pixel."""
 
-    Source position of output 2j is j - j/(2n-1), of output 2j+1 it is j + (n-1-j)/(2n-1): both lie
-    next to j, so shifted slices and two ramps do it, without gather or matrix.
+    @nn.compact
+    def __call__(
+        self, mean: jax.Array | None, var: jax.Array | None, shape: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array]:
+        """Batch statistics, or None for the running ones -> (factor, summand), float32 [shape]."""
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        if mean is None:
+            mean, var = running_mean.value, running_var.value
+        elif not self.is_initializing():
+            running_mean.value += 0.1 * (mean - running_mean.value)
+            running_var.value += 0.1 * (var - running_var.value)
+        factor = scale * jax.lax.rsqrt(var + 1e-5)
+        return factor, bias - mean * factor
+
+
+def statistics(x: jax.Array, pack: int) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of every channel of a packed map, float32 [C]."""
+    x = x.astype(jnp.float32)
+    mean, square = (jnp.mean(y, (0, 1, 2)).reshape(pack, -1).mean(0) for y in (x, x * x))
+    return mean, jnp.maximum(square - mean * mean, 0)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zeroes a share `rate` of the values, in 256ths, and scales the rest.
+
+    One random word serves four rows: drawing a word a value costs as much as a convolution.
     """
-    n = x.shape[axis]
-    ramp = jnp.arange(n, dtype=x.dtype) / (2 * n - 1)
-    ramp = ramp.reshape([-1 if i == axis % x.ndim else 1 for i in range(x.ndim)])
-    before, after = jnp.roll(x, 1, axis), jnp.roll(x, -1, axis)  # what wraps round has weight 0
-    even = x + ramp * (before - x)
-    odd = x + jnp.flip(ramp, axis) * (after - x)
-    shape = x.shape[:axis] + (2 * n,) + x.shape[axis + 1 :]
-    return jnp.stack([even, odd], axis + 1).reshape(shape)
+    b, h, w, c = x.shape
+    drop = round(256 * rate)
+    words = jax.random.bits(key, (b, -(-h // 4), 1, w, c), jnp.uint32)
+    eights = words >> jnp.arange(0, 32, 8, dtype=jnp.uint32).reshape(4, 1, 1) & 255
+    keep = (eights >= drop).reshape(b, -1, w, c)[:, :h]
+    return jnp.where(keep, x * (256 / (256 - drop)), 0).astype(x.dtype)
 
 
 class ConvBlock(nn.Module):
@@ -46,20 +90,25 @@ class ConvBlock(nn.Module):
 
     Attributes:
       features: output channels.
+      pack: of input and output.
       dropout: rate between the two convolutions; 0 turns it off.
     """
 
     features: int
+    pack: int
     dropout: float = 0.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, *maps: jax.Array, train: bool) -> jax.Array:
         for i in (1, 2):
-            x = nn.Conv(self.features, (3, 3), kernel_init=conv_init, name=f"conv{i}")(x)
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name=f"bn{i}")(x)
-            x = nn.leaky_relu(x, 0.01)
-            if i == 1:
-                x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            x = Conv(self.features, 3, self.pack, name=f"conv{i}")(*maps)
+            mean, var = statistics(x, self.pack) if train else (None, None)
+            norm = BatchNorm(name=f"bn{i}")(mean, var, (self.features,))
+            factor, summand = (packed.per_channel(v, self.pack, jnp.float32) for v in norm)
+            x = nn.leaky_relu(x * factor + summand, 0.01).astype(x.dtype)
+            if i == 1 and train and self.dropout:
+                x = dropout(x, self.dropout, self.make_rng("dropout"))
+            maps = (x,)
         return x
 
 
@@ -69,21 +118,28 @@ class Backbone(nn.Module):
     Attributes:
       channels: width of each level, finest first; H and W must divide by 2 ** (levels - 1).
       dropout: encoder dropout of each level.
+      lanes: pixels are packed until the channels fill it (`packed.py`); 1 packs none.
     """
 
     channels: Sequence[int] = (16, 32, 64, 128, 256)
     dropout: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5)
+    lanes: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """[B, H, W, 1] in [0, 1] -> [B, H, W, channels[0]]."""
-        skips = []
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, int]:
+        """[B, H, W, 1] in [0, 1] -> [B, H, W / p, p * channels[0]], and the pack p."""
+        pack = 1
+        while 2 * pack * self.channels[0] <= self.lanes and x.shape[2] % (2 * pack) == 0:
+            pack *= 2
+        packs = [max(pack >> i, 1) for i in range(len(self.channels))]
+        x, skips = packed.pack_pixels(x, pack), []
         for i, (width, rate) in enumerate(zip(self.channels, self.dropout, strict=True)):
-            x = ConvBlock(width, rate, name=f"down{i}")(max_pool_2x2(x) if i else x, train)
+            x = packed.max_pool_2x2(x, packs[i - 1]) if i else x
+            x = ConvBlock(width, packs[i], rate, name=f"down{i}")(x, train=train)
             skips.append(x)
-        for i, skip in enumerate(reversed(skips[:-1]), 1):
-            width = skip.shape[-1]
-            x = nn.Conv(width, (1, 1), kernel_init=conv_init, name=f"up{i}_reduce")(x)
-            x = upsample_2x(upsample_2x(x, 1), 2)
-            x = ConvBlock(width, name=f"up{i}")(jnp.concatenate([skip, x], -1), train)
-        return x
+        for i, level in enumerate(reversed(range(len(skips) - 1)), 1):
+            width, below, pack = self.channels[level], packs[level + 1], packs[level]
+            x = Conv(width, 1, below, name=f"up{i}_reduce")(x)
+            x = packed.upsample_2x(x, below, pack > below)
+            x = ConvBlock(width, pack, name=f"up{i}")(skips[level], x, train=train)
+        return x, packs[0]
