@@ -1,7 +1,9 @@
 """Volumes -> slices -> prediction -> volumes -> scores per case and organ."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -93,18 +95,26 @@ def evaluate(
     stacks = (volume.image for volume in volumes)
     labels = segment(predict, stacks, config.data.size, config.eval_batch)
     labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
-    results = {}
-    for case, volume, label in zip(cases, volumes, labels, strict=True):
-        truth = np.asarray(volume.label)
-        results[case] = {}
-        for i, organ in enumerate(config.data.classes, 1):
-            if surface:
-                results[case][organ] = metrics.score(label == i, truth == i, volume.spacing)
-            else:
-                results[case][organ] = metrics.overlap(label == i, truth == i)
-        if look:
-            look(case, volume.image, truth, label)
+    futures = {}
+    # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for case, volume, label in zip(cases, volumes, labels, strict=True):
+            truth = np.asarray(volume.label)
+            for i, organ in enumerate(config.data.classes, 1):
+                task = (label, truth, i, volume.spacing, surface)
+                futures[case, organ] = pool.submit(_score, *task)
+            if look:
+                look(case, volume.image, truth, label)
+        results = {case: {} for case in cases}
+        for (case, organ), future in futures.items():
+            results[case][organ] = future.result()
     return results
+
+
+def _score(label, truth, i, spacing, surface):
+    if surface:
+        return metrics.score(label == i, truth == i, spacing)
+    return metrics.overlap(label == i, truth == i)
 
 
 def summarise(results: Results) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def score(
         undefined = not (pred.any() or truth.any())
         values = {k: float("nan") if undefined else v for k, v in ABSENT_IN_ONE.items()}
         return scores | {k + unit: v for unit in units for k, v in values.items()}
-    box = ndimage.find_objects((pred | truth).astype(np.uint8))[0]
+    box = ndimage.find_objects((pred | truth).view(np.uint8))[0]
     pred_surface, truth_surface = _surface(pred[box]), _surface(truth[box])
     for unit, sampling in units.items():
         to_truth = ndimage.distance_transform_edt(~truth_surface, sampling)[pred_surface]

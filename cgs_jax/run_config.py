@@ -14,7 +14,7 @@ from cgs_jax.errors import UserError
 from cgs_jax.writers import to_json, write_text
 
 # What may differ between two starts of one run: places, and how often to look.
-FREE = ("data.root", "data.cache", "log_every", "eval_batch", "inference")
+FREE = ("data.root", "data.cache", "log_every", "eval_batch", "inference", "model.lanes")
 
 
 @contextlib.contextmanager

@@ -3,8 +3,10 @@
 import contextlib
 import operator
 import pathlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import grain.python as grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,33 +137,22 @@ def train(
     if start >= config.total_steps:
         return state
 
-    sizes = {name: config.batch[name] * method.draws for name in ("labelled", "unlabelled")}
-    if not method.unlabelled:
-        sizes["unlabelled"] = 0
-    batches = pipeline.prefetched(
-        pipeline.batches(prepared, config, sizes, start),
-        lambda batch: sharding.put_batch(mesh, batch),
-    )
+    batches = device_batches(config, method, prepared, mesh, start)
     train_step = make_train_step(method, optimizer, config.seed, mesh)
     predict = evaluate.make_predict(method, mesh)
-    unlogged, zero_before = [], set()
+    zero_before = set()
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )
     with contextlib.closing(Writer(workdir, start)) as writer:
-        for step, batch in enumerate(progress, start + 1):
-            state, metrics = train_step(state, batch)
-            unlogged.append(metrics)
-            validates = step % config.eval_every == 0 or step == config.total_steps
-            if validates or step % config.log_every == 0:
-                means = _means(unlogged, step, checkpoints)
-                unlogged = []
-                means["lr"] = float(schedule(step - 1))
-                writer.write(step, means)
-                progress.set_postfix(loss=f"{means['loss']:.3f}")
-                if progress.disable:
-                    say(f"step {step}/{config.total_steps}  loss {means['loss']:.4f}")
-            if validates:
+        logged = steps(config, train_step, state, progress, start, checkpoints)
+        for step, state, means in logged:
+            means["lr"] = float(schedule(step - 1))
+            writer.write(step, means)
+            progress.set_postfix(loss=f"{means['loss']:.3f}")
+            if progress.disable:
+                say(f"step {step}/{config.total_steps}  loss {means['loss']:.4f}")
+            if _validates(step, config):
                 if not np.isfinite(optax.tree.norm(state.params)):
                     raise _diverged("a parameter is not finite", step, checkpoints)
                 scores = validate(lambda x: predict(state, x), prepared, config)  # noqa: B023
@@ -176,6 +167,49 @@ def train(
                 zero_before = zero
                 checkpoints.save(state, scores["val/dice"])
     return state
+
+
+def host_batches(
+    config: ConfigDict, method: Method, prepared: Prepared, start: int = 0
+) -> grain.MapDataset:
+    """What the steps from `start` on take, as this host reads it."""
+    sizes = {name: config.batch[name] * method.draws for name in ("labelled", "unlabelled")}
+    if not method.unlabelled:
+        sizes["unlabelled"] = 0
+    return pipeline.batches(prepared, config, sizes, start)
+
+
+def device_batches(
+    config: ConfigDict, method: Method, prepared: Prepared, mesh: Mesh, start: int = 0
+) -> Iterator[Any]:
+    """The same on the devices, read ahead of the step."""
+    dataset = host_batches(config, method, prepared, start)
+    return pipeline.prefetched(dataset, lambda batch: sharding.put_batch(mesh, batch))
+
+
+def steps(
+    config: ConfigDict,
+    train_step: Any,
+    state: TrainState,
+    batches: Iterable[Any],
+    start: int,
+    checkpoints: Checkpoints,
+) -> Iterator[tuple[int, TrainState, dict[str, float]]]:
+    """Trains on `batches`; yields (step, state, mean metrics since the last) to log or validate.
+
+    Only there the host waits for the device. The next step donates the yielded state.
+    """
+    unlogged = []
+    for step, batch in enumerate(batches, start + 1):
+        state, metrics = train_step(state, batch)
+        unlogged.append(metrics)
+        if step % config.log_every == 0 or _validates(step, config):
+            yield step, state, _means(unlogged, step, checkpoints)
+            unlogged = []
+
+
+def _validates(step: int, config: ConfigDict) -> bool:
+    return step % config.eval_every == 0 or step == config.total_steps
 
 
 def restore_best(
@@ -198,7 +232,6 @@ def validate(predict: evaluate.Predict, prepared: Prepared, config: ConfigDict) 
 
 
 def _means(unlogged: list[dict[str, jax.Array]], step: int, checkpoints: Checkpoints):
-    """Means since the last log: the one place where the host waits for the device."""
     rows = jax.device_get(unlogged)
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     if not np.isfinite(means["loss"]):

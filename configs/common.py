@@ -37,7 +37,7 @@ def get_config(method: str) -> ConfigDict:
     config.model.channels = (16, 32, 64, 128, 256)
     config.model.dropout = (0.05, 0.1, 0.2, 0.3, 0.5)
     config.model.dtype = "float32"  # of the feature maps; or 'bfloat16'
-    config.model.lanes = 1  # pixels share the channel axis until it is this wide; TPU: 128
+    config.model.lanes = 0  # pixels share channels until they are this wide; 0: 128 on TPUs, else 1
     config.model.weights = ""  # .npz or .safetensors to start from, PyTorch names
 
     config.optimizer = ConfigDict()

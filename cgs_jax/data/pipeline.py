@@ -41,25 +41,28 @@ def batches(
       there is no label in the unlabelled stream that could leak.
     """
     rows = streams(prepared)
-    process, processes = jax.process_index(), jax.process_count()
+    sizes = {name: size for name, size in sizes.items() if size}
+    process, processes, seed = jax.process_index(), jax.process_count(), config.seed
 
-    def stream(i: int, name: str, size: int) -> grain.MapDataset:
-        def gather(batch: list[int]) -> dict[str, np.ndarray]:
-            mine = np.asarray(batch).reshape(processes, -1)[process]
-            at = rows[name][mine]
-            arrays = {"image": prepared.images[at]}
-            return arrays | ({"label": prepared.labels[at]} if name == "labelled" else {})
+    def load(step: int) -> dict[str, dict[str, np.ndarray]]:
+        batch = {}
+        for i, (name, size) in enumerate(sizes.items()):
+            places = np.arange(step * size, (step + 1) * size).reshape(processes, -1)[process]
+            at = rows[name][_shuffled(places, len(rows[name]), 2 * seed + i)]
+            batch[name] = {"image": prepared.images[at]}
+            if name == "labelled":
+                batch[name]["label"] = prepared.labels[at]
+        return batch
 
-        order = grain.MapDataset.range(len(rows[name])).seed(2 * config.seed + i).shuffle()
-        return (
-            order.repeat()
-            .batch(size, drop_remainder=True, batch_fn=list)[start : config.total_steps]
-            .map(gather)
-        )
+    return grain.MapDataset.range(start, config.total_steps).map(load)
 
-    parts = {k: stream(i, k, n) for i, (k, n) in enumerate(sizes.items()) if n}
-    zipped = grain.experimental.ZipMapDataset(list(parts.values()))
-    return zipped.map(lambda arrays: dict(zip(parts, arrays, strict=True)))
+
+def _shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """What stands at `places` of an endless row of shuffled epochs of `count` items."""
+    epochs, within = places // count, places % count
+    # RandomState, not Generator: numpy promises that it draws the same for ever.
+    orders = {e: np.random.RandomState((seed, e)).permutation(count) for e in set(epochs)}  # noqa: NPY002
+    return np.array([orders[e][w] for e, w in zip(epochs, within, strict=True)])
 
 
 def prefetched(dataset: grain.MapDataset, put: Callable[[Any], Any]) -> Iterator[Any]:

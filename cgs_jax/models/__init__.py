@@ -46,6 +46,7 @@ class Network(nn.Module):
 def build(config: ConfigDict, specialists: bool) -> Network:
     """Network of `config.model`, with one specialist per organ of `config.data.classes`."""
     options = {k: v for k, v in config.model.items() if k not in ("name", "weights", "dtype")}
+    options["lanes"] = options["lanes"] or (128 if jax.default_backend() == "tpu" else 1)
     module = load_by_name("cgs_jax.models", config.model.name, "model")
     return Network(
         backbone=lambda **kw: module.Backbone(**options, **kw),

@@ -1,0 +1,317 @@
+"""Times a configuration on the devices at hand, and says what bounds it.
+
+python -m cgs_jax.benchmark --config configs/acdc.py --config.data.root=FOLDER --output acdc.json
+
+Without --config.data.root the scans are random, of training size. No result is a model: nothing is
+kept but the JSON.
+"""
+
+import contextlib
+import itertools
+import json
+import pathlib
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+from scipy import ndimage
+
+from cgs_jax import evaluate, optim, sharding, train
+from cgs_jax.data import case_lists, prepare
+from cgs_jax.main import cli
+from cgs_jax.writers import say, to_json, write_text
+
+BLOCK = 5  # steps that are dispatched before the host waits
+
+
+def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str, Any]:
+    """Runs `stages` of 'step', 'input', 'loop', 'evaluation'; each takes about `seconds`.
+
+    Returns what the JSON holds: times in ms, rates per second, bytes and FLOPs per step.
+    """
+    prepare.dataset(config)
+    method, mesh = train.make_method(config), sharding.make_mesh()
+    sharding.check_divisible(mesh, **config.batch, eval_batch=config.eval_batch)
+    device = mesh.devices.flat[0]
+    result: dict[str, Any] = {
+        "config": {"method": config.method.name, "data": config.data.name, "size": config.data.size}
+        | config.batch.to_dict()
+        | {k: config.model[k] for k in ("channels", "dtype", "lanes")},
+        "device": f"{mesh.size} x {device.device_kind}",
+        "jax": jax.__version__,
+    }
+    with data(config) as prepared:
+        if "step" in stages:
+            result["step"] = time_step(config, method, prepared, mesh, seconds)
+            result["peak_bytes"] = peak_bytes(device)
+            result["ceilings"] = ceilings(device, config.model.dtype)
+        if "input" in stages:
+            result["input"] = time_input(config, method, prepared, seconds)
+        if "loop" in stages:
+            result["loop"] = time_loop(config, method, prepared, mesh, seconds)
+        if "evaluation" in stages:
+            result["evaluation"] = time_evaluation(config, method, prepared, mesh)
+    return result | {"bound": bound(result)}
+
+
+@contextlib.contextmanager
+def data(config: ConfigDict) -> Iterator[prepare.Prepared]:
+    """The prepared scans of `config`, or random ones where its folder is not there."""
+    if pathlib.Path(config.data.root).exists():
+        yield prepare.prepare(config)
+        return
+    say(f"no {config.data.root}: random scans")
+    rng, size = np.random.default_rng(0), config.data.size
+    cases = [f"case{i}" for i in range(12)]
+    splits = case_lists.Splits(train=cases[:8], labelled=cases[:2], val=cases[8:], test=[])
+    with tempfile.TemporaryDirectory() as folder:
+        folder, depth = pathlib.Path(folder), 12
+        (folder / "volumes").mkdir()
+        shape = (8 * depth, size, size)
+        rng.integers(0, prepare.LEVELS, shape, np.uint16).tofile(folder / "images.u16")
+        rng.integers(0, len(config.data.classes) + 1, shape, np.uint8).tofile(folder / "labels.u8")
+        for case in splits.val:
+            smooth = ndimage.gaussian_filter(rng.normal(size=shape)[:depth], (1, 8, 8))
+            cuts = np.quantile(smooth, np.linspace(0.5, 1, len(config.data.classes) + 1)[:-1])
+            label = np.searchsorted(cuts, smooth).astype(np.uint8)
+            image = (prepare.LEVELS * (label / label.max())).astype(np.uint16)
+            for name, array in (("image", image), ("label", label)):
+                np.save(folder / "volumes" / f"{case}_{name}.npy", array)
+        first = [[name, i * depth] for i, name in enumerate(splits.train)] + [["", 8 * depth]]
+        index = {"first_slice": first, "spacing": dict.fromkeys(splits.val)}
+        (folder / "index.json").write_text(json.dumps(index))
+        yield prepare.Prepared(folder, splits, size)
+
+
+def time_step(
+    config: ConfigDict, method: Any, prepared: prepare.Prepared, mesh: Mesh, seconds: float
+) -> dict[str, Any]:
+    """The jitted train step on batches that are on the devices already."""
+    optimizer, _ = optim.make_optimizer(config)
+    state = train.init_state(method, optimizer, config, mesh)
+    batches = list(itertools.islice(train.device_batches(config, method, prepared, mesh), 4))
+    step = train.make_train_step(method, optimizer, config.seed, mesh)
+    traced = step.trace(state, batches[0])
+    floor = convolution_bytes(traced.jaxpr.jaxpr)
+    started = time.perf_counter()
+    compiled = traced.lower().compile()
+    compile_s = time.perf_counter() - started
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+
+    def some(count: int) -> float:
+        nonlocal state
+        started = time.perf_counter()
+        for i in range(count):
+            state, metrics = compiled(state, batches[i % len(batches)])
+        jax.block_until_ready(metrics)
+        return (time.perf_counter() - started) / count
+
+    some(1)
+    once = some(2)
+    block = BLOCK if once < seconds / 50 else 1
+    blocks = int(np.clip(seconds / once / block, 3, 40))
+    ms = [1000 * some(block) for _ in range(blocks)]
+    images = sum(config.batch.values())
+    return {
+        "compile_s": compile_s,
+        "blocks_ms": ms,
+        "ms": float(np.median(ms)),
+        "images_per_s": 1000 * images / float(np.median(ms)),
+        "flops": cost["flops"] * mesh.size,
+        "bytes": cost["bytes accessed"] * mesh.size,
+        "floor_bytes": floor,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def convolution_bytes(jaxpr: Any) -> int:
+    """Bytes that convolutions and matrix products of a traced step read and write: what must move
+    between the chip and its memory even if all other work is fused into them."""
+    total = 0
+    for equation in jaxpr.eqns:
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                total += convolution_bytes(inner.jaxpr)
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            variables = (*equation.invars, *equation.outvars)
+            total += sum(v.aval.size * v.aval.dtype.itemsize for v in variables)
+    return total
+
+
+def ceilings(device: jax.Device, dtype: str) -> dict[str, float]:
+    """FLOP/s of a large matrix product and bytes/s of doubling a large array on `device`."""
+    n = 2048 if device.platform == "cpu" else 8192
+    with jax.default_device(device):
+        x = jax.random.normal(jax.random.key(0), (n, n), dtype)
+        y = jnp.ones((n, 8 * n), jnp.float32)
+        double = jax.jit(lambda y: 2 * y, donate_argnums=0)  # in place: no page is made anew
+        product, seconds = jax.jit(jnp.matmul), {"flops": [], "bytes": []}
+        for _ in range(8):
+            started = time.perf_counter()
+            jax.block_until_ready(product(x, x))
+            middle = time.perf_counter()
+            y = jax.block_until_ready(double(y))
+            seconds["flops"].append(middle - started)
+            seconds["bytes"].append(time.perf_counter() - middle)
+    return {
+        "flops_per_s": 2 * n**3 / min(seconds["flops"]),
+        "bytes_per_s": 2 * y.nbytes / min(seconds["bytes"]),
+    }
+
+
+def time_input(
+    config: ConfigDict, method: Any, prepared: prepare.Prepared, seconds: float
+) -> dict[str, float]:
+    """Host batches, read one after the other on one core."""
+    dataset = train.host_batches(config, method, prepared)
+    started, count = time.perf_counter(), 0
+    while count < len(dataset) and time.perf_counter() - started < min(seconds, 10):
+        dataset[count]
+        count += 1
+    per_batch = (time.perf_counter() - started) / count
+    return {
+        "ms": 1000 * per_batch,
+        "slices_per_s": sum(config.batch.values()) * method.draws / per_batch,
+    }
+
+
+def time_loop(
+    config: ConfigDict, method: Any, prepared: prepare.Prepared, mesh: Mesh, seconds: float
+) -> dict[str, float]:
+    """The training loop with its input and logging, without validation."""
+    optimizer, _ = optim.make_optimizer(config)
+    state = train.init_state(method, optimizer, config, mesh)
+    step = train.make_train_step(method, optimizer, config.seed, mesh)
+    with config.unlocked():
+        config = config.copy_and_resolve_references()
+    config.eval_every, config.total_steps = 10**9, 10**6
+    batches = train.device_batches(config, method, prepared, mesh)
+    config.log_every = 1
+    loop = train.steps(config, step, state, batches, 0, None)
+    for _ in range(3):
+        _, state, _ = next(loop)
+    started = time.perf_counter()
+    _, state, _ = next(loop)
+    config.log_every = int(np.clip(seconds / 2 / (time.perf_counter() - started), 2, 50))
+    marks = []
+    for count, _, _ in loop:
+        marks.append((count, time.perf_counter()))
+        if len(marks) > 2 and marks[-1][1] - marks[0][1] > seconds:
+            break
+    (first, start), (last, end) = marks[0], marks[-1]
+    return {"ms": 1000 * (end - start) / (last - first), "steps": last - first}
+
+
+def time_evaluation(
+    config: ConfigDict, method: Any, prepared: prepare.Prepared, mesh: Mesh
+) -> dict[str, float]:
+    """Prediction alone, and evaluation with all metrics, of the validation volumes."""
+    optimizer, _ = optim.make_optimizer(config)
+    state = train.init_state(method, optimizer, config, mesh)
+    compiled = evaluate.make_predict(method, mesh)
+    predict = lambda slices: compiled(state, slices)  # noqa: E731
+    cases = prepared.splits.val
+    stacks = [prepared.volume(case).image for case in cases]
+    size, batch = config.data.size, config.eval_batch
+    predict(np.zeros((batch, size, size), np.uint16))
+    started = time.perf_counter()
+    for _ in evaluate.segment(predict, stacks, size, batch):
+        pass
+    predicted = time.perf_counter()
+    evaluate.evaluate(predict, prepared, cases, config, surface=True)
+    evaluated = time.perf_counter()
+    return {
+        "volumes": len(cases),
+        "slices": sum(map(len, stacks)),
+        "prediction_ms": 1000 * (predicted - started) / len(cases),
+        "evaluation_ms": 1000 * (evaluated - predicted) / len(cases),
+    }
+
+
+def peak_bytes(device: jax.Device) -> int:
+    """Peak memory of the device, or of this process where the device is the CPU."""
+    stats = device.memory_stats() or {}
+    return stats.get("peak_bytes_in_use", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def bound(result: dict[str, Any]) -> str:
+    """What a faster program would have to improve first."""
+    step, source = result.get("step"), result.get("input")
+    if step and source and source["ms"] > step["ms"]:
+        return "input pipeline"
+    if not step:
+        return "not measured"
+    devices = int(result["device"].split()[0])
+    ceiling = {k: v * devices for k, v in result["ceilings"].items()}
+    arithmetic = 1000 * step["flops"] / ceiling["flops_per_s"] / step["ms"]
+    memory = 1000 * step["floor_bytes"] / ceiling["bytes_per_s"] / step["ms"]
+    name, share = max(("arithmetic", arithmetic), ("memory", memory), key=lambda pair: pair[1])
+    if share < 0.3:
+        return (
+            f"neither arithmetic ({arithmetic:.0%}) nor memory ({memory:.0%}): many small kernels"
+        )
+    return f"{name}, at {share:.0%} of what the device does"
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as text."""
+    lines = [f"{result['device']}, jax {result['jax']}: {result['config']}"]
+    if step := result.get("step"):
+        ms, peak = step["blocks_ms"], result["ceilings"]
+        floor_ms = (
+            1000 * step["floor_bytes"] / peak["bytes_per_s"] / int(result["device"].split()[0])
+        )
+        lines += [
+            f"compile       {step['compile_s']:.1f} s",
+            f"step          {step['ms']:.2f} ms (min {min(ms):.2f}, max {max(ms):.2f}, "
+            f"{len(ms)} blocks), {step['images_per_s']:.0f} images/s",
+            f"FLOPs         {step['flops'] / 1e9:.1f} G a step, "
+            f"{step['flops'] / step['ms'] / 1e9:.2f} TFLOP/s; "
+            f"a matrix product does {peak['flops_per_s'] / 1e12:.2f}",
+            f"bytes         {step['bytes'] / 1e9:.2f} GB a step by XLA, "
+            f"{step['bytes'] / step['ms'] / 1e6:.0f} GB/s; "
+            f"doubling an array does {peak['bytes_per_s'] / 1e9:.0f}",
+            f"memory floor  {step['floor_bytes'] / 1e9:.2f} GB through convolutions = "
+            f"{floor_ms:.2f} ms; the step takes {step['ms'] / floor_ms:.1f} times that",
+            f"peak memory   {result['peak_bytes'] / 1e9:.2f} GB, "
+            f"of it temporary {step['temporary_bytes'] / 1e9:.2f}",
+        ]
+    if source := result.get("input"):
+        lines.append(
+            f"input         {source['ms']:.2f} ms a step on one core, "
+            f"{source['slices_per_s']:.0f} slices/s"
+        )
+    if loop := result.get("loop"):
+        lines.append(f"loop          {loop['ms']:.2f} ms a step over {loop['steps']} steps")
+    if evaluation := result.get("evaluation"):
+        lines.append(
+            f"per volume    prediction {evaluation['prediction_ms']:.0f} ms, evaluation with all "
+            f"metrics {evaluation['evaluation_ms']:.0f} ms "
+            f"({evaluation['volumes']} volumes, {evaluation['slices']} slices)"
+        )
+    return "\n".join([*lines, f"bound by      {result['bound']}"])
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _STAGES = flags.DEFINE_list("stages", "step,input,loop,evaluation", "what to time")
+    _SECONDS = flags.DEFINE_float("seconds", 20, "for each stage, about")
+    _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
+    flags.mark_flags_as_required(["config"])
+
+    def _main(_):
+        jax.config.update("jax_enable_compilation_cache", False)
+        result = benchmark(_CONFIG.value, set(_STAGES.value), _SECONDS.value)
+        say(report(result))
+        if _OUTPUT.value:
+            write_text(pathlib.Path(_OUTPUT.value), to_json(result, indent=1) + "\n")
+
+    cli(_main)
