@@ -158,7 +158,8 @@ def test_pseudo_labels_and_unsupervised_terms(oracle):
     data = oracle("unsup_c4")
     n = int(data["labeled_bs"])
     own, partner, student = (
-        cgs._split(outputs(data, p), n)[1] for p in ("ema_weak", "ema_mix", "strong")
+        Outputs(*(x[..., n:, :, :, :] for x in outputs(data, name)))
+        for name in ("ema_weak", "ema_mix", "strong")
     )
     tau = float(data["conf_thresh"])
     pseudo = cgs.mix_labels(
@@ -177,7 +178,7 @@ def test_pseudo_labels_and_unsupervised_terms(oracle):
     check_terms(terms, state_dict(data, "applied/"))
     total = sum(terms.values())
     np.testing.assert_allclose(total, data["applied/unsup_total"], rtol=1e-6)
-    labelled = cgs._split(outputs(data, "weak"), n)[0]
+    labelled = Outputs(*(x[..., :n, :, :, :] for x in outputs(data, "weak")))
     sup = sum(base.supervised_loss(labelled, data["label"][:n]).values())
     np.testing.assert_allclose(sup, data["sup_loss"], **LOSS)
     weight = losses.gaussian_ramp(15000, 30000, 2.0)
