@@ -1,6 +1,6 @@
 """One mesh axis, 'data': batches are split over it, the state is on every device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from cgs_jax.errors import UserError
 
 
-def make_mesh() -> Mesh:
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices along 'data'; the compiler propagates shardings from the inputs."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 # Where the compiler's own choice is slower, by platform; measured by `cgs_jax.benchmark`.
@@ -38,12 +39,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def batched(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def abstract(tree: Any, sharding: NamedSharding) -> Any:
+    """Shapes of `tree`, to be sharded so."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """This host's rows of a batch -> global arrays, split along their first axis."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
 
     def put(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, x)
+        return jax.make_array_from_process_local_data(batched(mesh), x)
 
     return jax.tree.map(put, batch)
 

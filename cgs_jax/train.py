@@ -68,14 +68,33 @@ def init_state(
     method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> TrainState:
     """A fresh state, made on the devices."""
+    init = _init(method, optimizer, config)
+    return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
 
+
+def abstract_inputs(
+    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> tuple[TrainState, Any]:
+    """Shapes and shardings of state and batch: the train step can be compiled from them alone."""
+    state = jax.eval_shape(_init(method, optimizer, config), jax.random.key(0))
+    state = sharding.abstract(state, sharding.replicated(mesh))
+    shape, batch = (config.data.size, config.data.size), {}
+    for name in ("labelled", "unlabelled")[: 1 + method.unlabelled]:
+        count = config.batch[name] * method.draws
+        batch[name] = {"image": jax.ShapeDtypeStruct((count, *shape), np.uint16)}
+    label = jax.ShapeDtypeStruct(batch["labelled"]["image"].shape, np.uint8)
+    batch["labelled"]["label"] = label
+    return state, sharding.abstract(batch, sharding.batched(mesh))
+
+
+def _init(method, optimizer, config):
     def init(key):
         image = jnp.zeros((1, config.data.size, config.data.size, 1))
         params, model_state, extra = method.init(key, image)
         opt_state = optimizer.init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, extra)
 
-    return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
+    return init
 
 
 def make_train_step(

@@ -1,0 +1,70 @@
+"""Times this program against PyTorch on one machine, in turn: A B A B.
+
+pip install -r benchmarks/requirements.txt
+python benchmarks/compare.py --rounds 2 --size 256 --batch 24
+
+Prints a Markdown row a pair: the median step of either and their ratio. `authors` is the iteration
+of the authors' code as it is run: their plan, float32, NCHW, not compiled. `lean` and `full` are
+tuned: channels last and, on a GPU, bfloat16 and torch.compile.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def ours(options: argparse.Namespace, plan: str) -> float:
+    """Median ms of a step of `cgs_jax` in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = pathlib.Path(folder) / "result.json"
+        fields = {"data.size": options.size, "method.plan": plan, "data.root": "none"}
+        fields |= {f"batch.{half}": options.batch // 2 for half in ("labelled", "unlabelled")}
+        fields["model.dtype"] = "bfloat16" if options.gpu else "float32"
+        command = [sys.executable, "-m", "cgs_jax.benchmark", "--config", "configs/acdc.py"]
+        command += [f"--config.{name}={value}" for name, value in fields.items()]
+        command += ["--stages=step", f"--seconds={options.seconds}", f"--output={output}"]
+        subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(output.read_text())["step"]["ms"]
+
+
+def torch(options: argparse.Namespace, plan: str) -> float:
+    """Median ms of a step of `torch_cgs.py`."""
+    command = [options.torch_python, REPOSITORY / "benchmarks" / "torch_cgs.py"]
+    command += ["--size", options.size, "--batch", options.batch, "--steps", options.steps]
+    if plan == "authors":
+        command += ["--plan", "full", "--layout", "contiguous_format"]
+    else:
+        command += ["--plan", plan, "--layout", "channels_last"]
+        command += ["--dtype", "bfloat16", "--compile"] * options.gpu
+    run = subprocess.run(map(str, command), check=True, stdout=subprocess.PIPE, text=True)
+    return statistics.median(json.loads(run.stdout.splitlines()[-1])["step_ms"])
+
+
+def main():
+    """Runs the pairs and prints the table as it grows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of PyTorch")
+    parser.add_argument("--seconds", type=float, default=25, help="of timed steps of ours")
+    parser.add_argument("--pairs", default="lean:lean,lean:authors,full:full", help="OURS:TORCH")
+    parser.add_argument("--gpu", action="store_true", help="tuned for a GPU: bfloat16, compiled")
+    parser.add_argument("--torch-python", default=sys.executable, help="Python that has torch")
+    options = parser.parse_args()
+    print("| ours | PyTorch | ours ms | PyTorch ms | PyTorch / ours |\n|---|---|---|---|---|")
+    for _ in range(options.rounds):
+        for pair in options.pairs.split(","):
+            mine, other = pair.split(":")
+            a, b = ours(options, mine), torch(options, other)
+            print(f"| {mine} | {other} | {a:.1f} | {b:.1f} | {b / a:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

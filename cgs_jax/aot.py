@@ -1,0 +1,142 @@
+"""Compiles the train step for TPUs that are not there, and says whether and how fast it would run.
+
+pip install libtpu
+python -m cgs_jax.aot --config configs/segthor.py --topology v5e:4x4
+
+The real TPU compiler counts; the time is an estimate from its counts and the chip's peaks. Exit
+code 1 where the step does not fit into a chip's memory.
+"""
+
+import collections
+import os
+import pathlib
+import re
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import flags
+from jax.experimental import topologies
+from ml_collections import ConfigDict, config_flags
+
+from cgs_jax import optim, sharding, train
+from cgs_jax.data import prepare
+from cgs_jax.errors import UserError
+from cgs_jax.main import cli
+from cgs_jax.writers import say, to_json, write_text
+
+# By generation: bfloat16 FLOP/s, bytes/s and bytes of a chip's memory. Google's public figures.
+CHIPS = {
+    "v4": (275e12, 1228e9, 32e9),
+    "v5e": (197e12, 819e9, 16e9),
+    "v5p": (459e12, 2765e9, 95e9),
+    "v6e": (918e12, 1640e9, 32e9),
+}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}  # others: 4
+COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+
+
+def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
+    """Compiles the step of `config` for `topology`, e.g. 'v5e:4x4'; counts are per chip.
+
+    Raises:
+      UserError: libtpu or the topology is not there, or the batch does not divide.
+    """
+    chip = topology.partition(":")[0]
+    if chip not in CHIPS:
+        raise UserError(f"unknown chip in --topology {topology!r}; there are: {', '.join(CHIPS)}")
+    try:
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no topology {topology} ({reason}); is libtpu installed?") from error
+    config.model.lanes = config.model.lanes or 128
+    prepare.dataset(config)
+    method = train.make_method(config)
+    mesh = sharding.make_mesh(description.devices)
+    sharding.check_divisible(mesh, **config.batch)
+    optimizer, _ = optim.make_optimizer(config)
+    inputs = train.abstract_inputs(method, optimizer, config, mesh)
+    started = time.perf_counter()
+    step = train.make_train_step(method, optimizer, config.seed, mesh)
+    try:
+        compiled = step.lower(*inputs).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        first = " ".join(str(error).split())[:200]
+        return {"topology": topology, "chips": mesh.size, "fits": False, "why": first}
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    flops_per_s, bytes_per_s, capacity = CHIPS[chip]
+    used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    used += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    text = compiled.as_text()
+    return {
+        "topology": topology,
+        "chips": mesh.size,
+        "compile_s": time.perf_counter() - started,
+        "flops": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "memory_bytes": used,
+        "flops_ms": 1000 * cost["flops"] / flops_per_s,
+        "bytes_ms": 1000 * cost["bytes accessed"] / bytes_per_s,
+        "collectives": collectives(text),
+        "gathers": len(re.findall(r" gather\(", text)),
+        "grouped_convolutions": len(re.findall(r"feature_group_count=(?!1\b)", text)),
+        "fits": used <= capacity,
+    }
+
+
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Count and bytes by kind of the collectives in a compiled module."""
+    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    for shapes, kind in re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text):
+        found[kind]["count"] += 1
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+            size = 1
+            for dim in filter(None, dims.split(",")):
+                size *= int(dim)
+            found[kind]["bytes"] += size * BYTES.get(dtype, 4)
+    return dict(found)
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as text."""
+    head = f"{result['topology']}, {result['chips']} chips, per chip:"
+    if "flops" not in result:
+        return f"{head} does not fit: {result['why']}"
+    lines = [
+        head,
+        f"FLOPs       {result['flops'] / 1e9:.1f} G, {result['flops_ms']:.2f} ms at the peak",
+        f"bytes       {result['bytes'] / 1e9:.2f} GB, {result['bytes_ms']:.2f} ms at the peak",
+        f"memory      {result['memory_bytes'] / 1e9:.2f} GB: "
+        + ("fits" if result["fits"] else "does not fit"),
+        f"gathers {result['gathers']}, grouped convolutions {result['grouped_convolutions']}",
+    ]
+    for kind, numbers in result["collectives"].items():
+        lines.append(f"{kind:<11} {numbers['count']}, {numbers['bytes'] / 1e6:.1f} MB")
+    longer = max(result["flops_ms"], result["bytes_ms"])
+    lines.append(f"estimate    {longer:.2f} ms a step (compiled in {result['compile_s']:.0f} s)")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _TOPOLOGY = flags.DEFINE_string("topology", None, "e.g. v5e:4x4, v4:2x2x1, v6e:16x16")
+    _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
+    flags.mark_flags_as_required(["config", "topology"])
+
+    def _main(_):
+        os.environ.setdefault(
+            "TPU_SKIP_MDS_QUERY", "1"
+        )  # no questions to a cloud that is not there
+        jax.config.update("jax_platforms", "cpu")
+        result = compile_step(_CONFIG.value, _TOPOLOGY.value)
+        say(report(result))
+        if _OUTPUT.value:
+            write_text(pathlib.Path(_OUTPUT.value), to_json(result, indent=1) + "\n")
+        if not result["fits"]:
+            sys.exit(1)
+
+    cli(_main)

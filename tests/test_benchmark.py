@@ -1,0 +1,161 @@
+"""The benchmark, its PyTorch counterpart, and the compiler's report for TPUs."""
+
+import importlib.util
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cgs_jax import aot, benchmark
+from cgs_jax import pseudo_labels as pl
+from cgs_jax.errors import UserError
+from cgs_jax.methods import base, cgs
+from cgs_jax.models import Outputs, build, torch_weights
+from configs import acdc
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def tiny():
+    config = acdc.get_config()
+    config.data.size = 32
+    config.model.update(channels=(4, 8), dropout=(0.1, 0.1))
+    config.batch.update(labelled=2, unlabelled=2)
+    config.eval_batch = 4
+    return config
+
+
+def test_benchmark_from_the_command_line(tmp_path):
+    fields = {"data.size": 32, "model.channels": "(4,8)", "model.dropout": "(.1,.1)"}
+    fields |= {"batch.labelled": 2, "batch.unlabelled": 2, "data.root": "none"}
+    command = [sys.executable, "-m", "cgs_jax.benchmark", "--config", "configs/acdc.py"]
+    command += [f"--config.{k}={v}" for k, v in fields.items()]
+    command += ["--seconds=0.3", f"--output={tmp_path / 'out.json'}"]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert len(result["step"]["blocks_ms"]) >= 3
+    assert result["step"]["flops"] > result["step"]["floor_bytes"] > 0
+    for stage in ("step", "input", "loop"):
+        assert result[stage]["ms"] > 0
+    assert result["evaluation"]["evaluation_ms"] > 0
+    assert result["bound"] in run.stdout
+
+
+def test_floor_counts_what_convolutions_read_and_write():
+    def step(x, kernel):
+        x = jnp.sin(x) @ jnp.ones((3, 5))  # 2 x 4 x 4 x (3 + 5) + 15 values
+        return jax.lax.conv_general_dilated(  # 2 x 4 x 4 x (5 + 7) + 315 values
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    traced = jax.jit(step).trace(jnp.ones((2, 4, 4, 3)), jnp.ones((3, 3, 5, 7)))
+    expected = 4 * (32 * 8 + 15 + 32 * 12 + 315)
+    assert benchmark.convolution_bytes(traced.jaxpr.jaxpr) == expected
+
+
+def test_what_bounds_the_step():
+    step = {"ms": 10.0, "flops": 8e9, "floor_bytes": 1e9}
+    result = {"device": "1 x gpu", "step": step, "ceilings": {"flops_per_s": 1e12}}
+    result["ceilings"]["bytes_per_s"] = 1e12
+    assert benchmark.bound(result) == "arithmetic, at 80% of what the device does"
+    step["flops"], step["floor_bytes"] = 1e9, 5e9
+    assert benchmark.bound(result) == "memory, at 50% of what the device does"
+    step["floor_bytes"] = 1e9
+    assert benchmark.bound(result).startswith("neither")
+    assert benchmark.bound(result | {"input": {"ms": 11.0}}) == "input pipeline"
+
+
+def test_pytorch_counterpart_computes_the_same_losses():
+    torch = pytest.importorskip("torch")
+    path = REPOSITORY / "benchmarks" / "torch_cgs.py"
+    spec = importlib.util.spec_from_file_location("torch_cgs", path)
+    counterpart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(counterpart)
+
+    config = tiny()
+    network = build(config, specialists=True)
+    image = jax.random.uniform(jax.random.key(0), (4, 32, 32, 1))
+    variables = network.init(jax.random.key(1), image)
+    model = counterpart.UNet(3, config.model.channels, (0.0, 0.0))
+    model.load_state_dict(_renamed(torch, torch_weights.to_torch(variables)), strict=False)
+    config.model.dropout = (0.0, 0.0)
+    ours, _ = build(config, specialists=True).apply(
+        variables, image, train=True, mutable=["batch_stats"]
+    )
+    generalist, specialists = model(torch.tensor(np.moveaxis(np.asarray(image), -1, 1)))
+    theirs = Outputs(
+        generalist.detach().movedim(1, -1), torch.stack(specialists).detach().movedim(2, -1)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+    label = jax.random.randint(jax.random.key(2), (4, 32, 32), 0, 4)
+    terms = base.supervised_loss(ours, label)
+    loss = counterpart.supervised(generalist, specialists, torch.tensor(np.asarray(label)).long())
+    np.testing.assert_allclose(sum(terms.values()), loss.item(), rtol=1e-5)
+    sharper = Outputs(*(20 * x[..., ::-1, :] for x in ours))
+    pseudo = pl.from_teacher(sharper, 0.5)
+    terms, _ = cgs.consistency_losses(ours, pseudo)
+    sharper = [torch.tensor(np.asarray(x)) for x in sharper]
+    heads = list(sharper[1].movedim(-1, 2))
+    labels = counterpart.pseudo_labels(sharper[0].movedim(-1, 1), heads, 0.5)
+    np.testing.assert_array_equal(labels[3].numpy(), pseudo.consistent)
+    loss = counterpart.unsupervised(generalist, specialists, labels)
+    np.testing.assert_allclose(sum(terms.values()), loss.item(), rtol=1e-5)
+
+
+def _renamed(torch, weights):
+    """Names of the published checkpoints -> those of the counterpart, heads joined."""
+    joined = {}
+    patterns = {
+        r"encoder\.in_conv\.conv_conv\.": lambda m: "down.0.",
+        r"encoder\.down(\d)\.maxpool_conv\.1\.conv_conv\.": lambda m: f"down.{m[1]}.",
+        r"decoder\.up(\d)\.conv1x1\.": lambda m: f"reduce.{int(m[1]) - 1}.",
+        r"decoder\.up(\d)\.conv\.conv_conv\.": lambda m: f"up.{int(m[1]) - 1}.",
+        r"decoder\.out_conv\.": lambda m: "generalist.",
+        r"decoder\.projection_heads\.(\d)\.3\.": lambda m: f"last.{m[1]}.",
+        r"decoder\.projection_heads\.\d\.([01])\.": lambda m: f"wide.{m[1]}.",
+    }
+    for name, value in weights.items():
+        for pattern, new in patterns.items():
+            name = re.sub(pattern, new, name)
+        joined.setdefault(name, []).append(torch.tensor(np.ascontiguousarray(value)))
+    return {k: torch.cat(v) if k.startswith("wide") else v[0] for k, v in joined.items()}
+
+
+def test_collectives_are_counted():
+    text = """
+  %all-reduce.1 = (f32[16]{0}, bf16[3,3,16,32]{3,2,1,0}) all-reduce(%a, %b), replica_groups={}
+  %permute = f32[2,8]{1,0} collective-permute-start(%c)
+  %done = f32[2,8]{1,0} collective-permute-done(%permute)
+  %fusion = f32[8]{0} fusion(%all-reduce.1)"""
+    assert aot.collectives(text) == {
+        "all-reduce": {"count": 1, "bytes": 16 * 4 + 3 * 3 * 16 * 32 * 2},
+        "collective-permute": {"count": 1, "bytes": 64},
+    }
+
+
+def test_step_compiles_for_a_tpu_that_is_not_here():
+    pytest.importorskip("libtpu")
+    config = tiny()
+    config.model.dtype = "bfloat16"
+    config.batch.update(labelled=4, unlabelled=4)
+    result = aot.compile_step(config, "v5e:2x2")
+    assert result["chips"] == 4
+    assert result["fits"]
+    assert result["flops"] > 1e6
+    assert result["gathers"] == result["grouped_convolutions"] == 0
+    assert result["collectives"]["all-reduce"]["bytes"] > 1000
+
+
+@pytest.mark.parametrize("topology", ["h100:8", "v5e"])
+def test_unknown_topology(topology):
+    with pytest.raises(UserError, match="--topology|topology v5e"):
+        aot.compile_step(tiny(), topology)
