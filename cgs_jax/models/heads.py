@@ -17,7 +17,8 @@ class Generalist(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array, pack: int) -> jax.Array:
-        return packed.unpack_pixels(Conv(self.num_classes, 3, pack, name="conv")(features), pack)
+        y, bias = Conv(self.num_classes, 3, pack, name="conv")(features)
+        return packed.unpack_pixels(packed.affine(y, None, bias, pack), pack)
 
 
 class Specialists(nn.Module):
@@ -31,7 +32,7 @@ class Specialists(nn.Module):
     slower on CPUs. Here
     - the batch statistics of the 1x1 convolutions, linear maps of the features, follow from mean
       and covariance of the features; so batch norm is folded into the kernels, and the hidden maps
-      are written once;
+      are written once. The features are centred first, or bfloat16 would round mean and all;
     - the last convolutions of up to four heads are one, with a block-diagonal kernel: hardware that
       multiplies tiles does the zeros for nothing, and on CPUs four heads a time cost least.
     """
@@ -46,30 +47,31 @@ class Specialists(nn.Module):
         kernel2 = self.param("conv2_kernel", stacked_init, (k, 3, 3, f, 3))
         bias2 = self.param("conv2_bias", nn.initializers.zeros, (k, 3))
         kernel1 = kernel1[:, 0, 0]
-        mean, var = _linear_statistics(x, pack, kernel1, bias1) if train else (None, None)
-        factor, summand = BatchNorm(name="bn")(mean, var, (k, f))
-        kernel1, bias1 = kernel1 * factor[:, None], bias1 * factor + summand
+        mean, var, centre = None, None, jnp.zeros(f)
+        if train:
+            centre = jnp.mean(x.astype(jnp.float32), (0, 1, 2)).reshape(pack, f).mean(0)
+            x = packed.affine(x, None, -centre, pack).astype(x.dtype)
+            mean, var = _linear_statistics(x, pack, kernel1)
+        offset = jnp.einsum("i,kif->kf", centre, kernel1) + bias1
+        factor, summand = BatchNorm(name="bn")(mean, var, offset)
+        kernel1 = kernel1 * factor[:, None]
         logits = []
         for some in (slice(i, i + 4) for i in range(0, k, 4)):
-            n = len(bias1[some])
+            n = len(summand[some])
             wide = jnp.moveaxis(kernel1[some], 0, 1).reshape(1, 1, f, n * f)
-            h = packed.conv(x, wide, pack)
-            h = nn.leaky_relu(h + packed.per_channel(bias1[some].ravel(), pack, h.dtype), 0.01)
+            h = packed.affine(packed.conv(x, wide, pack), None, summand[some].ravel(), pack)
+            h = nn.leaky_relu(h, 0.01).astype(x.dtype)
             blocks = jnp.einsum("kyxfc,kl->yxkflc", kernel2[some], jnp.eye(n))
             y = packed.conv(h, blocks.reshape(3, 3, n * f, n * 3), pack)
-            y = packed.unpack_pixels(
-                y + packed.per_channel(bias2[some].ravel(), pack, y.dtype), pack
-            )
+            y = packed.unpack_pixels(packed.affine(y, None, bias2[some].ravel(), pack), pack)
             logits.append(jnp.moveaxis(y.reshape(*y.shape[:-1], n, 3), -2, 0))
         return jnp.concatenate(logits)
 
 
-def _linear_statistics(x, pack, kernel, bias):
-    """Mean and variance [K, F] of `x @ kernel[k] + bias[k]` over all pixels."""
+def _linear_statistics(x, pack, kernel):
+    """Mean (0) and variance [K, F] of `x @ kernel[k]` over all pixels of a map without mean."""
     f = kernel.shape[1]
     products = jnp.einsum("bhwi,bhwj->ij", x, x, preferred_element_type=jnp.float32)
-    products = jnp.einsum("pipj->ij", products.reshape(pack, f, pack, f))
-    mean = jnp.mean(x.astype(jnp.float32), (0, 1, 2)).reshape(pack, f).mean(0)
-    covariance = products / (x.size // f) - jnp.outer(mean, mean)
+    covariance = jnp.einsum("pipj->ij", products.reshape(pack, f, pack, f)) / (x.size // f)
     var = jnp.einsum("kif,ij,kjf->kf", kernel, covariance, kernel)
-    return jnp.einsum("i,kif->kf", mean, kernel) + bias, jnp.maximum(var, 0)
+    return jnp.zeros_like(var), jnp.maximum(var, 0)

@@ -61,9 +61,12 @@ def conv(x: jax.Array, kernel: jax.Array, pack: int) -> jax.Array:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
 
 
-def per_channel(vector: jax.Array, pack: int, dtype: jnp.dtype) -> jax.Array:
-    """[C] -> [pack * C], to meet a packed map."""
-    return jnp.tile(vector, pack).astype(dtype)
+def affine(x: jax.Array, factor: jax.Array | None, summand: jax.Array, pack: int) -> jax.Array:
+    """x * factor + summand by channel, in float32: sums over bfloat16 gradients would be noise."""
+    x = x.astype(jnp.float32)
+    if factor is not None:
+        x = x * jnp.tile(factor, pack)
+    return x + jnp.tile(summand, pack)
 
 
 def max_pool_2x2(x: jax.Array, pack: int) -> jax.Array:

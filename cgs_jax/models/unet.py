@@ -18,7 +18,9 @@ conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Conv(nn.Module):
-    """Convolution with bias of one packed map, or of several as if their channels were joined.
+    """Convolution of one packed map, or of several as if their channels were joined.
+
+    Returns the map without its bias [features], and the bias: batch norm cancels it.
 
     Attributes:
       features: output channels.
@@ -31,7 +33,7 @@ class Conv(nn.Module):
     pack: int
 
     @nn.compact
-    def __call__(self, *maps: jax.Array) -> jax.Array:
+    def __call__(self, *maps: jax.Array) -> tuple[jax.Array, jax.Array]:
         widths = [x.shape[-1] // self.pack for x in maps]
         shape = (self.size, self.size, sum(widths), self.features)
         kernel = self.param("kernel", conv_init, shape)
@@ -40,7 +42,7 @@ class Conv(nn.Module):
         for x, width in zip(maps, widths, strict=True):
             y = y + packed.conv(x, kernel[:, :, start : start + width], self.pack)
             start += width
-        return y + packed.per_channel(bias, self.pack, y.dtype)
+        return y, bias
 
 
 class BatchNorm(nn.Module):
@@ -49,17 +51,22 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(
-        self, mean: jax.Array | None, var: jax.Array | None, shape: tuple[int, ...]
+        self, mean: jax.Array | None, var: jax.Array | None, offset: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Batch statistics, or None for the running ones -> (factor, summand), float32 [shape]."""
+        """(factor, summand) by which x is the norm of x + `offset`, all float32 of one shape.
+
+        Args:
+          mean, var: of x over the batch, without `offset`; None takes the running statistics.
+        """
+        shape = offset.shape
         scale = self.param("scale", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
         if mean is None:
-            mean, var = running_mean.value, running_var.value
+            mean, var = running_mean.value - offset, running_var.value
         elif not self.is_initializing():
-            running_mean.value += 0.1 * (mean - running_mean.value)
+            running_mean.value += 0.1 * (mean + offset - running_mean.value)
             running_var.value += 0.1 * (var - running_var.value)
         factor = scale * jax.lax.rsqrt(var + 1e-5)
         return factor, bias - mean * factor
@@ -101,11 +108,10 @@ class ConvBlock(nn.Module):
     @nn.compact
     def __call__(self, *maps: jax.Array, train: bool) -> jax.Array:
         for i in (1, 2):
-            x = Conv(self.features, 3, self.pack, name=f"conv{i}")(*maps)
+            x, bias = Conv(self.features, 3, self.pack, name=f"conv{i}")(*maps)
             mean, var = statistics(x, self.pack) if train else (None, None)
-            norm = BatchNorm(name=f"bn{i}")(mean, var, (self.features,))
-            factor, summand = (packed.per_channel(v, self.pack, jnp.float32) for v in norm)
-            x = nn.leaky_relu(x * factor + summand, 0.01).astype(x.dtype)
+            factor, summand = BatchNorm(name=f"bn{i}")(mean, var, bias)
+            x = nn.leaky_relu(packed.affine(x, factor, summand, self.pack), 0.01).astype(x.dtype)
             if i == 1 and train and self.dropout:
                 x = dropout(x, self.dropout, self.make_rng("dropout"))
             maps = (x,)
@@ -139,7 +145,8 @@ class Backbone(nn.Module):
             skips.append(x)
         for i, level in enumerate(reversed(range(len(skips) - 1)), 1):
             width, below, pack = self.channels[level], packs[level + 1], packs[level]
-            x = Conv(width, 1, below, name=f"up{i}_reduce")(x)
+            y, bias = Conv(width, 1, below, name=f"up{i}_reduce")(x)
+            x = packed.affine(y, None, bias, below).astype(x.dtype)
             x = packed.upsample_2x(x, below, pack > below)
             x = ConvBlock(width, pack, name=f"up{i}")(skips[level], x, train=train)
         return x, packs[0]
