@@ -101,7 +101,10 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for shapes, kind in re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text):
         found[kind]["count"] += 1
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        if kind == "collective-permute" and len(arrays) > 1:
+            arrays = arrays[1:2]  # operand, result and two counters
+        for dtype, dims in arrays:
             size = 1
             for dim in filter(None, dims.split(",")):
                 size *= int(dim)

@@ -26,18 +26,21 @@ from scipy import ndimage
 
 from cgs_jax import evaluate, optim, sharding, train
 from cgs_jax.data import case_lists, prepare
+from cgs_jax.errors import UserError
 from cgs_jax.main import cli
 from cgs_jax.writers import say, to_json, write_text
 
+STAGES = ["step", "input", "loop", "evaluation"]
 BLOCK = 5  # steps that are dispatched before the host waits
 
 
 def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str, Any]:
-    """Runs `stages` of 'step', 'input', 'loop', 'evaluation'; each takes about `seconds`.
+    """Runs those `stages` of STAGES that are named; each takes about `seconds`.
 
     Returns what the JSON holds: times in ms, rates per second, bytes and FLOPs per step.
     """
     prepare.dataset(config)
+    config.total_steps = max(config.total_steps, 10_000)
     method, mesh = train.make_method(config), sharding.make_mesh()
     sharding.check_divisible(mesh, **config.batch, eval_batch=config.eval_batch)
     device = mesh.devices.flat[0]
@@ -119,17 +122,21 @@ def time_step(
     block = BLOCK if once < seconds / 50 else 1
     blocks = int(np.clip(seconds / once / block, 3, 40))
     ms = [1000 * some(block) for _ in range(blocks)]
-    images = sum(config.batch.values())
     return {
         "compile_s": compile_s,
         "blocks_ms": ms,
         "ms": float(np.median(ms)),
-        "images_per_s": 1000 * images / float(np.median(ms)),
+        "images_per_s": 1000 * images(config, method) / float(np.median(ms)),
         "flops": cost["flops"] * mesh.size,
         "bytes": cost["bytes accessed"] * mesh.size,
         "floor_bytes": floor,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
+
+
+def images(config: ConfigDict, method: Any) -> int:
+    """Slices that a step learns from."""
+    return config.batch.labelled + config.batch.unlabelled * method.unlabelled
 
 
 def convolution_bytes(jaxpr: Any) -> int:
@@ -179,7 +186,7 @@ def time_input(
     per_batch = (time.perf_counter() - started) / count
     return {
         "ms": 1000 * per_batch,
-        "slices_per_s": sum(config.batch.values()) * method.draws / per_batch,
+        "slices_per_s": images(config, method) * method.draws / per_batch,
     }
 
 
@@ -251,14 +258,16 @@ def bound(result: dict[str, Any]) -> str:
         return "not measured"
     devices = int(result["device"].split()[0])
     ceiling = {k: v * devices for k, v in result["ceilings"].items()}
-    arithmetic = 1000 * step["flops"] / ceiling["flops_per_s"] / step["ms"]
-    memory = 1000 * step["floor_bytes"] / ceiling["bytes_per_s"] / step["ms"]
-    name, share = max(("arithmetic", arithmetic), ("memory", memory), key=lambda pair: pair[1])
-    if share < 0.3:
-        return (
-            f"neither arithmetic ({arithmetic:.0%}) nor memory ({memory:.0%}): many small kernels"
-        )
-    return f"{name}, at {share:.0%} of what the device does"
+    shares = {
+        "arithmetic": step["flops"] / ceiling["flops_per_s"],
+        "convolutions' memory": step["floor_bytes"] / ceiling["bytes_per_s"],
+        "all memory": step["bytes"] / ceiling["bytes_per_s"],
+    }
+    shares = {name: 1000 * seconds / step["ms"] for name, seconds in shares.items()}
+    name = max(shares, key=shares.get)
+    if shares[name] < 0.3:
+        return "no peak: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    return f"{name}, at {shares[name]:.0%} of what the device does"
 
 
 def report(result: dict[str, Any]) -> str:
@@ -275,14 +284,14 @@ def report(result: dict[str, Any]) -> str:
             f"{len(ms)} blocks), {step['images_per_s']:.0f} images/s",
             f"FLOPs         {step['flops'] / 1e9:.1f} G a step, "
             f"{step['flops'] / step['ms'] / 1e9:.2f} TFLOP/s; "
-            f"a matrix product does {peak['flops_per_s'] / 1e12:.2f}",
+            f"a large matrix product does {peak['flops_per_s'] / 1e12:.2f}",
             f"bytes         {step['bytes'] / 1e9:.2f} GB a step by XLA, "
             f"{step['bytes'] / step['ms'] / 1e6:.0f} GB/s; "
             f"doubling an array does {peak['bytes_per_s'] / 1e9:.0f}",
             f"memory floor  {step['floor_bytes'] / 1e9:.2f} GB through convolutions = "
             f"{floor_ms:.2f} ms; the step takes {step['ms'] / floor_ms:.1f} times that",
-            f"peak memory   {result['peak_bytes'] / 1e9:.2f} GB, "
-            f"of it temporary {step['temporary_bytes'] / 1e9:.2f}",
+            f"peak memory   {result['peak_bytes'] / 1e9:.2f} GB; the step's own arrays "
+            f"{step['temporary_bytes'] / 1e9:.2f}",
         ]
     if source := result.get("input"):
         lines.append(
@@ -291,6 +300,9 @@ def report(result: dict[str, Any]) -> str:
         )
     if loop := result.get("loop"):
         lines.append(f"loop          {loop['ms']:.2f} ms a step over {loop['steps']} steps")
+        if {"step", "input"} <= result.keys():
+            slower = max(result["step"]["ms"], result["input"]["ms"])
+            lines[-1] += f", {loop['ms'] / slower - 1:+.1%} to the slower of step and input"
     if evaluation := result.get("evaluation"):
         lines.append(
             f"per volume    prediction {evaluation['prediction_ms']:.0f} ms, evaluation with all "
@@ -302,12 +314,19 @@ def report(result: dict[str, Any]) -> str:
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-    _STAGES = flags.DEFINE_list("stages", "step,input,loop,evaluation", "what to time")
+    _STAGES = flags.DEFINE_list("stages", STAGES, "what to time")
     _SECONDS = flags.DEFINE_float("seconds", 20, "for each stage, about")
     _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
     flags.mark_flags_as_required(["config"])
 
     def _main(_):
+        unknown = set(_STAGES.value) - set(STAGES)
+        if unknown:
+            raise UserError(f"unknown stage {min(unknown)!r}; there are: {', '.join(STAGES)}")
+        if not _SECONDS.value > 0:
+            raise UserError("--seconds must be more than 0")
+        if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).absolute().parent.is_dir():
+            raise UserError(f"no folder for --output {_OUTPUT.value}")
         jax.config.update("jax_enable_compilation_cache", False)
         result = benchmark(_CONFIG.value, set(_STAGES.value), _SECONDS.value)
         say(report(result))

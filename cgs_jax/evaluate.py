@@ -96,8 +96,10 @@ def evaluate(
     labels = segment(predict, stacks, config.data.size, config.eval_batch)
     labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
     futures = {}
-    # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
+    # at most, for each takes 45 bytes a voxel of the box around its organ.
+    pool = ThreadPoolExecutor(min(8, os.cpu_count()))
+    try:
         for case, volume, label in zip(cases, volumes, labels, strict=True):
             truth = np.asarray(volume.label)
             for i, organ in enumerate(config.data.classes, 1):
@@ -108,6 +110,8 @@ def evaluate(
         results = {case: {} for case in cases}
         for (case, organ), future in futures.items():
             results[case][organ] = future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
     return results
 
 

@@ -55,6 +55,8 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
         config = ConfigDict(json.loads(config, object_hook=_tuples))
         if not {"data", "model", "method", "total_steps"} <= set(config):
             raise ValueError("config.json lacks fields")
+        for name, value in {"dtype": "float32", "lanes": 0}.items():  # of runs before there was one
+            config.model[name] = config.model.get(name, value)
         return config, splits
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} holds no run: no {error.filename}") from None

@@ -52,6 +52,14 @@ def make_method(config: ConfigDict) -> Method:
             raise UserError(f"{name} must be at least 1")
     if config.total_steps < 0:
         raise UserError("total_steps must be at least 0")
+    if not 0 <= config.seed < 2**32:
+        raise UserError("seed must be between 0 and 2**32 - 1")
+    if not all(0 <= rate <= 0.9 for rate in config.model.dropout):
+        raise UserError(f"model.dropout={config.model.dropout}: rates are between 0 and 0.9")
+    if not 0 <= config.augment.degrees <= 90:
+        raise UserError(f"augment.degrees={config.augment.degrees} must be between 0 and 90")
+    if config.model.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"unknown model.dtype {config.model.dtype!r}; there are: float32, bfloat16")
     return method
 
 
@@ -212,7 +220,7 @@ def steps(
     state: TrainState,
     batches: Iterable[Any],
     start: int,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | None,
 ) -> Iterator[tuple[int, TrainState, dict[str, float]]]:
     """Trains on `batches`; yields (step, state, mean metrics since the last) to log or validate.
 
@@ -260,7 +268,7 @@ def _means(unlogged: list[dict[str, jax.Array]], step: int, checkpoints: Checkpo
 
 
 def _diverged(what: str, step: int, checkpoints: Checkpoints) -> UserError:
-    kept = checkpoints.latest
+    kept = checkpoints and checkpoints.latest
     kept = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
     advice = "try a lower --config.optimizer.lr in a new --workdir"
     return UserError(f"{what} at step {step}; {kept}; {advice}")

@@ -61,14 +61,17 @@ def test_floor_counts_what_convolutions_read_and_write():
 
 
 def test_what_bounds_the_step():
-    step = {"ms": 10.0, "flops": 8e9, "floor_bytes": 1e9}
+    step = {"ms": 10.0, "flops": 8e9, "floor_bytes": 1e9, "bytes": 2e9}
     result = {"device": "1 x gpu", "step": step, "ceilings": {"flops_per_s": 1e12}}
     result["ceilings"]["bytes_per_s"] = 1e12
     assert benchmark.bound(result) == "arithmetic, at 80% of what the device does"
     step["flops"], step["floor_bytes"] = 1e9, 5e9
-    assert benchmark.bound(result) == "memory, at 50% of what the device does"
+    assert benchmark.bound(result) == "convolutions' memory, at 50% of what the device does"
     step["floor_bytes"] = 1e9
-    assert benchmark.bound(result).startswith("neither")
+    assert (
+        benchmark.bound(result)
+        == "no peak: arithmetic 10%, convolutions' memory 10%, all memory 20%"
+    )
     assert benchmark.bound(result | {"input": {"ms": 11.0}}) == "input pipeline"
 
 
@@ -135,7 +138,7 @@ def _renamed(torch, weights):
 def test_collectives_are_counted():
     text = """
   %all-reduce.1 = (f32[16]{0}, bf16[3,3,16,32]{3,2,1,0}) all-reduce(%a, %b), replica_groups={}
-  %permute = f32[2,8]{1,0} collective-permute-start(%c)
+  %permute = (f32[2,8]{1,0}, f32[2,8]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%c)
   %done = f32[2,8]{1,0} collective-permute-done(%permute)
   %fusion = f32[8]{0} fusion(%all-reduce.1)"""
     assert aot.collectives(text) == {

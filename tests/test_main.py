@@ -125,6 +125,14 @@ def test_total_steps_0_reproduces_the_scores(trained, scans):
     assert (workdir / "summary.json").read_bytes() == before
 
 
+def test_run_from_before_a_field_was_there(trained, scans, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "old")
+    text = json.loads((workdir / "config.json").read_text())
+    del text["model"]["dtype"], text["model"]["lanes"]
+    (workdir / "config.json").write_text(json.dumps(text))
+    assert main.run(config_of(scans, total_steps=0), workdir)["step"]
+
+
 def test_specialists_can_predict(trained, scans):
     workdir, _ = trained
     summary = main.run(config_of(scans, total_steps=0, inference="specialists"), workdir)
@@ -308,6 +316,9 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         ({"batch.unlabelled": 0}, "batch.unlabelled must be at least 1"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"model.dropout": (0.1,)}, "model.dropout and model.channels must have the same length"),
+        ({"model.dropout": (0.1, 1.0, 0.1)}, "rates are between 0 and 0.9"),
+        ({"model.dtype": "float16"}, "unknown model.dtype 'float16'"),
+        ({"augment.degrees": 180.0}, "augment.degrees=180.0 must be between 0 and 90"),
     ],
 )
 def test_bad_options(trained, scans, fields, message):

@@ -48,7 +48,7 @@ def batches(
         batch = {}
         for i, (name, size) in enumerate(sizes.items()):
             places = np.arange(step * size, (step + 1) * size).reshape(processes, -1)[process]
-            at = rows[name][_shuffled(places, len(rows[name]), 2 * seed + i)]
+            at = rows[name][_shuffled(places, len(rows[name]), (seed, i))]
             batch[name] = {"image": prepared.images[at]}
             if name == "labelled":
                 batch[name]["label"] = prepared.labels[at]
@@ -57,11 +57,11 @@ def batches(
     return grain.MapDataset.range(start, config.total_steps).map(load)
 
 
-def _shuffled(places: np.ndarray, count: int, seed: int) -> np.ndarray:
+def _shuffled(places: np.ndarray, count: int, seed: tuple[int, int]) -> np.ndarray:
     """What stands at `places` of an endless row of shuffled epochs of `count` items."""
     epochs, within = places // count, places % count
     # RandomState, not Generator: numpy promises that it draws the same for ever.
-    orders = {e: np.random.RandomState((seed, e)).permutation(count) for e in set(epochs)}  # noqa: NPY002
+    orders = {e: np.random.RandomState((*seed, e)).permutation(count) for e in set(epochs)}
     return np.array([orders[e][w] for e, w in zip(epochs, within, strict=True)])
 
 

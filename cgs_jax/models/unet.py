@@ -80,7 +80,7 @@ def statistics(x: jax.Array, pack: int) -> tuple[jax.Array, jax.Array]:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Zeroes a share `rate` of the values, in 256ths, and scales the rest.
+    """Zeroes a share `rate` of the values, rounded to 256ths, and scales the rest.
 
     One random word serves four rows: drawing a word a value costs as much as a convolution.
     """
