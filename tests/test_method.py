@@ -11,7 +11,7 @@ from cgs_jax import augment, losses, optim, train
 from cgs_jax import pseudo_labels as pl
 from cgs_jax.errors import UserError
 from cgs_jax.methods import cgs
-from cgs_jax.models import Outputs, build, packed, torch_weights
+from cgs_jax.models import Outputs, build, packed, torch_weights, unet
 from cgs_jax.models.heads import Specialists
 from cgs_jax.sharding import make_mesh
 from configs import common
@@ -184,6 +184,14 @@ def test_heads_compute_what_plain_layers_would(dtype):
     hidden = jnp.maximum(hidden, 0.01 * hidden)
     wanted = jnp.stack([packed.conv(hidden[k], p["conv2_kernel"][k], 1) for k in range(2)])
     assert np.abs(got - wanted).max() < (1e-4 if dtype == "float32" else 0.05)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    kept = np.asarray(unet.dropout(jnp.ones((4, 10, 64, 16)), 0.3, jax.random.key(0)))
+    np.testing.assert_allclose((kept == 0).mean(), 77 / 256, atol=0.01)
+    np.testing.assert_allclose(kept[kept > 0], 256 / 179, rtol=1e-6)
+    rows = kept.transpose(1, 0, 2, 3).reshape(10, -1)  # four rows share a random word
+    assert np.abs(np.corrcoef(rows) - np.eye(10)).max() < 0.1
 
 
 def test_stacked_specialists_are_independent_heads():
