@@ -15,28 +15,15 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import tempfile
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
+import ours
 
-
-def ours(options: argparse.Namespace, plan: str) -> float:
-    """Median ms of a step of `cgs_jax` in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = pathlib.Path(folder) / "result.json"
-        fields = {"data.size": options.size, "method.plan": plan, "data.root": "none"}
-        fields |= {f"batch.{half}": options.batch // 2 for half in ("labelled", "unlabelled")}
-        fields["model.dtype"] = "bfloat16" if options.gpu else "float32"
-        command = [sys.executable, "-m", "cgs_jax.benchmark", "--config", "configs/acdc.py"]
-        command += [f"--config.{name}={value}" for name, value in fields.items()]
-        command += ["--stages=step", f"--seconds={options.seconds}", f"--output={output}"]
-        subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(output.read_text())["step"]["ms"]
+COUNTERPART = pathlib.Path(__file__).with_name("torch_cgs.py")
 
 
 def torch(options: argparse.Namespace, plan: str) -> float:
     """Median ms of a step of `torch_cgs.py`."""
-    command = [options.torch_python, REPOSITORY / "benchmarks" / "torch_cgs.py"]
+    command = [options.torch_python, COUNTERPART]
     command += ["--size", options.size, "--batch", options.batch, "--steps", options.steps]
     if plan == "authors":
         command += ["--plan", "full", "--layout", "contiguous_format"]
@@ -66,10 +53,14 @@ def main():
     if subprocess.run([options.torch_python, "-c", "import torch"], check=False).returncode:
         parser.error(f"{options.torch_python} has no torch: see benchmarks/requirements.txt")
     print("| ours | PyTorch | ours ms | PyTorch ms | PyTorch / ours |\n|---|---|---|---|---|")
+    dtype = "bfloat16" if options.gpu else "float32"
     for _ in range(options.rounds):
         for pair in options.pairs.split(","):
             mine, other = pair.split(":")
-            a, b = ours(options, mine), torch(options, other)
+            a = ours.step(
+                options.seconds, options.size, options.batch, method__plan=mine, model__dtype=dtype
+            )["ms"]
+            b = torch(options, other)
             print(f"| {mine} | {other} | {a:.1f} | {b:.1f} | {b / a:.2f} |", flush=True)
 
 

@@ -6,27 +6,8 @@ Prints Markdown tables. Each row is a process of its own.
 """
 
 import argparse
-import json
-import pathlib
-import subprocess
-import sys
-import tempfile
 
-REPOSITORY = pathlib.Path(__file__).parents[1]
-
-
-def step(seconds: float, size: int, batch: int, organs: int) -> dict:
-    """What `cgs_jax.benchmark` says of one setting."""
-    fields = {"data.size": size, "data.root": "none"}
-    fields |= {"batch.labelled": batch // 2, "batch.unlabelled": batch // 2}
-    fields["data.classes"] = repr(tuple(f"organ{i}" for i in range(organs)))
-    with tempfile.TemporaryDirectory() as folder:
-        output = pathlib.Path(folder) / "result.json"
-        command = [sys.executable, "-m", "cgs_jax.benchmark", "--config", "configs/acdc.py"]
-        command += [f"--config.{name}={value}" for name, value in fields.items()]
-        command += ["--stages=step", f"--seconds={seconds}", f"--output={output}"]
-        subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(output.read_text())
+import ours
 
 
 def main():
@@ -49,8 +30,10 @@ def main():
     ):
         print(f"\n| {name} | step ms | us a pixel | temporary GB |\n|---|---|---|---|", flush=True)
         for value, setting in rows:
-            result = step(o.seconds, *setting)["step"]
-            pixels = setting[0] ** 2 * setting[1]
+            size, batch, organs = setting
+            classes = repr(tuple(f"organ{i}" for i in range(organs)))
+            result = ours.step(o.seconds, size, batch, data__classes=classes)
+            pixels = size**2 * batch
             print(
                 f"| {value} | {result['ms']:.1f} | {1000 * result['ms'] / pixels:.3f} "
                 f"| {result['temporary_bytes'] / 1e9:.2f} |",

@@ -197,8 +197,7 @@ def time_loop(
     optimizer, _ = optim.make_optimizer(config)
     state = train.init_state(method, optimizer, config, mesh)
     step = train.make_train_step(method, optimizer, config.seed, mesh)
-    with config.unlocked():
-        config = config.copy_and_resolve_references()
+    config = config.copy_and_resolve_references()
     config.eval_every, config.total_steps = 10**9, 10**6
     batches = train.device_batches(config, method, prepared, mesh)
     config.log_every = 1

@@ -51,7 +51,7 @@ class Specialists(nn.Module):
         if train:
             centre = jnp.mean(x.astype(jnp.float32), (0, 1, 2)).reshape(pack, f).mean(0)
             x = packed.affine(x, None, -centre, pack).astype(x.dtype)
-            mean, var = _linear_statistics(x, pack, kernel1)
+            mean, var = jnp.zeros(()), _linear_variance(x, pack, kernel1)
         offset = jnp.einsum("i,kif->kf", centre, kernel1) + bias1
         factor, summand = BatchNorm(name="bn")(mean, var, offset)
         kernel1 = kernel1 * factor[:, None]
@@ -68,10 +68,10 @@ class Specialists(nn.Module):
         return jnp.concatenate(logits)
 
 
-def _linear_statistics(x, pack, kernel):
-    """Mean (0) and variance [K, F] of `x @ kernel[k]` over all pixels of a map without mean."""
+def _linear_variance(x, pack, kernel):
+    """Variance [K, F] of `x @ kernel[k]` over all pixels of a map without mean."""
     f = kernel.shape[1]
     products = jnp.einsum("bhwi,bhwj->ij", x, x, preferred_element_type=jnp.float32)
     covariance = jnp.einsum("pipj->ij", products.reshape(pack, f, pack, f)) / (x.size // f)
     var = jnp.einsum("kif,ij,kjf->kf", kernel, covariance, kernel)
-    return jnp.zeros_like(var), jnp.maximum(var, 0)
+    return jnp.maximum(var, 0)
