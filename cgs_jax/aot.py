@@ -62,12 +62,11 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     config.model.lanes = config.model.lanes or 128
     prepare.dataset(config)
     method = train.make_method(config)
-    mesh = sharding.make_mesh(description.devices)
-    sharding.check_divisible(mesh, **config.batch)
+    mesh = sharding.make_mesh(config, description.devices)
     optimizer, _ = optim.make_optimizer(config)
     inputs = train.abstract_inputs(method, optimizer, config, mesh)
     started = time.perf_counter()
-    step = train.make_train_step(method, optimizer, config.seed, mesh)
+    step = train.make_train_step(method, optimizer, config, mesh)
     try:
         compiled = step.lower(*inputs).compile()
     except jax.errors.JaxRuntimeError as error:

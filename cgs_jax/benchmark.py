@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from scipy import ndimage
 
-from cgs_jax import evaluate, optim, sharding, train
+from cgs_jax import distributed, evaluate, optim, sharding, train
 from cgs_jax.data import case_lists, prepare
 from cgs_jax.errors import UserError
 from cgs_jax.main import cli
@@ -41,8 +41,7 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
     """
     prepare.dataset(config)
     config.total_steps = max(config.total_steps, 10_000)
-    method, mesh = train.make_method(config), sharding.make_mesh()
-    sharding.check_divisible(mesh, **config.batch, eval_batch=config.eval_batch)
+    method, mesh = train.make_method(config), sharding.make_mesh(config)
     device = mesh.devices.flat[0]
     result: dict[str, Any] = {
         "config": {"method": config.method.name, "data": config.data.name, "size": config.data.size}
@@ -57,7 +56,7 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
             result["peak_bytes"] = peak_bytes(device)
             result["ceilings"] = ceilings(device, config.model.dtype)
         if "input" in stages:
-            result["input"] = time_input(config, method, prepared, seconds)
+            result["input"] = time_input(config, method, prepared, mesh, seconds)
         if "loop" in stages:
             result["loop"] = time_loop(config, method, prepared, mesh, seconds)
         if "evaluation" in stages:
@@ -101,7 +100,7 @@ def time_step(
     optimizer, _ = optim.make_optimizer(config)
     state = train.init_state(method, optimizer, config, mesh)
     batches = list(itertools.islice(train.device_batches(config, method, prepared, mesh), 4))
-    step = train.make_train_step(method, optimizer, config.seed, mesh)
+    step = train.make_train_step(method, optimizer, config, mesh)
     traced = step.trace(state, batches[0])
     floor = convolution_bytes(traced.jaxpr.jaxpr)
     started = time.perf_counter()
@@ -122,21 +121,17 @@ def time_step(
     block = BLOCK if once < seconds / 50 else 1
     blocks = int(np.clip(seconds / once / block, 3, 40))
     ms = [1000 * some(block) for _ in range(blocks)]
+    images = sum(train.stream_sizes(config, method).values()) // method.draws
     return {
         "compile_s": compile_s,
         "blocks_ms": ms,
         "ms": float(np.median(ms)),
-        "images_per_s": 1000 * images(config, method) / float(np.median(ms)),
+        "images_per_s": 1000 * images / float(np.median(ms)),
         "flops": cost["flops"] * mesh.size,
         "bytes": cost["bytes accessed"] * mesh.size,
         "floor_bytes": floor,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
-
-
-def images(config: ConfigDict, method: Any) -> int:
-    """Slices that a step learns from."""
-    return config.batch.labelled + config.batch.unlabelled * method.unlabelled
 
 
 def convolution_bytes(jaxpr: Any) -> int:
@@ -175,10 +170,10 @@ def ceilings(device: jax.Device, dtype: str) -> dict[str, float]:
 
 
 def time_input(
-    config: ConfigDict, method: Any, prepared: prepare.Prepared, seconds: float
+    config: ConfigDict, method: Any, prepared: prepare.Prepared, mesh: Mesh, seconds: float
 ) -> dict[str, float]:
     """Host batches, read one after the other on one core."""
-    dataset = train.host_batches(config, method, prepared)
+    dataset = train.host_batches(config, method, prepared, mesh)
     started, count = time.perf_counter(), 0
     while count < len(dataset) and time.perf_counter() - started < min(seconds, 10):
         dataset[count]
@@ -186,7 +181,7 @@ def time_input(
     per_batch = (time.perf_counter() - started) / count
     return {
         "ms": 1000 * per_batch,
-        "slices_per_s": images(config, method) * method.draws / per_batch,
+        "slices_per_s": sum(train.stream_sizes(config, method).values()) / per_batch,
     }
 
 
@@ -196,12 +191,12 @@ def time_loop(
     """The training loop with its input and logging, without validation."""
     optimizer, _ = optim.make_optimizer(config)
     state = train.init_state(method, optimizer, config, mesh)
-    step = train.make_train_step(method, optimizer, config.seed, mesh)
+    step = train.make_train_step(method, optimizer, config, mesh)
     config = config.copy_and_resolve_references()
     config.eval_every, config.total_steps = 10**9, 10**6
     batches = train.device_batches(config, method, prepared, mesh)
     config.log_every = 1
-    loop = train.steps(config, step, state, batches, 0, None)
+    loop = train.steps(config, step, state, batches, 0, None, distributed.Stop())
     for _ in range(3):
         _, state, _ = next(loop)
     started = time.perf_counter()
@@ -222,8 +217,7 @@ def time_evaluation(
     """Prediction alone, and evaluation with all metrics, of the validation volumes."""
     optimizer, _ = optim.make_optimizer(config)
     state = train.init_state(method, optimizer, config, mesh)
-    compiled = evaluate.make_predict(method, mesh)
-    predict = lambda slices: compiled(state, slices)  # noqa: E731
+    predict = evaluate.make_predict(method)(state)
     cases = prepared.splits.val
     stacks = [prepared.volume(case).image for case in cases]
     size, batch = config.data.size, config.eval_batch

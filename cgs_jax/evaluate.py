@@ -9,14 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
-from cgs_jax import metrics
+from cgs_jax import distributed, metrics, sharding
 from cgs_jax.data.prepare import LEVELS, Prepared
 from cgs_jax.data.volume import resize
 from cgs_jax.methods.base import Method
-from cgs_jax.sharding import jit, put_batch
 from cgs_jax.train_state import TrainState
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -28,15 +26,26 @@ def to_image(slices: jax.Array) -> jax.Array:
     return slices[..., None].astype(jnp.float32) / LEVELS
 
 
-def make_predict(method: Method, mesh: Mesh) -> Callable[[TrainState, np.ndarray], np.ndarray]:
-    """Compiles (state, uint16 [B, size, size]) -> uint8 labels [B, size, size]."""
+def make_predict(method: Method) -> Callable[[TrainState], Predict]:
+    """Compiles state -> (uint16 [B, size, size] -> uint8 labels) for this process's devices."""
+    mesh = sharding.local_mesh()
 
     def predict(state, slices):
         scores = method.predict(state, to_image(slices))
         return jnp.argmax(scores, -1).astype(jnp.uint8)
 
-    compiled = jit(predict, mesh)
-    return lambda state, slices: np.asarray(compiled(state, put_batch(mesh, slices)))
+    compiled = sharding.jit(predict, mesh)
+
+    def with_state(state):
+        state = sharding.localise(mesh, state)
+
+        def run(slices):
+            padded = np.pad(slices, ((0, -len(slices) % mesh.size), (0, 0), (0, 0)))
+            return np.asarray(compiled(state, sharding.put_batch(mesh, padded)))[: len(slices)]
+
+        return run
+
+    return with_state
 
 
 def segment(
@@ -87,10 +96,11 @@ def evaluate(
     surface: bool,
     look: Callable[[str, np.ndarray, np.ndarray, np.ndarray], None] | None = None,
 ) -> Results:
-    """Scores `cases`; without `surface` only the overlap metrics.
+    """Scores `cases`, dealt over the processes; without `surface` only the overlap metrics.
 
-    `look` is called with (case, image, truth, prediction), [D, H, W] each.
+    `look` is called with (case, image, truth, prediction), [D, H, W] each, of this process's cases.
     """
+    everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
     volumes = [prepared.volume(case) for case in cases]
     stacks = (volume.image for volume in volumes)
     labels = segment(predict, stacks, config.data.size, config.eval_batch)
@@ -112,7 +122,8 @@ def evaluate(
             results[case][organ] = future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-    return results
+    scored = {case: scores for part in distributed.gather(results) for case, scores in part.items()}
+    return {case: scored[case] for case in everyone}
 
 
 def _score(label, truth, i, spacing, surface):

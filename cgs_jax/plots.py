@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from ml_collections import ConfigDict
 
+from cgs_jax import distributed
 from cgs_jax.evaluate import Results, mean
 
 
@@ -57,6 +58,11 @@ class Looks:
         organs = [len(np.unique(s)) + np.count_nonzero(s) / s.size for s in flat]
         at = int(np.argmax(organs))
         self.slices[case] = tuple(np.array(x[at]) for x in (image, truth, label))
+
+    def gather(self) -> None:
+        """Adds what the other processes have collected."""
+        for slices in distributed.gather(self.slices):
+            self.slices |= slices
 
 
 def overlays(

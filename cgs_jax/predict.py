@@ -41,12 +41,12 @@ def predict(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can not write to --output {output}: {error.strerror}") from error
-    mesh = sharding.make_mesh()
+    mesh = sharding.local_mesh()
     method = train.make_method(config)
     checkpoints = Checkpoints(workdir)
     state, _ = train.restore_best(config, method, checkpoints, workdir, mesh)
     checkpoints.close()
-    compiled = evaluate.make_predict(method, mesh)
+    predict = evaluate.make_predict(method)(state)
     waiting: list[tuple[pathlib.Path, Scan]] = []  # for their labels
     problems: list[str] = []
 
@@ -62,7 +62,6 @@ def predict(
             yield quantise(image)
 
     written = []
-    predict = lambda slices: compiled(state, slices)  # noqa: E731
     for label in evaluate.segment(predict, stacks(), config.data.size, config.eval_batch):
         path, scan = waiting.pop(0)
         write(scan, label, output / path.name)

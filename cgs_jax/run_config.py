@@ -9,31 +9,46 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from cgs_jax import distributed
 from cgs_jax.data.case_lists import Splits
 from cgs_jax.errors import UserError
 from cgs_jax.writers import to_json, write_text
 
 # What may differ between two starts of one run: places, and how often to look.
-FREE = ("data.root", "data.cache", "log_every", "eval_batch", "inference", "model.lanes")
+FREE = (
+    "data.root",
+    "data.cache",
+    "log_every",
+    "eval_batch",
+    "inference",
+    "model.lanes",
+    "mesh.data",
+    "mesh.space",
+    "mesh.shard_params",
+)
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes `workdir` and keeps other processes out of it.
+    """Makes `workdir` and keeps other jobs out of it; process 0 does so for all of this one.
 
     Raises:
-      UserError: it can not be written, or another process works in it.
+      UserError: it can not be written, or another job works in it.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / "lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"can not write to --workdir {workdir}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is working in {workdir}") from None
+    with contextlib.ExitStack() as stack:
+        if distributed.is_first():
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(workdir / "lock", "w"))
+            except OSError as error:
+                raise UserError(
+                    f"can not write to --workdir {workdir}: {error.strerror}"
+                ) from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is working in {workdir}") from None
+        distributed.barrier("workdir locked")
         yield
 
 

@@ -1,4 +1,8 @@
-"""One mesh axis, 'data': batches are split over it, the state is on every device."""
+"""The mesh: 'data' splits batches, 'space' splits the rows of images; the state is on every device.
+
+The compiler propagates shardings from the inputs and exchanges the rows that convolutions need from
+their neighbours.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,14 +10,44 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
 
 from cgs_jax.errors import UserError
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """All devices along 'data'; the compiler propagates shardings from the inputs."""
+def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` over the devices of all processes, or over `devices`.
+
+    Raises:
+      UserError: the axes do not make up the devices, or batches or images do not divide by them.
+    """
     count = jax.device_count() if devices is None else len(devices)
-    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    data, space = config.mesh.data, config.mesh.space
+    if data == -1 and space > 0:
+        data = count // space
+    if data < 1 or data * space != count:
+        raise UserError(
+            f"mesh.data={config.mesh.data} times mesh.space={space} must be the {count} devices"
+        )
+    for name, size in config.batch.items():
+        if size % data:
+            raise UserError(f"batch.{name}={size} does not divide by mesh.data, {data} devices")
+    coarsest = config.data.size // 2 ** (len(config.model.channels) - 1)
+    if coarsest % space:
+        raise UserError(
+            f"mesh.space={space} does not divide the {coarsest} rows of the coarsest feature map"
+        )
+    return _mesh(data, space, devices)
+
+
+def local_mesh() -> Mesh:
+    """The devices of this process along 'data': each process predicts by itself."""
+    return _mesh(jax.local_device_count(), 1, jax.local_devices())
+
+
+def _mesh(data, space, devices):
+    auto = (AxisType.Auto, AxisType.Auto)  # so the compiler propagates shardings
+    return jax.make_mesh((data, space), ("data", "space"), axis_types=auto, devices=devices)
 
 
 # Where the compiler's own choice is slower, by platform; measured by `cgs_jax.benchmark`.
@@ -34,23 +68,47 @@ def jit(function: Callable, mesh: Mesh, **options: Any) -> Any:
     return jax.jit(function, compiler_options=compiler_options, **options)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def batched(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over the devices."""
+    """The first axis is split over 'data'."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def abstract(tree: Any, sharding: NamedSharding) -> Any:
-    """Shapes of `tree`, to be sharded so."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def split_rows(mesh: Mesh, images: Any) -> Any:
+    """Inside jit: splits every [B, H, ...] of a tree over 'data' and 'space'."""
+    sharding = NamedSharding(mesh, PartitionSpec("data", "space"))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), images)
+
+
+def of_state(mesh: Mesh, state: Any, threshold: int) -> Any:
+    """Shardings of a state: on every device whole, but arrays of at least `threshold` values are
+    split over 'data' along their longest axis that divides; 0 splits none."""
+
+    def of(x: Any) -> NamedSharding:
+        parts: list[str | None] = [None] * x.ndim
+        axes = [i for i, n in enumerate(x.shape) if n % mesh.shape["data"] == 0]
+        if axes and 0 < threshold <= x.size:
+            parts[max(axes, key=lambda i: x.shape[i])] = "data"
+        return NamedSharding(mesh, PartitionSpec(*parts))
+
+    return jax.tree.map(of, state)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes of `tree` with `shardings`: a tree like it, or one for all."""
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(shape, tree, shardings)
+
+
+def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
+    """Which rows of a batch the devices of this process hold."""
+    mine = np.isin(mesh.devices, mesh.local_devices).any(axis=1)
+    return np.arange(batch).reshape(len(mine), -1)[mine].ravel()
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """This host's rows of a batch -> global arrays, split along their first axis."""
+    """This process's rows of a batch -> global arrays, split along their first axis."""
 
     def put(x: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(batched(mesh), x)
@@ -58,8 +116,14 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     return jax.tree.map(put, batch)
 
 
-def check_divisible(mesh: Mesh, **sizes: int) -> None:
-    """Raises UserError unless every named batch size divides by the number of devices."""
-    for name, size in sizes.items():
-        if size % mesh.size:
-            raise UserError(f"{name}={size} does not divide by the {mesh.size} devices")
+def localise(mesh: Mesh, tree: Any) -> Any:
+    """Global arrays -> the same on the devices of `mesh`, the local one; each whole."""
+
+    def whole(x: jax.Array) -> jax.Array:
+        if not x.is_fully_replicated:
+            x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
+        sharding = NamedSharding(mesh, PartitionSpec())
+        parts = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+    return jax.tree.map(whole, tree)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cgs_jax import evaluate, optim, sharding
+from cgs_jax import distributed, evaluate, optim, sharding
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.data import pipeline
 from cgs_jax.data.prepare import Prepared
@@ -76,8 +76,9 @@ def init_state(
     method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> TrainState:
     """A fresh state, made on the devices."""
-    init = _init(method, optimizer, config)
-    return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
+    init, key = _init(method, optimizer, config), jax.random.key(config.seed)
+    shardings = sharding.of_state(mesh, jax.eval_shape(init, key), config.mesh.shard_params)
+    return jax.jit(init, out_shardings=shardings)(key)
 
 
 def abstract_inputs(
@@ -85,14 +86,20 @@ def abstract_inputs(
 ) -> tuple[TrainState, Any]:
     """Shapes and shardings of state and batch: the train step can be compiled from them alone."""
     state = jax.eval_shape(_init(method, optimizer, config), jax.random.key(0))
-    state = sharding.abstract(state, sharding.replicated(mesh))
-    shape, batch = (config.data.size, config.data.size), {}
-    for name in ("labelled", "unlabelled")[: 1 + method.unlabelled]:
-        count = config.batch[name] * method.draws
-        batch[name] = {"image": jax.ShapeDtypeStruct((count, *shape), np.uint16)}
-    label = jax.ShapeDtypeStruct(batch["labelled"]["image"].shape, np.uint8)
-    batch["labelled"]["label"] = label
+    state = sharding.abstract(state, sharding.of_state(mesh, state, config.mesh.shard_params))
+    batch = {}
+    for name, count in stream_sizes(config, method).items():
+        shape = (count, config.data.size, config.data.size)
+        batch[name] = {"image": jax.ShapeDtypeStruct(shape, np.uint16)}
+        if name == "labelled":
+            batch[name]["label"] = jax.ShapeDtypeStruct(shape, np.uint8)
     return state, sharding.abstract(batch, sharding.batched(mesh))
+
+
+def stream_sizes(config: ConfigDict, method: Method) -> dict[str, int]:
+    """Slices that a step takes of each stream, over all devices."""
+    names = ("labelled", "unlabelled")[: 1 + method.unlabelled]
+    return {name: config.batch[name] * method.draws for name in names}
 
 
 def _init(method, optimizer, config):
@@ -106,21 +113,23 @@ def _init(method, optimizer, config):
 
 
 def make_train_step(
-    method: Method, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> Any:
-    """Compiles (state, batch) -> (state, metrics). The state is donated."""
+    """Compiles (state, batch) -> (state, metrics). The state is donated and keeps its shardings."""
 
     def train_step(state, batch):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         k_views, k_loss = jax.random.split(key)
         for stream in batch.values():
             stream["image"] = evaluate.to_image(stream["image"])
-        views = method.views(batch, k_views)
+        views = sharding.split_rows(mesh, method.views(batch, k_views))
         loss = jax.value_and_grad(method.loss, has_aux=True)
         (_, aux), grads = loss(state.params, state, views, k_loss)
         model_state, extra, metrics = aux
         state = state.replace(model_state=model_state, extra=extra)
-        return method.after_update(apply_gradients(optimizer, state, grads)), metrics
+        state = method.after_update(apply_gradients(optimizer, state, grads))
+        shardings = sharding.of_state(mesh, state, config.mesh.shard_params)
+        return jax.lax.with_sharding_constraint(state, shardings), metrics
 
     return sharding.jit(train_step, mesh, donate_argnums=0)
 
@@ -141,76 +150,83 @@ def train(
     checkpoints: Checkpoints,
     workdir: pathlib.Path,
     mesh: Mesh,
-) -> TrainState:
+) -> bool:
     """Trains to `config.total_steps`, from the latest checkpoint where there is one.
 
     Order: step, then validation, then checkpoint; data and keys are functions of (seed, step), so
     a resumed run goes on exactly as the undisturbed one.
 
+    Returns:
+      Whether it got there; False after SIGTERM or Ctrl-C, with a checkpoint of the last step.
+
     Raises:
       UserError: the loss is not finite; checkpoints from before are kept.
     """
     optimizer, schedule = optim.make_optimizer(config)
-    start = checkpoints.latest or 0
-    if not start:
+    if checkpoints.latest is None:
         start_from_weights(method, config)
-    state = init_state(method, optimizer, config, mesh)
+    fresh = init_state(method, optimizer, config, mesh)
+    state = checkpoints.restore_latest(fresh) or fresh
+    start = int(state.step)
     if start:
-        state = checkpoints.restore(start, state)
         say(f"resuming {workdir} at step {start}")
     else:
         count = f"{parameter_overview.count_parameters(state.params):,} parameters"
         say(f"{config.method.name} on {config.data.name}: {count}, {mesh.size} device(s)")
     if start >= config.total_steps:
-        return state
+        return True
 
     batches = device_batches(config, method, prepared, mesh, start)
-    train_step = make_train_step(method, optimizer, config.seed, mesh)
-    predict = evaluate.make_predict(method, mesh)
+    train_step = make_train_step(method, optimizer, config, mesh)
+    predict = evaluate.make_predict(method)
     zero_before = set()
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )
-    with contextlib.closing(Writer(workdir, start)) as writer:
-        logged = steps(config, train_step, state, progress, start, checkpoints)
+    with contextlib.closing(Writer(workdir, start)) as writer, distributed.Stop() as stop:
+        logged = steps(config, train_step, state, progress, start, checkpoints, stop)
         for step, state, means in logged:
             means["lr"] = float(schedule(step - 1))
             writer.write(step, means)
             progress.set_postfix(loss=f"{means['loss']:.3f}")
             if progress.disable:
                 say(f"step {step}/{config.total_steps}  loss {means['loss']:.4f}")
-            if _validates(step, config):
-                if not np.isfinite(optax.tree.norm(state.params)):
-                    raise _diverged("a parameter is not finite", step, checkpoints)
-                scores = validate(lambda x: predict(state, x), prepared, config)  # noqa: B023
-                writer.write(step, scores)
-                organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
-                say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
-                zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}
-                stays = zero if step == config.total_steps else zero & zero_before
-                if stays:
-                    organs = ", ".join(sorted(stays))
-                    say(f"WARNING: validation Dice stays 0 for {organs}")
-                zero_before = zero
-                checkpoints.save(state, scores["val/dice"])
-    return state
+            validates = _validates(step, config)
+            if not (validates or stop.now):
+                continue
+            if not np.isfinite(optax.tree.norm(state.params)):
+                raise _diverged("a parameter is not finite", step, checkpoints)
+            if not validates:
+                checkpoints.save(state)
+                return False
+            scores = validate(predict(state), prepared, config)
+            writer.write(step, scores)
+            organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
+            say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
+            zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}
+            stays = zero if step == config.total_steps else zero & zero_before
+            if stays:
+                say(f"WARNING: validation Dice stays 0 for {', '.join(sorted(stays))}")
+            zero_before = zero
+            checkpoints.save(state, scores["val/dice"])
+            if stop.asked:
+                return False
+    return True
 
 
 def host_batches(
-    config: ConfigDict, method: Method, prepared: Prepared, start: int = 0
+    config: ConfigDict, method: Method, prepared: Prepared, mesh: Mesh, start: int = 0
 ) -> grain.MapDataset:
-    """What the steps from `start` on take, as this host reads it."""
-    sizes = {name: config.batch[name] * method.draws for name in ("labelled", "unlabelled")}
-    if not method.unlabelled:
-        sizes["unlabelled"] = 0
-    return pipeline.batches(prepared, config, sizes, start)
+    """What the steps from `start` on take, as this process reads it."""
+    mine = lambda size: sharding.local_rows(mesh, size)  # noqa: E731
+    return pipeline.batches(prepared, config, stream_sizes(config, method), start, mine)
 
 
 def device_batches(
     config: ConfigDict, method: Method, prepared: Prepared, mesh: Mesh, start: int = 0
 ) -> Iterator[Any]:
     """The same on the devices, read ahead of the step."""
-    dataset = host_batches(config, method, prepared, start)
+    dataset = host_batches(config, method, prepared, mesh, start)
     return pipeline.prefetched(dataset, lambda batch: sharding.put_batch(mesh, batch))
 
 
@@ -221,8 +237,10 @@ def steps(
     batches: Iterable[Any],
     start: int,
     checkpoints: Checkpoints | None,
+    stop: distributed.Stop,
 ) -> Iterator[tuple[int, TrainState, dict[str, float]]]:
-    """Trains on `batches`; yields (step, state, mean metrics since the last) to log or validate.
+    """Trains on `batches`; yields (step, state, mean metrics since the last) to log, validate or
+    stop.
 
     Only there the host waits for the device. The next step donates the yielded state.
     """
@@ -230,7 +248,7 @@ def steps(
     for step, batch in enumerate(batches, start + 1):
         state, metrics = train_step(state, batch)
         unlogged.append(metrics)
-        if step % config.log_every == 0 or _validates(step, config):
+        if stop.at(step) or step % config.log_every == 0 or _validates(step, config):
             yield step, state, _means(unlogged, step, checkpoints)
             unlogged = []
 

@@ -9,6 +9,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from cgs_jax import distributed
+
 
 def to_json(value: Any, **options: Any) -> str:
     """Strict JSON: nan and infinity become null."""
@@ -42,14 +44,21 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
 
 
 def say(text: str) -> None:
-    """Prints a line without breaking a progress bar."""
-    tqdm.write(text)
+    """Prints a line without breaking a progress bar; process 0 speaks for all."""
+    if distributed.is_first():
+        tqdm.write(text)
 
 
 class Writer:
-    """Appends scalars by step; what an interrupted run wrote past `start` is taken back."""
+    """Appends scalars by step; what an interrupted run wrote past `start` is taken back.
+
+    Process 0 writes for all.
+    """
 
     def __init__(self, workdir: pathlib.Path, start: int):
+        self._first = distributed.is_first()
+        if not self._first:
+            return
         kept = [line for line in read_metrics(workdir) if line["step"] <= start]
         path = workdir / "metrics.jsonl"
         write_text(path, "".join(f"{to_json(line)}\n" for line in kept))
@@ -58,6 +67,8 @@ class Writer:
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line and its TensorBoard scalars."""
+        if not self._first:
+            return
         self._file.write(to_json({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
             if not math.isfinite(value):
@@ -66,5 +77,6 @@ class Writer:
 
     def close(self) -> None:
         """Flushes everything."""
-        self._file.close()
-        self._board.close()
+        if self._first:
+            self._file.close()
+            self._board.close()

@@ -40,6 +40,11 @@ def get_config(method: str) -> ConfigDict:
     config.model.lanes = 0  # pixels share channels until they are this wide; 0: 128 on TPUs, else 1
     config.model.weights = ""  # .npz or .safetensors to start from, PyTorch names
 
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # devices that share a batch; -1: all that 'space' leaves
+    config.mesh.space = 1  # devices that share the rows of an image
+    config.mesh.shard_params = 0  # split arrays of at least so many values over 'data'; 0: none
+
     config.optimizer = ConfigDict()
     config.optimizer.lr = 0.01
     config.optimizer.momentum = 0.9

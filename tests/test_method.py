@@ -235,7 +235,7 @@ def test_training_starts_from_given_weights(tmp_path, suffix):
     config.model.weights = str(path)
     method = train.make_method(config)
     train.start_from_weights(method, config)
-    state = train.init_state(method, optim.make_optimizer(config)[0], config, make_mesh())
+    state = train.init_state(method, optim.make_optimizer(config)[0], config, make_mesh(config))
     for tree in (state.params, state.extra["params"]):
         jax.tree.map(np.testing.assert_array_equal, tree, variables["params"])
     (tmp_path / "weights.pth").write_bytes(b"")
@@ -327,10 +327,10 @@ def test_step_learns_and_every_part_gets_gradient(method):
         config.method.specialists = option == "heads"
     method = train.make_method(config)
     optimizer, _ = optim.make_optimizer(config)
-    mesh = make_mesh()
+    mesh = make_mesh(config)
     state = train.init_state(method, optimizer, config, mesh)
     start = jax.device_get(state.params)
-    step = train.make_train_step(method, optimizer, config.seed, mesh)
+    step = train.make_train_step(method, optimizer, config, mesh)
     batch = tiny_batch(config, method.draws)
     if not method.unlabelled:
         del batch["unlabelled"]
@@ -371,10 +371,10 @@ def test_keys_follow_the_step():
     config = tiny()
     method = train.make_method(config)
     optimizer, _ = optim.make_optimizer(config)
-    step = train.make_train_step(method, optimizer, config.seed, make_mesh())
+    step = train.make_train_step(method, optimizer, config, make_mesh(config))
     losses_seen = []
     for count in (0, 0, 1):
-        state = train.init_state(method, optimizer, config, make_mesh())
+        state = train.init_state(method, optimizer, config, make_mesh(config))
         state = state.replace(step=jnp.asarray(count))
         _, metrics = step(state, jax.tree.map(jnp.asarray, tiny_batch(config)))
         losses_seen.append(float(metrics["sup"]))

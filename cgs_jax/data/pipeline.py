@@ -1,14 +1,13 @@
 """The stream of training batches: a function of (seed, step), with grain.
 
 Labelled and unlabelled rows are shuffled anew in each epoch and repeat for ever, so few labelled
-slices fill a batch by repetition. Every host computes the same global order and gathers its part.
+slices fill a batch by repetition. Every process knows the same global order and loads its part.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain.python as grain
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -29,25 +28,29 @@ def streams(prepared: Prepared) -> dict[str, np.ndarray]:
 
 
 def batches(
-    prepared: Prepared, config: ConfigDict, sizes: dict[str, int], start: int
+    prepared: Prepared,
+    config: ConfigDict,
+    sizes: dict[str, int],
+    start: int,
+    mine: Callable[[int], np.ndarray] = np.arange,
 ) -> grain.MapDataset:
-    """Batches of steps `start` to `config.total_steps`, this host's rows.
+    """Batches of steps `start` to `config.total_steps`.
 
     Args:
-      sizes: slices of each stream per step, over all hosts; 0 leaves the stream out.
+      sizes: slices of each stream per step, over all processes.
+      mine: size of a batch -> the rows of it that this process loads.
 
     Returns:
       {'labelled': {'image' uint16 [B, H, W], 'label' uint8 [B, H, W]}, 'unlabelled': {'image'}}:
       there is no label in the unlabelled stream that could leak.
     """
     rows = streams(prepared)
-    sizes = {name: size for name, size in sizes.items() if size}
-    process, processes, seed = jax.process_index(), jax.process_count(), config.seed
+    seed = config.seed
 
     def load(step: int) -> dict[str, dict[str, np.ndarray]]:
         batch = {}
         for i, (name, size) in enumerate(sizes.items()):
-            places = np.arange(step * size, (step + 1) * size).reshape(processes, -1)[process]
+            places = step * size + mine(size)
             at = rows[name][_shuffled(places, len(rows[name]), (seed, i))]
             batch[name] = {"image": prepared.images[at]}
             if name == "labelled":

@@ -1,0 +1,132 @@
+"""Several processes, one program: start, agreement, and stopping together.
+
+Every process runs the same code on its own devices; process 0 alone writes logs and pictures.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from cgs_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends the job
+
+
+def initialize(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Joins the other processes; what is None is asked from TPU pod, SLURM, Open MPI or Kubernetes.
+
+    Raises:
+      UserError: the environment does not say, or the others can not be reached.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--multihost: {reason}; where the cluster is not detected give "
+            "--coordinator=HOST:PORT --processes=N --process=I"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which writes."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes; `name` must be the same in all."""
+    multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Process 0 goes through the body before all others, who may find its work done."""
+    if not is_first():
+        barrier("process 0 is through")
+    yield
+    if is_first():
+        barrier("process 0 is through")
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, in order."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data)))
+    padded = np.pad(data, (0, max(sizes) - len(data)))
+    rows = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raises UserError in every process unless `value` is the same in all."""
+    values = gather(value)
+    for i, other in enumerate(values):
+        if other != values[0]:
+            raise UserError(f"process {i} has other {what} than process 0; give all the same")
+
+
+def leave(line: str) -> None:
+    """Ends this one of several processes after an error, with `line`, or the traceback if ''.
+
+    At once: an orderly exit would wait for processes that are gone. They see that this one is gone.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    if line:
+        print(line, file=sys.stderr)
+    else:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+class Stop:
+    """Whether to stop, asked once a step: after SIGTERM or Ctrl-C, to any of the processes.
+
+    All processes stop at the same step. A second Ctrl-C interrupts at once.
+
+    Attributes:
+      now: what `at` answered last.
+      asked: whether this process was asked to, or had to.
+    """
+
+    def __init__(self):
+        self.asked = self.now = False
+
+    def __enter__(self):
+        names = [signal.SIGINT]
+        if jax.process_count() == 1:  # else jax itself listens to SIGTERM and tells the others
+            names.append(signal.SIGTERM)
+        self._before = {name: signal.signal(name, self._ask) for name in names}
+        return self
+
+    def __exit__(self, *_):
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _ask(self, name, _):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if name == signal.SIGINT and jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def at(self, step: int) -> bool:
+        """Whether to save and stop after `step`."""
+        alone = jax.process_count() == 1
+        self.now = self.asked if alone else multihost_utils.reached_preemption_sync_point(step)
+        self.asked |= self.now
+        return self.now

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# N processes of one run on the CPU of this machine, as on N hosts:
+#   bash launch/local_processes.sh N --config configs/segthor.py --workdir RUN ...
+# Process 0 talks here, the others into RUN.process<I>.log. Ctrl-C and SIGTERM save and stop.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+if ! [ "${1:-0}" -gt 0 ] 2>/dev/null; then
+  echo "usage: bash launch/local_processes.sh N --config CONFIG --workdir RUN ..." >&2
+  exit 1
+fi
+count=$1 workdir=run
+shift
+for ((i = 1; i <= $#; i++)); do
+  next=$((i + 1))
+  case ${!i} in
+    --workdir=*) workdir=${!i#*=} ;;
+    --workdir) workdir=${!next} ;;
+  esac
+done
+python=${PYTHON:-.venv/bin/python}
+port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
+export JAX_PLATFORMS=cpu
+
+processes=()
+for ((i = 0; i < count; i++)); do
+  line=("$python" -m cgs_jax.main "$@" --multihost --coordinator "localhost:$port"
+    --processes "$count" --process "$i")
+  if [ "$i" = 0 ]; then
+    "${line[@]}" &
+  else
+    mkdir -p "$(dirname "$workdir")"
+    "${line[@]}" >"$workdir.process$i.log" 2>&1 &
+  fi
+  processes+=($!)
+done
+trap 'asked=yes; kill -TERM "${processes[@]}" 2>/dev/null' INT TERM
+
+code=0 asked=
+for process in "${processes[@]}"; do
+  wait "$process"
+  ended=$?
+  while [ -n "$asked" ]; do # the signal broke off the wait
+    asked=
+    wait "$process"
+    ended=$?
+  done
+  if [ "$ended" != 0 ]; then code=$ended; fi
+done
+exit "$code"
