@@ -21,9 +21,9 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
 from cgs_jax import optim, sharding, train
+from cgs_jax.cli import cli
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
-from cgs_jax.main import cli
 from cgs_jax.writers import say, to_json, write_text
 
 # By generation: bfloat16 FLOP/s, bytes/s and bytes of a chip's memory. Google's public figures.

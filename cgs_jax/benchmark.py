@@ -25,9 +25,9 @@ from ml_collections import ConfigDict, config_flags
 from scipy import ndimage
 
 from cgs_jax import distributed, evaluate, optim, sharding, train
+from cgs_jax.cli import cli
 from cgs_jax.data import case_lists, prepare
 from cgs_jax.errors import UserError
-from cgs_jax.main import cli
 from cgs_jax.writers import say, to_json, write_text
 
 STAGES = ["step", "input", "loop", "evaluation"]

@@ -1,6 +1,9 @@
 """Checkpoints with orbax: the latest two, and the best by mean validation Dice."""
 
+import contextlib
+import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -29,8 +32,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             best_fn=score, preservation_policy=keep.AnyPreservationPolicy(policies)
         )
-        folder = (workdir / "checkpoints").resolve()
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._folder = (workdir / "checkpoints").resolve()
+        self._check_metrics()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     @property
     def latest(self) -> int | None:
@@ -43,9 +47,14 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, state: TrainState, dice: float = NOT_VALIDATED) -> None:
-        """Starts to save `state`; `dice` is what `best` compares."""
+        """Starts to save `state`; `dice` is what `best` compares.
+
+        Raises:
+          UserError: this one or the one before can not be written.
+        """
         metrics = {"dice": float(dice), "checksum": int(_checksum(state))}
-        self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
+        with self._writing():
+            self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
         """The newest checkpoint that is whole, shaped and sharded as `like`; None: there is none.
@@ -56,13 +65,30 @@ class Checkpoints:
             try:
                 return self.restore(step, like)
             except UserError as error:
-                aside = f"damaged_{step}"
-                say(f"WARNING: {error}; it is now {aside}, and the one before is used")
                 if distributed.is_first():
-                    (self._manager.directory / str(step)).rename(self._manager.directory / aside)
+                    self._set_aside(step, error)
                 distributed.barrier("damaged checkpoint")
                 self._manager.reload()
         return None
+
+    def _set_aside(self, step, reason):
+        aside = self._folder / f"damaged_{step}"
+        say(f"WARNING: {reason}; it is now {aside.name}, and the one before is used")
+        if aside.exists():
+            shutil.rmtree(aside)
+        (self._folder / str(step)).rename(aside)
+
+    def _check_metrics(self):
+        """Sets checkpoints aside whose metrics, which orbax reads at once, are damaged."""
+        if distributed.is_first() and self._folder.exists():
+            for path in self._folder.glob("*/metrics/metrics"):
+                try:
+                    float(json.loads(path.read_text())["dice"])
+                except (ValueError, LookupError, TypeError) as error:
+                    folder = path.parents[1]
+                    if folder.name.isdigit():
+                        self._set_aside(folder.name, f"checkpoint {folder} is damaged ({error})")
+        distributed.barrier("metrics checked")
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`, shaped and sharded as `like`.
@@ -70,20 +96,37 @@ class Checkpoints:
         Raises:
           UserError: it can not be read, or is not what was saved.
         """
-        folder = self._manager.directory / str(step)
         try:
             state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
             saved = self._manager.metrics(step).get("checksum")  # older runs have none
+            damage = saved not in (None, int(_checksum(state))) and "its checksum differs"
         except Exception as error:
-            reason = str(error).split("\n")[0]
-            raise UserError(f"checkpoint {folder} is damaged ({reason})") from error
-        if saved not in (None, int(_checksum(state))):
-            raise UserError(f"checkpoint {folder} is damaged (its checksum differs)")
+            damage = str(error).split("\n")[0][:100]
+        if damage:
+            raise UserError(f"checkpoint {self._folder / str(step)} is damaged ({damage})")
         return state
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.close()
+        """Waits until everything is on disk.
+
+        Raises:
+          UserError: it can not be written.
+        """
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # not the disk: another process is lost
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            full = "No space left on device"
+            reason = full if full in str(error) else " ".join(str(error).split())[:200]
+            raise UserError(
+                f"can not write a checkpoint to {self._folder}: {reason}; the ones before are whole"
+            ) from error
 
 
 @jax.jit

@@ -4,17 +4,14 @@ python -m cgs_jax.main --config configs/segthor.py --workdir RUN --config.data.r
 """
 
 import contextlib
-import os
 import pathlib
-import sys
-from collections.abc import Callable
 
-import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cgs_jax import distributed, evaluate, plots, run_config, sharding, train
 from cgs_jax.checkpoint import Checkpoints
+from cgs_jax.cli import cli
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
 from cgs_jax.writers import read_metrics, say, to_json, write_text
@@ -75,53 +72,6 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
     for name in ("summary.json", "curves.png", "overlays.png"):
         say(str(workdir / name))
     return summary
-
-
-def cli(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` with parsed flags; what the user can mend is one line and exit code 1."""
-    # Compilation takes most of a minute; later starts take it from here.
-    cache = pathlib.Path.home() / ".cache" / "cgs_jax" / "xla"
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    app.define_help_flags()
-    try:
-        arguments = flags.FLAGS(sys.argv)
-    except flags.Error as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # An error inside the config file arrives as its traceback: the last line says what it is.
-        sys.exit("error: " + (lines[-1] if "Traceback" in str(error) else " ".join(lines)))
-    except (AttributeError, KeyError) as error:  # how ml_collections answers an unknown field
-        sys.exit(f"error: unknown config field: {' '.join(str(error.args[0]).split())}")
-    except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    if len(arguments) > 1:
-        sys.exit(f"error: unexpected argument {arguments[1]!r}; options begin with --")
-    try:
-        main(arguments)
-    except (Exception, KeyboardInterrupt) as error:
-        line = _explain(error)
-        distributed.leave(line)
-        if not line:
-            raise
-        sys.exit(line)
-
-
-def _explain(error: BaseException) -> str:
-    """What the user can mend, as one line; '' is for programming errors."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; a training run goes on from its last checkpoint"
-    if isinstance(error, UserError):
-        return f"error: {error}"
-    if isinstance(error, OSError):  # disk full, permissions, ...
-        where = f": {error.filename}" if error.filename else ""
-        return "error: " + " ".join(f"{error.strerror or error}{where}".split())
-    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-        reason = " ".join(str(error).split())[:200]
-        return (
-            f"error: another process is lost ({reason}); the same command in all processes goes on "
-            "from the last checkpoint"
-        )
-    return ""
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from cgs_jax import evaluate, run_config, sharding, train
 from cgs_jax.checkpoint import Checkpoints
+from cgs_jax.cli import cli
 from cgs_jax.data.prepare import quantise
 from cgs_jax.data.volume import Scan, finite, normalise, read_nifti
 from cgs_jax.errors import UserError
-from cgs_jax.main import cli
 from cgs_jax.writers import say
 
 

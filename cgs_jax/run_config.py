@@ -26,6 +26,9 @@ FREE = (
     "mesh.space",
     "mesh.shard_params",
 )
+# What runs had before there was a field for it.
+BEFORE = {"model.dtype": "float32", "model.lanes": 0}
+BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0}
 
 
 @contextlib.contextmanager
@@ -70,8 +73,10 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
         config = ConfigDict(json.loads(config, object_hook=_tuples))
         if not {"data", "model", "method", "total_steps"} <= set(config):
             raise ValueError("config.json lacks fields")
-        for name, value in {"dtype": "float32", "lanes": 0}.items():  # of runs before there was one
-            config.model[name] = config.model.get(name, value)
+        for name, value in BEFORE.items():
+            section, field = name.split(".")
+            config[section] = config.get(section, ConfigDict())
+            config[section][field] = config[section].get(field, value)
         return config, splits
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} holds no run: no {error.filename}") from None

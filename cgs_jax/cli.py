@@ -1,0 +1,88 @@
+"""What the command lines share: flags, the compilation cache, and errors as one line."""
+
+import inspect
+import logging
+import os
+import pathlib
+import sys
+import threading
+from collections.abc import Callable
+
+import jax
+from absl import app, flags
+from absl import logging as absl_logging
+
+from cgs_jax import distributed
+from cgs_jax.errors import UserError
+
+
+def cli(main: Callable[[list[str]], None]) -> None:
+    """Runs `main` with parsed flags; what the user can mend is one line and exit code 1."""
+    # Compilation takes most of a minute; later starts take it from here.
+    cache = pathlib.Path.home() / ".cache" / "cgs_jax" / "xla"
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    _quieten_libraries()
+    app.define_help_flags()
+    try:
+        arguments = flags.FLAGS(sys.argv)
+    except flags.Error as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # An error inside the config file arrives as its traceback: the last line says what it is.
+        sys.exit("error: " + (lines[-1] if "Traceback" in str(error) else " ".join(lines)))
+    except (AttributeError, KeyError) as error:  # how ml_collections answers an unknown field
+        sys.exit(f"error: unknown config field: {' '.join(str(error.args[0]).split())}")
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    if len(arguments) > 1:
+        sys.exit(f"error: unexpected argument {arguments[1]!r}; options begin with --")
+    try:
+        main(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        line = _explain(error)
+        distributed.leave(line)
+        if not line:
+            raise
+        sys.exit(line)
+
+
+class _OfPythonThreads:
+    """stderr without what the threads of libraries write."""
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def write(self, text):
+        foreign = threading.current_thread().name.startswith("Dummy-")
+        return len(text) if foreign else self._stream.write(text)
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+
+def _quieten_libraries() -> None:
+    """When orbax fails, each of its thousand reads or writes under way tells so. The error itself is
+    raised, and told once."""
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.stderr = _OfPythonThreads(sys.stderr)
+    show = sys.unraisablehook
+    sys.unraisablehook = lambda what: inspect.iscoroutine(what.object) or show(what)
+
+
+def _explain(error: BaseException) -> str:
+    """What the user can mend, as one line; '' is for programming errors."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; a training run goes on from its last checkpoint"
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, OSError):  # disk full, permissions, ...
+        where = f": {error.filename}" if error.filename else ""
+        return "error: " + " ".join(f"{error.strerror or error}{where}".split())
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+        reason = " ".join(str(error).split())[:200]
+        return (
+            f"error: another process is lost ({reason}); the same command in all processes goes on "
+            "from the last checkpoint"
+        )
+    return ""

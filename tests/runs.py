@@ -1,0 +1,96 @@
+"""Tiny runs, as a user starts them."""
+
+import itertools
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+
+from cgs_jax import optim, sharding, train
+from cgs_jax.checkpoint import Checkpoints
+from configs import segthor
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+TINY = {
+    "data.size": 32,
+    "model.channels": (8, 16, 16),
+    "model.dropout": (0.1, 0.1, 0.1),
+    "batch.labelled": 8,
+    "batch.unlabelled": 8,
+    "total_steps": 200,
+    "eval_every": 20,
+    "log_every": 5,
+    "eval_batch": 8,
+    "optimizer.lr": 0.05,  # 200 steps have to do
+}
+
+
+def config_of(scans, method="cgs", **fields):
+    config = segthor.get_config(f"method={method},labelled=2")
+    config.update_from_flattened_dict(TINY | fields)
+    config.data.root, config.data.splits = str(scans / "scans"), str(scans / "lists")
+    if method == "supervised":
+        config.batch.unlabelled = 0
+    return config
+
+
+def command(scans, workdir, *options, program="main", processes=0):
+    """The command line of the same configuration."""
+    line = [sys.executable, "-m", f"cgs_jax.{program}"]
+    if processes:
+        line = ["bash", "launch/local_processes.sh", str(processes)]
+    line += ["--workdir", str(workdir)]
+    if program == "main":
+        line += ["--config", "configs/segthor.py:labelled=2"]
+        line += [f"--config.{k}={v}" for k, v in TINY.items()]
+        line += [f"--config.data.root={scans}/scans", f"--config.data.splits={scans}/lists"]
+    return [*line, *options]
+
+
+def environment(devices):
+    """CPU devices for each process; where there are several, quickly compiled programs."""
+    flags = ["--xla_backend_optimization_level=0"] if devices else []
+    flags.append(f"--xla_force_host_platform_device_count={devices or 1}")
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHON": sys.executable}
+
+
+def start(line, devices=0):
+    """Runs to the end."""
+    options = {"cwd": REPOSITORY, "env": environment(devices), "timeout": 300}
+    return subprocess.run(line, capture_output=True, text=True, **options)
+
+
+def begin(line, until, devices=0):
+    """Starts in the background, in a group of its own, and waits for a line with `until`."""
+    options = {"cwd": REPOSITORY, "env": environment(devices), "text": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    process = subprocess.Popen(line, **options)
+    printed = list(itertools.takewhile(lambda line: until not in line, process.stdout))
+    assert process.poll() is None, "".join(printed)
+    return process
+
+
+def processes_with(*words):
+    """Numbers of the Python processes whose command line has all `words`."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            arguments = path.read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if set(words) <= set(arguments) and "cgs_jax.main" in arguments:
+            found.append(int(path.parent.name))
+    return found
+
+
+def final_state(workdir, config):
+    """The state of the last step, as numpy arrays."""
+    method, optimizer = train.make_method(config), optim.make_optimizer(config)[0]
+    like = train.init_state(method, optimizer, config, sharding.make_mesh(config))
+    checkpoints = Checkpoints(workdir)
+    assert checkpoints.latest == config.total_steps
+    state = checkpoints.restore(checkpoints.latest, like)
+    checkpoints.close()
+    return jax.device_get(state)

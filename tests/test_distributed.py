@@ -1,0 +1,120 @@
+"""Meshes and processes: the same numbers on all of them, and one end for all processes."""
+
+import json
+import os
+import shutil
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from runs import begin, command, config_of, final_state, processes_with, start
+
+
+def before_the_end(trained, workdir):
+    """A copy of the finished run, of which the last 20 steps and the results are taken back."""
+    shutil.copytree(trained[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "200")
+    (workdir / "summary.json").unlink()
+    return workdir
+
+
+def assert_same_run(workdir, expected, scans):
+    """Losses, state and scores of the last 20 steps agree.
+
+    Sums over a batch come in another order, so each step differs in the last of float32's seven
+    digits; 20 steps of SGD let that grow. Gradients are differences of nearly equal sums, so the
+    momentum shares fewer digits than the parameters.
+    """
+
+    def losses(folder):
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+    ours, theirs = losses(workdir), losses(expected)
+    stops = ours.keys() - theirs.keys()
+    for step, loss in theirs.items():
+        if not any(0 < step - stop < 5 for stop in stops):  # else a mean since the stop
+            np.testing.assert_allclose(ours[step], loss, rtol=1e-5)
+    ours, theirs = (final_state(folder, config_of(scans)) for folder in (workdir, expected))
+    for part, tolerance in (("params", 1e-5), ("extra", 1e-5), ("opt_state", 2e-3)):
+        pairs = zip(*(jax.tree.leaves(getattr(x, part)) for x in (ours, theirs)), strict=True)
+        for a, b in pairs:
+            assert np.max(np.abs(a - b)) <= tolerance * np.max(np.abs(b))
+    tests = (json.loads((w / "summary.json").read_text())["test"] for w in (workdir, expected))
+    scores, expected_scores = (test["cases"] for test in tests)
+    assert scores.keys() == expected_scores.keys()
+    for case, organs in expected_scores.items():
+        for organ, metrics in organs.items():
+            for metric, value in metrics.items():
+                assert scores[case][organ][metric] == pytest.approx(value, abs=1e-3)
+
+
+SHARDED = "--config.mesh.shard_params=1000"
+
+
+@pytest.fixture(scope="module")
+def by_two_processes(trained, scans, tmp_path_factory):
+    """The last 20 steps by two processes of two devices."""
+    workdir = before_the_end(trained, tmp_path_factory.mktemp("runs") / "two")
+    done = start(command(scans, workdir, SHARDED, processes=2), devices=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return workdir
+
+
+def test_two_processes_give_the_numbers_of_one(by_two_processes, trained, scans):
+    assert_same_run(by_two_processes, trained[0], scans)
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [
+        (0, 8, [SHARDED]),
+        (0, 8, ["--config.mesh.data=2", "--config.mesh.space=4"]),
+        pytest.param(0, 4, [], marks=pytest.mark.slow),
+        pytest.param(4, 1, [], marks=pytest.mark.slow),
+    ],
+)
+def test_every_mesh_gives_the_same_numbers(trained, scans, tmp_path, processes, devices, mesh):
+    """CGS with everything random on, gone on with from one device, against one device."""
+    workdir = before_the_end(trained, tmp_path / "run")
+    done = start(command(scans, workdir, *mesh, processes=processes), devices)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming {workdir} at step 180" in done.stdout
+    assert_same_run(workdir, trained[0], scans)
+
+
+def test_two_processes_stop_together(by_two_processes, trained, scans, tmp_path):
+    """What they saved goes on exactly in two processes, and up to rounding in one."""
+    workdir = before_the_end(trained, tmp_path / "run")
+    line = command(scans, workdir, SHARDED, processes=2)
+    jobs = begin(line, "step 185", devices=2)
+    os.killpg(jobs.pid, signal.SIGTERM)
+    printed, _ = jobs.communicate(timeout=60)
+    assert jobs.returncode == 0, printed
+    assert f"stopped and saved; the same command goes on from there: {workdir}" in printed
+    (saved,) = (p.name for p in (workdir / "checkpoints").iterdir() if int(p.name) > 180)
+    assert int(saved) < 200
+    alone = shutil.copytree(workdir, tmp_path / "alone")
+    done = start(line, devices=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming {workdir} at step {saved}" in done.stdout
+    states = (final_state(folder, config_of(scans)) for folder in (workdir, by_two_processes))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    done = start(command(scans, alone))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_run(alone, trained[0], scans)
+
+
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_loss_of_a_process_ends_the_job(trained, scans, tmp_path, victim):
+    workdir = before_the_end(trained, tmp_path / "run")
+    jobs = begin(command(scans, workdir, SHARDED, processes=2), "step 185", devices=2)
+    (process,) = processes_with(str(workdir), "--process", victim)
+    os.kill(process, signal.SIGKILL)
+    killed = time.time()
+    jobs.communicate(timeout=120)
+    assert jobs.returncode != 0
+    assert time.time() - killed < 90
+    assert not processes_with(str(workdir))

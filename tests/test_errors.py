@@ -1,0 +1,144 @@
+"""What goes wrong is one clear line, exit code 1, and nothing is lost."""
+
+import errno
+import fcntl
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+from runs import command, config_of, start
+
+from cgs_jax import evaluate, main, optim
+from cgs_jax.checkpoint import Checkpoints
+from cgs_jax.cli import cli
+from cgs_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (42, r"the loss is (nan|inf) at step 4[3-5]; the checkpoint of step 40 is kept"),
+        (39, r"a parameter is not finite at step 40; the checkpoint of step 20 is kept"),
+    ],
+)
+def test_nan_stops_and_keeps_the_last_good_checkpoint(scans, tmp_path, monkeypatch, last, message):
+    make = optim.make_optimizer
+
+    def explodes(config):
+        schedule = lambda step: jax.numpy.where(step < last, 0.01, jax.numpy.nan)  # noqa: E731
+        return optim.sgd(schedule, 0.9, 1e-4), make(config)[1]
+
+    monkeypatch.setattr(optim, "make_optimizer", explodes)
+    with pytest.raises(UserError, match=message):
+        main.run(config_of(scans, "supervised"), tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run")
+    assert checkpoints.latest == last // 20 * 20
+    checkpoints.close()
+
+
+def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
+    def no_trachea(predict, stacks, size, batch):
+        for stack in stacks:
+            yield np.full(stack.shape, 2, np.uint8)
+
+    monkeypatch.setattr(evaluate, "segment", no_trachea)
+    main.run(config_of(scans, "supervised", total_steps=40), tmp_path / "run")
+    printed = capsys.readouterr().out
+    assert "WARNING: validation Dice stays 0 for aorta, esophagus, trachea\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"data.classes": ("a", "b", "c")},
+            r"trained with data.classes=\('esophagus', .*--workdir",
+        ),
+        ({"optimizer.lr": 0.5}, "trained with optimizer.lr=0.05, now it is 0.5"),
+        ({"method.name": "cpss"}, "unknown method 'cpss'; there are: cgs, supervised"),
+        ({"model.name": "vnet"}, "unknown model 'vnet'; there are: unet"),
+        (
+            {"data.name": "lits"},
+            "unknown data set 'lits'; there are: acdc, nnunet, segthor, synapse",
+        ),
+        ({"method.plan": "quick"}, "unknown --config.method.plan 'quick'; there are: full, lean"),
+        ({"inference": "both"}, "unknown inference 'both'"),
+        ({"data.size": 18}, "data.size=18 does not divide by 4"),
+        ({"batch.unlabelled": 0}, "batch.unlabelled must be at least 1"),
+        ({"eval_every": 0}, "eval_every must be at least 1"),
+        ({"model.dropout": (0.1,)}, "model.dropout and model.channels must have the same length"),
+        ({"model.dropout": (0.1, 1.0, 0.1)}, "rates are between 0 and 0.9"),
+        ({"model.dtype": "float16"}, "unknown model.dtype 'float16'"),
+        ({"augment.degrees": 180.0}, "augment.degrees=180.0 must be between 0 and 90"),
+    ],
+)
+def test_bad_options(trained, scans, fields, message):
+    with pytest.raises(UserError, match=message):
+        main.run(config_of(scans, **fields), trained[0])
+
+
+def test_workdir_without_a_whole_run(trained, scans, tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        main.run(config_of(scans, total_steps=0), tmp_path / "nothing")
+    with pytest.raises(UserError, match="data.labelled=9, but only 2 patients"):
+        main.run(config_of(scans, **{"data.labelled": 9}), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()  # so the mended command can use it
+    shutil.copytree(trained[0], tmp_path / "damaged")
+    for file in (tmp_path / "damaged" / "checkpoints").glob("*/default/manifest.ocdbt"):
+        file.unlink()
+    with pytest.raises(UserError, match="checkpoints/[0-9]+ is damaged"):
+        main.run(config_of(scans, total_steps=0), tmp_path / "damaged")
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "damaged" / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config.json or splits.json in .* is damaged"):
+            main.run(config_of(scans), tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").unlink()
+    with pytest.raises(UserError, match="holds checkpoints, but no config.json"):
+        main.run(config_of(scans), tmp_path / "damaged")
+
+
+def test_two_processes_in_one_workdir(trained, scans):
+    with open(trained[0] / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is working in"):
+            main.run(config_of(scans, total_steps=0), trained[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--config.nosuch=3"], "unknown config field"),
+        (["--config.total_steps=many"], "total_steps"),
+        (["config.total_steps=3"], "unexpected argument 'config.total_steps=3'"),
+        (
+            ["--config.data.root=/nonexistent/folder"],
+            "no SegTHOR in '/nonexistent/folder': --config.data.root",
+        ),
+        (["--workdir=/dev/null/run"], "can not write to --workdir /dev/null/run"),
+    ],
+)
+def test_command_line_errors_are_one_line(scans, tmp_path, options, message):
+    done = start(command(scans, tmp_path / "run", *options))
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+
+
+def test_full_disk_is_one_line(monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr(sys, "argv", ["main"])
+    with pytest.raises(SystemExit) as stop:
+        cli(full)
+    assert stop.value.code == "error: No space left on device: runs/a/metrics.jsonl"
+
+
+def test_programming_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main"])
+    with pytest.raises(ZeroDivisionError):
+        cli(lambda _: 1 / 0)
