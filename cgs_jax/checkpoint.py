@@ -14,7 +14,7 @@ from orbax.checkpoint import checkpoint_managers
 from cgs_jax import distributed
 from cgs_jax.errors import UserError
 from cgs_jax.train_state import TrainState
-from cgs_jax.writers import say
+from cgs_jax.writers import is_remote, say
 
 NOT_VALIDATED = -1.0
 
@@ -32,7 +32,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             best_fn=score, preservation_policy=keep.AnyPreservationPolicy(policies)
         )
-        self._folder = (workdir / "checkpoints").resolve()
+        self._folder = workdir / "checkpoints"
+        if not is_remote(workdir):
+            self._folder = self._folder.resolve()
         self._check_metrics()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 

@@ -61,8 +61,8 @@ class _OfPythonThreads:
 
 
 def _quieten_libraries() -> None:
-    """When orbax fails, each of its thousand reads or writes under way tells so. The error itself is
-    raised, and told once."""
+    """When orbax fails, each of the thousand reads or writes under way tells so; the error that is
+    raised tells it once."""
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.stderr = _OfPythonThreads(sys.stderr)

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from cgs_jax.errors import UserError
+from cgs_jax.writers import folder
 
 
 def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
@@ -46,6 +47,6 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     try:
-        print(compare([pathlib.Path(argument) for argument in sys.argv[1:]]))
+        print(compare([folder(argument) for argument in sys.argv[1:]]))
     except UserError as problem:
         sys.exit(f"error: {problem}")

@@ -14,7 +14,7 @@ from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.cli import cli
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
-from cgs_jax.writers import read_metrics, say, to_json, write_text
+from cgs_jax.writers import folder, read_metrics, say, to_json, write_text
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
@@ -76,7 +76,7 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run, or gs://...")
     _MULTIHOST = flags.DEFINE_boolean(
         "multihost",
         False,
@@ -93,7 +93,7 @@ if __name__ == "__main__":
             distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
         elif _COORDINATOR.value or _PROCESSES.value or _PROCESS.value:
             raise UserError("--coordinator, --processes and --process go with --multihost")
-        if run(_CONFIG.value, pathlib.Path(_WORKDIR.value)) is None:
+        if run(_CONFIG.value, folder(_WORKDIR.value)) is None:
             say(f"stopped and saved; the same command goes on from there: {_WORKDIR.value}")
 
     cli(_main)

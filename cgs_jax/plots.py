@@ -37,7 +37,8 @@ def curves(lines: list[dict[str, float]], classes: tuple[str, ...], path: pathli
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=120)
 
 
 def colour(i: int) -> Any:
@@ -110,4 +111,5 @@ def overlays(
                 axes.invert_xaxis()
     patches = [Patch(color=colour(i), label=organ) for i, organ in enumerate(classes)]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(classes)))
-    figure.savefig(path, dpi=110)
+    with path.open("wb") as file:
+        figure.savefig(file, dpi=110)

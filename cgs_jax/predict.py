@@ -16,7 +16,7 @@ from cgs_jax.cli import cli
 from cgs_jax.data.prepare import quantise
 from cgs_jax.data.volume import Scan, finite, normalise, read_nifti
 from cgs_jax.errors import UserError
-from cgs_jax.writers import say
+from cgs_jax.writers import folder, say
 
 
 def predict(
@@ -118,8 +118,10 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["workdir", "input", "output"])
 
     def _main(_):
-        paths = (pathlib.Path(flag.value) for flag in (_WORKDIR, _INPUT, _OUTPUT))
-        for path in predict(*paths, _OVERWRITE.value, _INFERENCE.value):
+        scans, labels = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
+        for path in predict(
+            folder(_WORKDIR.value), scans, labels, _OVERWRITE.value, _INFERENCE.value
+        ):
             say(str(path))
 
     cli(_main)

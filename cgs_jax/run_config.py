@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from cgs_jax import distributed
 from cgs_jax.data.case_lists import Splits
 from cgs_jax.errors import UserError
-from cgs_jax.writers import to_json, write_text
+from cgs_jax.writers import is_remote, to_json, write_text
 
 # What may differ between two starts of one run: places, and how often to look.
 FREE = (
@@ -42,15 +42,15 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         if distributed.is_first():
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(workdir / "lock", "w"))
+                if not is_remote(workdir):
+                    lock = stack.enter_context(open(workdir / "lock", "w"))
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is working in {workdir}") from None
             except OSError as error:
                 raise UserError(
                     f"can not write to --workdir {workdir}: {error.strerror}"
                 ) from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is working in {workdir}") from None
         distributed.barrier("workdir locked")
         yield
 

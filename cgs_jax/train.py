@@ -201,6 +201,7 @@ def train(
                 return False
             scores = validate(predict(state), prepared, config)
             writer.write(step, scores)
+            writer.publish()
             organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
             say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
             zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}

@@ -3,9 +3,12 @@
 import json
 import math
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -23,6 +26,16 @@ def to_json(value: Any, **options: Any) -> str:
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
     return json.dumps(clean(value), allow_nan=False, **options)
+
+
+def folder(name: str) -> pathlib.Path:
+    """A local folder, or one in a bucket, such as 'gs://bucket/run'."""
+    return epath.Path(name) if "://" in name else pathlib.Path(name)
+
+
+def is_remote(path: pathlib.Path) -> bool:
+    """Whether `path` is in a bucket: files there can not be locked, or appended to."""
+    return "://" in str(path)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -59,11 +72,14 @@ class Writer:
         self._first = distributed.is_first()
         if not self._first:
             return
+        self._workdir = self._folder = workdir
+        if is_remote(workdir):  # written here, and copied by `publish`
+            self._folder = pathlib.Path(tempfile.mkdtemp(prefix="cgs_jax_logs_"))
         kept = [line for line in read_metrics(workdir) if line["step"] <= start]
-        path = workdir / "metrics.jsonl"
+        path = self._folder / "metrics.jsonl"
         write_text(path, "".join(f"{to_json(line)}\n" for line in kept))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line and its TensorBoard scalars."""
@@ -75,8 +91,21 @@ class Writer:
                 continue
             self._board.add_scalar(name, value, step)
 
+    def publish(self) -> None:
+        """Copies what is written into a `workdir` in a bucket."""
+        if not self._first or self._folder == self._workdir:
+            return
+        self._board.flush()
+        for path in filter(pathlib.Path.is_file, self._folder.rglob("*")):
+            target = self._workdir / path.relative_to(self._folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+
     def close(self) -> None:
         """Flushes everything."""
         if self._first:
+            self.publish()
             self._file.close()
             self._board.close()
+            if self._folder != self._workdir:
+                shutil.rmtree(self._folder)

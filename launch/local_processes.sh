@@ -3,7 +3,7 @@
 #   bash launch/local_processes.sh N --config configs/segthor.py --workdir RUN ...
 # Process 0 talks here, the others into RUN.process<I>.log. Ctrl-C and SIGTERM save and stop.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 if ! [ "${1:-0}" -gt 0 ] 2>/dev/null; then
   echo "usage: bash launch/local_processes.sh N --config CONFIG --workdir RUN ..." >&2
   exit 1

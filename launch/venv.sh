@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # Sourced by the other scripts: makes .venv in the checkout and installs what "$@" names into it.
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then

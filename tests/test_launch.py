@@ -1,0 +1,64 @@
+"""Launch scripts: they are sound shell, and print what they would do."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from runs import REPOSITORY
+
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch", REPOSITORY / ".ci" / "run"]
+
+
+def run(*line):
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_shellcheck():
+    shellcheck = pathlib.Path(sys.executable).with_name("shellcheck")
+    if not shellcheck.exists() and not (shellcheck := shutil.which("shellcheck")):
+        pytest.skip("shellcheck is not installed")
+    checked = run(shellcheck, *SCRIPTS)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("create", "tpu-vm create cgs --zone=us-west4-a --accelerator-type=v5litepod-16"),
+        ("install", "--worker=all '--command=mkdir -p cgs_jax && tar xzf"),
+        ("run", r"cgs_jax.main --multihost --config configs/acdc.py --config.data.root=/a\ b"),
+        ("resume", r"cgs_jax.main --multihost --config configs/acdc.py --config.data.root=/a\ b"),
+        ("log", "--worker=0 '--command=tail -n 100 -F cgs_jax/train.log'"),
+        ("stop", "--worker=all '--command=pkill -TERM -f [c]gs_jax.main'"),
+        ("delete", "tpu-vm delete cgs --zone=us-west4-a --quiet"),
+    ],
+)
+def test_tpu_pod_prints_its_lines(command, line):
+    arguments = ["--config", "configs/acdc.py", "--config.data.root=/a b"]
+    printed = run("bash", "launch/tpu_pod.sh", "--dry-run", command, *arguments)
+    assert printed.returncode == 0, printed.stderr
+    assert line in printed.stdout
+
+
+def test_kubernetes_pods_make_up_the_slice():
+    jobset = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    chips = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] == job["completions"] == int(rows) * int(columns) // chips
+    script = pod["containers"][0]["args"][0]
+    assert run("bash", "-n", "-c", script).returncode == 0
+    assert "--multihost" in script
+
+
+@pytest.mark.parametrize("script", ["local_processes.sh", "slurm.sbatch", "tpu_pod.sh"])
+def test_usage(script):
+    wrong = run("bash", f"launch/{script}", "nonsense")
+    assert wrong.returncode == 1
+    assert script in wrong.stdout + wrong.stderr
