@@ -9,7 +9,6 @@ code 1 where the step does not fit into a chip's memory.
 
 import collections
 import os
-import pathlib
 import re
 import sys
 import time
@@ -21,7 +20,7 @@ from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
 from cgs_jax import optim, sharding, train
-from cgs_jax.cli import cli
+from cgs_jax.cli import cli, output_file
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
 from cgs_jax.writers import say, to_json, write_text
@@ -46,7 +45,9 @@ COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permut
 
 
 def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
-    """Compiles the step of `config` for `topology`, e.g. 'v5e:4x4'; counts are per chip.
+    """Compiles the step of `config` for `topology`, e.g. 'v5e:4x4'.
+
+    Counts are per chip; for v4 and v5p per core, of which their chips have two.
 
     Raises:
       UserError: libtpu or the topology is not there, or the batch does not divide.
@@ -65,6 +66,9 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(config, description.devices)
     optimizer, _ = optim.make_optimizer(config)
     inputs = train.abstract_inputs(method, optimizer, config, mesh)
+    cores = max(device.core_on_chip for device in description.devices) + 1
+    result = {"topology": topology, "devices": mesh.size, "cores_per_chip": cores}
+    result |= {"mesh": dict(mesh.shape), "batch": config.batch.to_dict(), "size": config.data.size}
     started = time.perf_counter()
     step = train.make_train_step(method, optimizer, config, mesh)
     try:
@@ -73,16 +77,14 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         first = " ".join(str(error).split())[:200]
-        return {"topology": topology, "chips": mesh.size, "fits": False, "why": first}
+        return result | {"fits": False, "why": first}
+    result["compile_s"] = time.perf_counter() - started
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    flops_per_s, bytes_per_s, capacity = CHIPS[chip]
+    flops_per_s, bytes_per_s, capacity = (peak / cores for peak in CHIPS[chip])
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
     text = compiled.as_text()
-    return {
-        "topology": topology,
-        "chips": mesh.size,
-        "compile_s": time.perf_counter() - started,
+    return result | {
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
         "memory_bytes": used,
@@ -113,7 +115,9 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
 
 def report(result: dict[str, Any]) -> str:
     """The result as text."""
-    head = f"{result['topology']}, {result['chips']} chips, per chip:"
+    unit = "chip" if result["cores_per_chip"] == 1 else "core"
+    mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
+    head = f"{result['topology']}, {result['devices']} {unit}s as {mesh}; per {unit}:"
     if "flops" not in result:
         return f"{head} does not fit: {result['why']}"
     lines = [
@@ -138,14 +142,15 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "topology"])
 
     def _main(_):
+        output = output_file(_OUTPUT.value)
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # can not be read without a TPU
         result = compile_step(_CONFIG.value, _TOPOLOGY.value)
         say(report(result))
-        if _OUTPUT.value:
-            write_text(pathlib.Path(_OUTPUT.value), to_json(result, indent=1) + "\n")
+        if output:
+            write_text(output, to_json(result, indent=1) + "\n")
         if not result["fits"]:
             sys.exit(1)
 

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from scipy import ndimage
 
 from cgs_jax import distributed, evaluate, optim, sharding, train
-from cgs_jax.cli import cli
+from cgs_jax.cli import cli, output_file
 from cgs_jax.data import case_lists, prepare
 from cgs_jax.errors import UserError
 from cgs_jax.writers import say, to_json, write_text
@@ -50,15 +50,16 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
         "device": f"{mesh.size} x {device.device_kind}",
         "jax": jax.__version__,
     }
+    train_step = None
     with data(config) as prepared:
         if "step" in stages:
-            result["step"] = time_step(config, method, prepared, mesh, seconds)
+            result["step"], train_step = time_step(config, method, prepared, mesh, seconds)
             result["peak_bytes"] = peak_bytes(device)
             result["ceilings"] = ceilings(device, config.model.dtype)
         if "input" in stages:
             result["input"] = time_input(config, method, prepared, mesh, seconds)
         if "loop" in stages:
-            result["loop"] = time_loop(config, method, prepared, mesh, seconds)
+            result["loop"] = time_loop(config, method, prepared, mesh, seconds, train_step)
         if "evaluation" in stages:
             result["evaluation"] = time_evaluation(config, method, prepared, mesh)
     return result | {"bound": bound(result)}
@@ -95,8 +96,8 @@ def data(config: ConfigDict) -> Iterator[prepare.Prepared]:
 
 def time_step(
     config: ConfigDict, method: Any, prepared: prepare.Prepared, mesh: Mesh, seconds: float
-) -> dict[str, Any]:
-    """The jitted train step on batches that are on the devices already."""
+) -> tuple[dict[str, Any], Any]:
+    """The jitted train step on batches that are on the devices already; returned with it."""
     optimizer, _ = optim.make_optimizer(config)
     state = train.init_state(method, optimizer, config, mesh)
     batches = list(itertools.islice(train.device_batches(config, method, prepared, mesh), 4))
@@ -122,7 +123,7 @@ def time_step(
     blocks = int(np.clip(seconds / once / block, 3, 40))
     ms = [1000 * some(block) for _ in range(blocks)]
     images = sum(train.stream_sizes(config, method).values()) // method.draws
-    return {
+    result = {
         "compile_s": compile_s,
         "blocks_ms": ms,
         "ms": float(np.median(ms)),
@@ -132,6 +133,7 @@ def time_step(
         "floor_bytes": floor,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
+    return result, compiled
 
 
 def convolution_bytes(jaxpr: Any) -> int:
@@ -186,12 +188,17 @@ def time_input(
 
 
 def time_loop(
-    config: ConfigDict, method: Any, prepared: prepare.Prepared, mesh: Mesh, seconds: float
+    config: ConfigDict,
+    method: Any,
+    prepared: prepare.Prepared,
+    mesh: Mesh,
+    seconds: float,
+    step: Any = None,
 ) -> dict[str, float]:
-    """The training loop with its input and logging, without validation."""
+    """The training loop with its input and logging, without validation; `step` if compiled."""
     optimizer, _ = optim.make_optimizer(config)
     state = train.init_state(method, optimizer, config, mesh)
-    step = train.make_train_step(method, optimizer, config, mesh)
+    step = step or train.make_train_step(method, optimizer, config, mesh)
     config = config.copy_and_resolve_references()
     config.eval_every, config.total_steps = 10**9, 10**6
     batches = train.device_batches(config, method, prepared, mesh)
@@ -318,12 +325,11 @@ if __name__ == "__main__":
             raise UserError(f"unknown stage {min(unknown)!r}; there are: {', '.join(STAGES)}")
         if not _SECONDS.value > 0:
             raise UserError("--seconds must be more than 0")
-        if _OUTPUT.value and not pathlib.Path(_OUTPUT.value).absolute().parent.is_dir():
-            raise UserError(f"no folder for --output {_OUTPUT.value}")
+        output = output_file(_OUTPUT.value)
         jax.config.update("jax_enable_compilation_cache", False)
         result = benchmark(_CONFIG.value, set(_STAGES.value), _SECONDS.value)
         say(report(result))
-        if _OUTPUT.value:
-            write_text(pathlib.Path(_OUTPUT.value), to_json(result, indent=1) + "\n")
+        if output:
+            write_text(output, to_json(result, indent=1) + "\n")
 
     cli(_main)

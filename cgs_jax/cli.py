@@ -46,6 +46,13 @@ def cli(main: Callable[[list[str]], None]) -> None:
         sys.exit(line)
 
 
+def output_file(name: str | None) -> pathlib.Path | None:
+    """The path of --output, known to have a folder before the work begins."""
+    if name and not pathlib.Path(name).absolute().parent.is_dir():
+        raise UserError(f"no folder for --output {name}")
+    return pathlib.Path(name) if name else None
+
+
 class _OfPythonThreads:
     """stderr without what the threads of libraries write."""
 

@@ -46,8 +46,12 @@ def local_mesh() -> Mesh:
 
 
 def _mesh(data, space, devices):
+    shape, names = (data, space), ("data", "space")
     auto = (AxisType.Auto, AxisType.Auto)  # so the compiler propagates shardings
-    return jax.make_mesh((data, space), ("data", "space"), axis_types=auto, devices=devices)
+    if devices and any(getattr(device, "core_on_chip", 0) for device in devices):
+        # jax.make_mesh knows no chips of several cores; compiling for v4 and v5p gives such.
+        return Mesh(np.reshape(devices, shape), names, axis_types=auto)
+    return jax.make_mesh(shape, names, axis_types=auto, devices=devices)
 
 
 # Where the compiler's own choice is slower, by platform; measured by `cgs_jax.benchmark`.

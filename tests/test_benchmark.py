@@ -17,7 +17,7 @@ from cgs_jax import pseudo_labels as pl
 from cgs_jax.errors import UserError
 from cgs_jax.methods import base, cgs
 from cgs_jax.models import Outputs, build, torch_weights
-from configs import acdc
+from configs import acdc, segthor
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -147,17 +147,29 @@ def test_collectives_are_counted():
     }
 
 
-def test_step_compiles_for_a_tpu_that_is_not_here():
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"data.size": 32, "model.channels": (4, 8), "model.dropout": (0.1, 0.1)}
+        | {"batch.labelled": 4, "batch.unlabelled": 4},
+        pytest.param({}, marks=pytest.mark.slow),
+    ],
+)
+def test_step_compiles_for_a_tpu_that_is_not_here(fields):
+    """CGS on 4 x 4 chips of v5e, batch and rows split by 4: it fits, without slow operations."""
     pytest.importorskip("libtpu")
-    config = tiny()
-    config.model.dtype = "bfloat16"
-    config.batch.update(labelled=4, unlabelled=4)
-    result = aot.compile_step(config, "v5e:2x2")
-    assert result["chips"] == 4
+    config = segthor.get_config()
+    config.update_from_flattened_dict(fields | {"model.dtype": "bfloat16", "mesh.space": 4})
+    result = aot.compile_step(config, "v5e:4x4")
+    assert result["devices"] == 16
+    assert result["mesh"] == {"data": 4, "space": 4}
     assert result["fits"]
+    assert 0 < result["memory_bytes"] < 1e9
     assert result["flops"] > 1e6
     assert result["gathers"] == result["grouped_convolutions"] == 0
-    assert result["collectives"]["all-reduce"]["bytes"] > 1000
+    gradients = 4 * 2e6 if not fields else 1000
+    assert result["collectives"]["all-reduce"]["bytes"] > gradients
+    assert result["collectives"]["collective-permute"]["count"] > 10  # rows of the neighbours
 
 
 @pytest.mark.parametrize("topology", ["h100:8", "v5e"])

@@ -1,5 +1,6 @@
 """Nothing is lost: killed, stopped, and damaged runs go on."""
 
+import contextlib
 import os
 import pathlib
 import random
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from runs import begin, command, config_of, final_state, start
 
-from cgs_jax import optim, sharding, train
+from cgs_jax import optim, sharding, train, writers
 from cgs_jax.checkpoint import Checkpoints
 
 
@@ -146,6 +147,20 @@ def test_full_and_read_only_disk(trained, scans, small_disk):
     done = start(line)
     assert "at step 180" in done.stdout
     assert_identical(workdir, trained, scans)
+
+
+def test_logs_of_a_run_in_a_bucket(tmp_path, monkeypatch):
+    """They are written elsewhere and copied: a bucket can not append."""
+    monkeypatch.setattr(writers, "is_remote", lambda path: True)
+    for begun, there in ((0, 0), (10, 2)):
+        with contextlib.closing(writers.Writer(tmp_path, begun)) as writer:
+            writer.write(begun + 10, {"loss": 1.0})
+            assert len(writers.read_metrics(tmp_path)) == there
+            writer.publish()
+            writer.write(begun + 20, {"loss": 2.0})
+    steps = [line["step"] for line in writers.read_metrics(tmp_path)]
+    assert steps == [10, 20, 30]
+    assert any((tmp_path / "tensorboard").iterdir())
 
 
 def footprint(process):
