@@ -22,6 +22,7 @@ def cli(main: Callable[[list[str]], None]) -> None:
     cache = pathlib.Path.home() / ".cache" / "cgs_jax" / "xla"
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     _quieten_libraries()
     app.define_help_flags()
     try:

@@ -9,15 +9,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import begin, command, config_of, final_state, processes_with, start
-
-
-def before_the_end(trained, workdir):
-    """A copy of the finished run, of which the last 20 steps and the results are taken back."""
-    shutil.copytree(trained[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / "200")
-    (workdir / "summary.json").unlink()
-    return workdir
+from runs import before_the_end, begin, command, config_of, final_state, processes_with, start
 
 
 def assert_same_run(workdir, expected, scans):
@@ -108,9 +100,10 @@ def test_two_processes_stop_together(by_two_processes, trained, scans, tmp_path)
 
 
 @pytest.mark.parametrize("victim", ["0", "1"])
-def test_loss_of_a_process_ends_the_job(trained, scans, tmp_path, victim):
+def test_loss_of_a_process_ends_the_job(by_two_processes, trained, scans, tmp_path, victim):
     workdir = before_the_end(trained, tmp_path / "run")
-    jobs = begin(command(scans, workdir, SHARDED, processes=2), "step 185", devices=2)
+    line = command(scans, workdir, SHARDED, processes=2)
+    jobs = begin(line, "step 185", devices=2)
     (process,) = processes_with(str(workdir), "--process", victim)
     os.kill(process, signal.SIGKILL)
     killed = time.time()
@@ -118,3 +111,7 @@ def test_loss_of_a_process_ends_the_job(trained, scans, tmp_path, victim):
     assert jobs.returncode != 0
     assert time.time() - killed < 90
     assert not processes_with(str(workdir))
+    if victim == "1":
+        assert start(line, devices=2).returncode == 0
+        states = (final_state(folder, config_of(scans)) for folder in (workdir, by_two_processes))
+        jax.tree.map(np.testing.assert_array_equal, *states)
