@@ -3,7 +3,7 @@
 import contextlib
 import json
 import pathlib
-import shutil
+import time
 from typing import Any
 
 import jax
@@ -23,20 +23,32 @@ class Checkpoints:
     """The folder `checkpoints` of a run. Writing goes on in the background.
 
     All processes of a job call the same methods in the same order; each writes its part.
+
+    Raises:
+      UserError: `read_only`, which leaves all as it is, and a checkpoint is damaged.
     """
 
-    def __init__(self, workdir: pathlib.Path):
+    def __init__(self, workdir: pathlib.Path, read_only: bool = False):
         keep = checkpoint_managers.preservation_policy
         score = lambda metrics: metrics["dice"]  # noqa: E731
         policies = [keep.LatestN(2), keep.BestN(get_metric_fn=score, n=1)]
         options = ocp.CheckpointManagerOptions(
-            best_fn=score, preservation_policy=keep.AnyPreservationPolicy(policies)
+            best_fn=score,
+            preservation_policy=keep.AnyPreservationPolicy(policies),
+            read_only=read_only,
+            create=not read_only,
         )
-        self._folder = workdir / "checkpoints"
+        self._folder, self._read_only = workdir / "checkpoints", read_only
         if not is_remote(workdir):
             self._folder = self._folder.resolve()
-        self._check_metrics()
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        if not read_only:
+            self._check_metrics()
+        elif not self._folder.exists():
+            raise UserError(f"{workdir} holds no checkpoint; train first")
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except ValueError as error:
+            raise UserError(f"a checkpoint in {self._folder} is damaged ({error})") from error
 
     @property
     def latest(self) -> int | None:
@@ -46,7 +58,11 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """Step of the checkpoint with the highest validation Dice."""
-        return self._manager.best_step()
+        step = self._manager.best_step()
+        if step is None:
+            return None
+        metrics = self._manager.metrics(step) or {}
+        return None if metrics.get("dice", NOT_VALIDATED) == NOT_VALIDATED else step
 
     def save(self, state: TrainState, dice: float = NOT_VALIDATED) -> None:
         """Starts to save `state`; `dice` is what `best` compares.
@@ -54,59 +70,76 @@ class Checkpoints:
         Raises:
           UserError: this one or the one before can not be written.
         """
-        metrics = {"dice": float(dice), "checksum": int(_checksum(state))}
+        metrics = {"dice": float(dice), "checksum": _checksum_with(state, dice)}
         with self._writing():
             self._manager.save(int(state.step), args=ocp.args.StandardSave(state), metrics=metrics)
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
-        """The newest checkpoint that is whole, shaped and sharded as `like`; None: there is none.
+        """The newest checkpoint, shaped and sharded as `like`; None: there is none.
 
-        Damaged ones are renamed, with a warning.
+        A damaged one is renamed, with a warning, and the one before is used.
+
+        Raises:
+          UserError: all are damaged.
         """
-        while (step := self.latest) is not None:
-            try:
-                return self.restore(step, like)
-            except UserError as error:
-                if distributed.is_first():
-                    self._set_aside(step, error)
-                distributed.barrier("damaged checkpoint")
-                self._manager.reload()
+        return self._restore(lambda: self.latest, like)
+
+    def restore_best(self, like: TrainState) -> TrainState | None:
+        """Likewise, the one with the highest validation Dice."""
+        return self._restore(lambda: self.best, like)
+
+    def _restore(self, choose, like):
+        with self._writing():
+            self._manager.wait_until_finished()
+        while (step := choose()) is not None:
+            state, damage = self._read(step, like)
+            if not damage:
+                return state
+            damage = f"checkpoint {self._folder / str(step)} is damaged ({damage})"
+            if self._read_only:
+                raise UserError(damage)
+            if distributed.is_first():
+                self._set_aside(step, damage)
+            distributed.barrier("damaged checkpoint")
+            self._manager.reload()
+        if self.latest is None and any(self._folder.glob("damaged_*")):
+            raise UserError(f"no checkpoint in {self._folder} is whole; train in another --workdir")
         return None
 
-    def _set_aside(self, step, reason):
-        aside = self._folder / f"damaged_{step}"
-        say(f"WARNING: {reason}; it is now {aside.name}, and the one before is used")
-        if aside.exists():
-            shutil.rmtree(aside)
+    def _read(self, step, like):
+        """The state of `step`, or what is wrong with it in any of the processes."""
+        state, damage = None, ""
+        try:
+            state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+        except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+            raise  # says nothing of the checkpoint
+        except Exception as error:
+            if distributed.is_lost(error):
+                raise
+            damage = str(error).split("\n")[0][:100]
+        if damage := next(filter(None, distributed.gather(damage)), ""):
+            return None, damage
+        saved = self._manager.metrics(step) or {}
+        if "checksum" in saved and saved["checksum"] != _checksum_with(state, saved["dice"]):
+            return None, "its checksum differs"  # older runs have none
+        return state, ""
+
+    def _set_aside(self, step, damage):
+        aside = self._folder / f"damaged_{step}_{time.time():.0f}"
+        say(f"WARNING: {damage}; it is now {aside.name}")
         (self._folder / str(step)).rename(aside)
 
     def _check_metrics(self):
         """Sets checkpoints aside whose metrics, which orbax reads at once, are damaged."""
         if distributed.is_first() and self._folder.exists():
-            for path in self._folder.glob("*/metrics/metrics"):
+            for folder in (path for path in self._folder.iterdir() if path.name.isdigit()):
+                metrics = folder / "metrics" / "metrics"
                 try:
-                    float(json.loads(path.read_text())["dice"])
+                    if metrics.exists():
+                        float(json.loads(metrics.read_text())["dice"])
                 except (ValueError, LookupError, TypeError) as error:
-                    folder = path.parents[1]
-                    if folder.name.isdigit():
-                        self._set_aside(folder.name, f"checkpoint {folder} is damaged ({error})")
+                    self._set_aside(folder.name, f"checkpoint {folder} is damaged ({error})")
         distributed.barrier("metrics checked")
-
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`, shaped and sharded as `like`.
-
-        Raises:
-          UserError: it can not be read, or is not what was saved.
-        """
-        try:
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
-            saved = self._manager.metrics(step).get("checksum")  # older runs have none
-            damage = saved not in (None, int(_checksum(state))) and "its checksum differs"
-        except Exception as error:
-            damage = str(error).split("\n")[0][:100]
-        if damage:
-            raise UserError(f"checkpoint {self._folder / str(step)} is damaged ({damage})")
-        return state
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -121,14 +154,21 @@ class Checkpoints:
     def _writing(self):
         try:
             yield
-        except jax.errors.JaxRuntimeError:  # not the disk: another process is lost
-            raise
         except (OSError, ValueError, RuntimeError) as error:
+            text = " ".join(str(error).split())
+            if distributed.is_lost(error) or not (
+                isinstance(error, OSError) or "Error writing" in text or "Error opening" in text
+            ):
+                raise
             full = "No space left on device"
-            reason = full if full in str(error) else " ".join(str(error).split())[:200]
             raise UserError(
-                f"can not write a checkpoint to {self._folder}: {reason}; the ones before are whole"
+                f"can not write a checkpoint to {self._folder}: "
+                f"{full if full in text else text[:200]}; the ones before are whole"
             ) from error
+
+
+def _checksum_with(state: TrainState, dice: float) -> int:
+    return int(_checksum((state, jnp.float32(dice))))
 
 
 @jax.jit

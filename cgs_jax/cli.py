@@ -4,6 +4,7 @@ import inspect
 import logging
 import os
 import pathlib
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -23,6 +24,7 @@ def cli(main: Callable[[list[str]], None]) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # where nothing is there to be saved
     _quieten_libraries()
     app.define_help_flags()
     try:
@@ -55,7 +57,8 @@ def output_file(name: str | None) -> pathlib.Path | None:
 
 
 class _OfPythonThreads:
-    """stderr without what the threads of libraries write."""
+    """stderr without lines of threads that Python did not start: tracebacks of tensorstore's reads
+    and writes that outlive their event loop."""
 
     def __init__(self, stream):
         self._stream = stream
@@ -84,13 +87,13 @@ def _explain(error: BaseException) -> str:
         return "interrupted; a training run goes on from its last checkpoint"
     if isinstance(error, UserError):
         return f"error: {error}"
-    if isinstance(error, OSError):  # disk full, permissions, ...
-        where = f": {error.filename}" if error.filename else ""
-        return "error: " + " ".join(f"{error.strerror or error}{where}".split())
-    if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
+    if distributed.is_lost(error):
         reason = " ".join(str(error).split())[:200]
         return (
             f"error: another process is lost ({reason}); the same command in all processes goes on "
             "from the last checkpoint"
         )
+    if isinstance(error, OSError):  # disk full, permissions, ...
+        where = f": {error.filename}" if error.filename else ""
+        return "error: " + " ".join(f"{error.strerror or error}{where}".split())
     return ""

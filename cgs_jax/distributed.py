@@ -27,6 +27,8 @@ def initialize(coordinator: str | None, count: int | None, index: int | None) ->
     Raises:
       UserError: the environment does not say, or the others can not be reached.
     """
+    if coordinator and ":" not in coordinator:
+        raise UserError(f"--coordinator={coordinator} must be HOST:PORT")
     try:
         jax.distributed.initialize(
             coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
@@ -78,6 +80,18 @@ def check_same(what: str, value: Any) -> None:
             raise UserError(f"process {i} has other {what} than process 0; give all the same")
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether `error` tells that another process can not be reached."""
+    signs = (
+        "Gloo",
+        "coordination service",
+        "CoordinationService",
+        "heartbeat",
+        "DEADLINE_EXCEEDED",
+    )
+    return jax.process_count() > 1 and any(sign in str(error) for sign in signs)
+
+
 def leave(line: str) -> None:
     """Ends this one of several processes after an error, with `line`, or the traceback if ''.
 
@@ -101,7 +115,7 @@ class Stop:
 
     Attributes:
       now: what `at` answered last.
-      asked: whether this process was asked to, or had to.
+      asked: whether it answered, or would answer, True.
     """
 
     def __init__(self):
@@ -118,10 +132,11 @@ class Stop:
         for name, handler in self._before.items():
             signal.signal(name, handler)
 
-    def _ask(self, name, _):
-        self.asked = True
+    def _ask(self, *_):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if name == signal.SIGINT and jax.process_count() > 1:
+        if jax.process_count() == 1:
+            self.asked = True
+        else:  # `at` answers when all processes know
             os.kill(os.getpid(), signal.SIGTERM)
 
     def at(self, step: int) -> bool:

@@ -37,10 +37,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
             raise UserError(f"{workdir} holds checkpoints, but no config.json; choose another")
         with distributed.first_process_first():
             prepared = prepare.prepare(config, splits)
-        places = {"data.root": "", "data.cache": ""}
-        same = config.copy_and_resolve_references()
-        same.update_from_flattened_dict(places)
-        distributed.check_same("options", same.to_json())
+        options = config.copy_and_resolve_references()
+        options.data.root = options.data.cache = ""  # each host may have its own
+        distributed.check_same("options", options.to_json())
         distributed.check_same("scans", (prepared.splits, prepared.images.shape))
         if not splits and distributed.is_first():
             run_config.save(config, prepared.splits, workdir)
@@ -91,7 +90,7 @@ if __name__ == "__main__":
     def _main(_):
         if _MULTIHOST.value:
             distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-        elif _COORDINATOR.value or _PROCESSES.value or _PROCESS.value:
+        elif {_COORDINATOR.value, _PROCESSES.value, _PROCESS.value} != {None}:
             raise UserError("--coordinator, --processes and --process go with --multihost")
         if run(_CONFIG.value, folder(_WORKDIR.value)) is None:
             say(f"stopped and saved; the same command goes on from there: {_WORKDIR.value}")

@@ -43,7 +43,7 @@ def predict(
         raise UserError(f"can not write to --output {output}: {error.strerror}") from error
     mesh = sharding.local_mesh()
     method = train.make_method(config)
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, read_only=True)
     state, _ = train.restore_best(config, method, checkpoints, workdir, mesh)
     checkpoints.close()
     predict = evaluate.make_predict(method)(state)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ from cgs_jax.data.case_lists import Splits
 from cgs_jax.errors import UserError
 from cgs_jax.writers import is_remote, to_json, write_text
 
-# What may differ between two starts of one run: places, and how often to look.
+# What may differ between two starts of one run: places, devices, and how to look at it. Not
+# eval_every: it decides which checkpoint is the best.
 FREE = (
     "data.root",
     "data.cache",
@@ -36,15 +38,18 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """Makes `workdir` and keeps other jobs out of it; process 0 does so for all of this one.
 
     Raises:
-      UserError: it can not be written, or another job works in it.
+      UserError: it can not be written, another job works in it, or it is not the same for all
+        processes.
     """
+    path, token = workdir / "lock", secrets.token_hex()
     with contextlib.ExitStack() as stack:
         if distributed.is_first():
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
                 if not is_remote(workdir):
-                    lock = stack.enter_context(open(workdir / "lock", "w"))
+                    lock = stack.enter_context(open(path, "a"))
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.write_text(token)
             except BlockingIOError:
                 raise UserError(f"another process is working in {workdir}") from None
             except OSError as error:
@@ -52,6 +57,9 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
                     f"can not write to --workdir {workdir}: {error.strerror}"
                 ) from error
         distributed.barrier("workdir locked")
+        seen = distributed.gather(path.read_text() if path.exists() else "")
+        if len(set(seen)) > 1:
+            raise UserError(f"--workdir {workdir} is not one folder for all processes; share it")
         yield
 
 

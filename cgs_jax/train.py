@@ -81,12 +81,19 @@ def init_state(
     return jax.jit(init, out_shardings=shardings)(key)
 
 
+def abstract_state(
+    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> TrainState:
+    """Its shapes and shardings."""
+    state = jax.eval_shape(_init(method, optimizer, config), jax.random.key(0))
+    return sharding.abstract(state, sharding.of_state(mesh, state, config.mesh.shard_params))
+
+
 def abstract_inputs(
     method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> tuple[TrainState, Any]:
     """Shapes and shardings of state and batch: the train step can be compiled from them alone."""
-    state = jax.eval_shape(_init(method, optimizer, config), jax.random.key(0))
-    state = sharding.abstract(state, sharding.of_state(mesh, state, config.mesh.shard_params))
+    state = abstract_state(method, optimizer, config, mesh)
     batch = {}
     for name, count in stream_sizes(config, method).items():
         shape = (count, config.data.size, config.data.size)
@@ -163,10 +170,10 @@ def train(
       UserError: the loss is not finite; checkpoints from before are kept.
     """
     optimizer, schedule = optim.make_optimizer(config)
-    if checkpoints.latest is None:
+    state = checkpoints.restore_latest(abstract_state(method, optimizer, config, mesh))
+    if state is None:
         start_from_weights(method, config)
-    fresh = init_state(method, optimizer, config, mesh)
-    state = checkpoints.restore_latest(fresh) or fresh
+        state = init_state(method, optimizer, config, mesh)
     start = int(state.step)
     if start:
         say(f"resuming {workdir} at step {start}")
@@ -175,6 +182,8 @@ def train(
         say(f"{config.method.name} on {config.data.name}: {count}, {mesh.size} device(s)")
     if start >= config.total_steps:
         return True
+    if distributed.is_first():
+        (workdir / "summary.json").unlink(missing_ok=True)  # it would be of a state before the end
 
     batches = device_batches(config, method, prepared, mesh, start)
     train_step = make_train_step(method, optimizer, config, mesh)
@@ -262,11 +271,11 @@ def restore_best(
     config: ConfigDict, method: Method, checkpoints: Checkpoints, workdir: pathlib.Path, mesh: Mesh
 ) -> tuple[TrainState, int]:
     """The state with the best validation Dice, and its step."""
-    step = checkpoints.best
-    if step is None:
-        raise UserError(f"{workdir} holds no checkpoint; train first")
     optimizer, _ = optim.make_optimizer(config)
-    return checkpoints.restore(step, init_state(method, optimizer, config, mesh)), step
+    state = checkpoints.restore_best(abstract_state(method, optimizer, config, mesh))
+    if state is None:
+        raise UserError(f"{workdir} holds no validated checkpoint; train first")
+    return state, int(state.step)
 
 
 def validate(predict: evaluate.Predict, prepared: Prepared, config: ConfigDict) -> dict[str, float]:

@@ -13,6 +13,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from cgs_jax import distributed
+from cgs_jax.errors import UserError
 
 
 def to_json(value: Any, **options: Any) -> str:
@@ -29,8 +30,18 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def folder(name: str) -> pathlib.Path:
-    """A local folder, or one in a bucket, such as 'gs://bucket/run'."""
-    return epath.Path(name) if "://" in name else pathlib.Path(name)
+    """A local folder, or one in a bucket, such as 'gs://bucket/run'.
+
+    Raises:
+      UserError: what reads such buckets is not installed.
+    """
+    if "://" not in name:
+        return pathlib.Path(name)
+    try:
+        epath.Path(name).exists()
+    except ImportError as error:
+        raise UserError(f"{name}: {error}") from error
+    return epath.Path(name)
 
 
 def is_remote(path: pathlib.Path) -> bool:

@@ -21,7 +21,8 @@ python=${PYTHON:-.venv/bin/python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 export JAX_PLATFORMS=cpu
 
-processes=()
+processes=() asked=
+trap 'asked=yes; kill -TERM "${processes[@]}" 2>/dev/null' INT TERM
 for ((i = 0; i < count; i++)); do
   line=("$python" -m cgs_jax.main "$@" --multihost --coordinator "localhost:$port"
     --processes "$count" --process "$i")
@@ -33,17 +34,17 @@ for ((i = 0; i < count; i++)); do
   fi
   processes+=($!)
 done
-trap 'asked=yes; kill -TERM "${processes[@]}" 2>/dev/null' INT TERM
 
-code=0 asked=
+code=0
 for process in "${processes[@]}"; do
   wait "$process"
   ended=$?
-  while [ -n "$asked" ]; do # the signal broke off the wait
+  if [ -n "$asked" ] && [ "$ended" -gt 128 ]; then # the signal broke off the wait
     asked=
     wait "$process"
-    ended=$?
-  done
+    again=$?
+    if [ "$again" != 127 ]; then ended=$again; fi
+  fi
   if [ "$ended" != 0 ]; then code=$ended; fi
 done
 exit "$code"

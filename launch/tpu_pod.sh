@@ -2,7 +2,7 @@
 # A run on all workers of a Cloud TPU slice:
 #   bash launch/tpu_pod.sh [--dry-run] COMMAND [OPTIONS OF cgs_jax.main]
 #     create     ask for the slice
-#     install    copy this checkout to every worker and install it
+#     install    copy the last commit of this checkout to every worker and install it
 #     run        start training on all workers
 #     resume     the same, after a stop or preemption (on a new slice: create and install first)
 #     log        follow what worker 0 prints

@@ -89,10 +89,10 @@ def processes_with(*words):
 def final_state(workdir, config):
     """The state of the last step, as numpy arrays."""
     method, optimizer = train.make_method(config), optim.make_optimizer(config)[0]
-    like = train.init_state(method, optimizer, config, sharding.make_mesh(config))
+    like = train.abstract_state(method, optimizer, config, sharding.make_mesh(config))
     checkpoints = Checkpoints(workdir)
     assert checkpoints.latest == config.total_steps
-    state = checkpoints.restore(checkpoints.latest, like)
+    state = checkpoints.restore_latest(like)
     checkpoints.close()
     return jax.device_get(state)
 

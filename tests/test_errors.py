@@ -88,15 +88,17 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
     shutil.copytree(trained[0], tmp_path / "damaged")
     for file in (tmp_path / "damaged" / "checkpoints").glob("*/default/manifest.ocdbt"):
         file.unlink()
-    with pytest.raises(UserError, match="checkpoints/[0-9]+ is damaged"):
-        main.run(config_of(scans, total_steps=0), tmp_path / "damaged")
+    for _ in range(2):  # it does not start anew in silence, the second time either
+        with pytest.raises(UserError, match="no checkpoint in .* is whole"):
+            main.run(config_of(scans), tmp_path / "damaged")
     for text in ("{", "[]", "{}"):
         (tmp_path / "damaged" / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"config.json or splits.json in .* is damaged"):
             main.run(config_of(scans), tmp_path / "damaged")
-    (tmp_path / "damaged" / "config.json").unlink()
+    shutil.copytree(trained[0], tmp_path / "lost")
+    (tmp_path / "lost" / "config.json").unlink()
     with pytest.raises(UserError, match="holds checkpoints, but no config.json"):
-        main.run(config_of(scans), tmp_path / "damaged")
+        main.run(config_of(scans), tmp_path / "lost")
 
 
 def test_two_processes_in_one_workdir(trained, scans):
@@ -116,6 +118,10 @@ def test_two_processes_in_one_workdir(trained, scans):
             ["--config.data.root=/nonexistent/folder"],
             "no SegTHOR in '/nonexistent/folder': --config.data.root",
         ),
+        (["--multihost"], "--multihost: coordinator_address should be defined"),
+        (["--multihost", "--coordinator=here"], "--coordinator=here must be HOST:PORT"),
+        (["--process=0"], "--coordinator, --processes and --process go with --multihost"),
+        (["--config.mesh.space=3"], "mesh.data=-1 times mesh.space=3 must be the 1 devices"),
         (["--workdir=/dev/null/run"], "can not write to --workdir /dev/null/run"),
     ],
 )

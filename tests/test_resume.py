@@ -42,7 +42,7 @@ def test_kill_and_resume_is_bit_identical(trained, scans, tmp_path, kills):
     assert (workdir / "metrics.jsonl").read_text() == (trained[0] / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_stop_by_signal_saves(trained, scans, tmp_path, name):
     workdir = before_the_end(trained, tmp_path / "stopped")
     line = command(scans, workdir)
@@ -53,9 +53,25 @@ def test_stop_by_signal_saves(trained, scans, tmp_path, name):
     assert printed.endswith(f"stopped and saved; the same command goes on from there: {workdir}\n")
     saved = max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
     assert 185 <= saved < 200
+    assert not (workdir / "summary.json").exists()
     done = start(line)
     assert f"resuming {workdir} at step {saved}" in done.stdout
     assert_identical(workdir, trained, scans)
+
+
+def test_best_is_a_validated_checkpoint(scans, tmp_path):
+    """Stopped before the first validation: nothing to predict with."""
+    workdir = tmp_path / "stopped"
+    process = begin(command(scans, workdir), "step 5/")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    for program, options in (("main", ["--config.total_steps=0"]), ("predict", [])):
+        if program == "predict":
+            options = ["--input", f"{scans}/scans/Patient_06", "--output", f"{tmp_path}/labels"]
+        done = start(command(scans, workdir, *options, program=program))
+        assert done.returncode == 1
+        assert "holds no validated checkpoint; train first" in done.stderr
 
 
 def copy_with_damage(trained, workdir, damage):
@@ -79,15 +95,12 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 @pytest.mark.parametrize("damage", [truncate, flip])
 def test_damaged_checkpoint_is_skipped(trained, scans, tmp_path, capsys, damage):
     """Whatever file is hit: either the state is read as it was saved, or the one before is."""
     config = config_of(scans)
     method, optimizer = train.make_method(config), optim.make_optimizer(config)[0]
-    like = train.init_state(method, optimizer, config, sharding.make_mesh(config))
+    like = train.abstract_state(method, optimizer, config, sharding.make_mesh(config))
     expected = final_state(trained[0], config)
     skipped = 0
     for path, copy in copy_with_damage(trained, tmp_path, damage):
@@ -100,7 +113,7 @@ def test_damaged_checkpoint_is_skipped(trained, scans, tmp_path, capsys, damage)
         skipped += 1
         assert state.step == 180, path
         assert "checkpoints/200 is damaged" in capsys.readouterr().out
-        assert (copy / "checkpoints" / "damaged_200").exists()
+        assert list((copy / "checkpoints").glob("damaged_200_*"))
     assert skipped
 
 
