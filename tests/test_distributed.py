@@ -101,8 +101,8 @@ def test_two_processes_stop_together(by_two_processes, trained, scans, tmp_path,
         assert_same_run(workdir, trained[0], scans)
 
 
-@pytest.mark.parametrize("victim", [pytest.param("0", marks=pytest.mark.slow), "1"])
-def test_loss_of_a_process_ends_the_job(by_two_processes, trained, scans, tmp_path, victim):
+@pytest.mark.parametrize("victim", ["1", pytest.param("0", marks=pytest.mark.slow)])
+def test_loss_of_a_process_ends_the_job(request, trained, scans, tmp_path, victim):
     workdir = before_the_end(trained, tmp_path / "run")
     line = command(scans, workdir, SHARDED, processes=2)
     jobs = begin(line, "step 185", devices=2)
@@ -116,6 +116,8 @@ def test_loss_of_a_process_ends_the_job(by_two_processes, trained, scans, tmp_pa
         assert printed.count("error: another process is lost") == 1
     assert time.time() - killed < 90
     assert not processes_with(str(workdir))
-    assert start(line, devices=2).returncode == 0
-    states = (final_state(folder, config_of(scans)) for folder in (workdir, by_two_processes))
-    jax.tree.map(np.testing.assert_array_equal, *states)
+    if victim == "0":
+        assert start(line, devices=2).returncode == 0
+        undisturbed = request.getfixturevalue("by_two_processes")
+        states = (final_state(folder, config_of(scans)) for folder in (workdir, undisturbed))
+        jax.tree.map(np.testing.assert_array_equal, *states)

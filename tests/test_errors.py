@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import command, config_of, start
 
-from cgs_jax import evaluate, main, optim
+from cgs_jax import distributed, evaluate, main, optim, predict
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.cli import cli
 from cgs_jax.errors import UserError
@@ -36,6 +36,19 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(scans, tmp_path, monkeypat
     checkpoints = Checkpoints(tmp_path / "run")
     assert checkpoints.latest == last // 20 * 20
     checkpoints.close()
+
+
+def test_stopped_before_the_first_validation(scans, tmp_path, monkeypatch):
+    """There is nothing yet to test or to predict with."""
+    monkeypatch.setattr(
+        distributed.Stop, "at", lambda self, step: setattr(self, "now", True) or True
+    )
+    workdir = tmp_path / "run"
+    assert main.run(config_of(scans), workdir) is None
+    with pytest.raises(UserError, match="holds no validated checkpoint; train first"):
+        main.run(config_of(scans, total_steps=0), workdir)
+    with pytest.raises(UserError, match="holds no validated checkpoint; train first"):
+        predict.predict(workdir, scans / "scans" / "Patient_06", tmp_path / "labels")
 
 
 def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
@@ -71,6 +84,7 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         ({"model.dropout": (0.1,)}, "model.dropout and model.channels must have the same length"),
         ({"model.dropout": (0.1, 1.0, 0.1)}, "rates are between 0 and 0.9"),
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16'"),
+        ({"mesh.space": 3}, "mesh.data=-1 times mesh.space=3 must be the 1 devices"),
         ({"augment.degrees": 180.0}, "augment.degrees=180.0 must be between 0 and 90"),
     ],
 )
@@ -101,6 +115,11 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
         main.run(config_of(scans), tmp_path / "lost")
 
 
+def test_coordinator_without_port():
+    with pytest.raises(UserError, match="--coordinator=here must be HOST:PORT"):
+        distributed.initialize("here", 2, 0)
+
+
 def test_two_processes_in_one_workdir(trained, scans):
     with open(trained[0] / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -119,9 +138,7 @@ def test_two_processes_in_one_workdir(trained, scans):
             "no SegTHOR in '/nonexistent/folder': --config.data.root",
         ),
         (["--multihost"], "--multihost: coordinator_address should be defined"),
-        (["--multihost", "--coordinator=here"], "--coordinator=here must be HOST:PORT"),
         (["--process=0"], "--coordinator, --processes and --process go with --multihost"),
-        (["--config.mesh.space=3"], "mesh.data=-1 times mesh.space=3 must be the 1 devices"),
         (["--workdir=/dev/null/run"], "can not write to --workdir /dev/null/run"),
     ],
 )

@@ -13,8 +13,14 @@ from cgs_jax.errors import UserError
 from cgs_jax.methods import cgs
 from cgs_jax.models import Outputs, build, packed, torch_weights, unet
 from cgs_jax.models.heads import Specialists
-from cgs_jax.sharding import make_mesh
+from cgs_jax.sharding import COMPILER_OPTIONS, make_mesh
 from configs import common
+
+
+@pytest.fixture(autouse=True)
+def quickly_compiled(monkeypatch):
+    """Steps that run for milliseconds need no optimising."""
+    monkeypatch.setitem(COMPILER_OPTIONS["cpu"], "xla_backend_optimization_level", 0)
 
 
 def tiny(method="cgs", size=16, **fields):

@@ -59,21 +59,6 @@ def test_stop_by_signal_saves(trained, scans, tmp_path, name):
     assert_identical(workdir, trained, scans)
 
 
-def test_best_is_a_validated_checkpoint(scans, tmp_path):
-    """Stopped before the first validation: nothing to predict with."""
-    workdir = tmp_path / "stopped"
-    process = begin(command(scans, workdir), "step 5/")
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
-    for program, options in (("main", ["--config.total_steps=0"]), ("predict", [])):
-        if program == "predict":
-            options = ["--input", f"{scans}/scans/Patient_06", "--output", f"{tmp_path}/labels"]
-        done = start(command(scans, workdir, *options, program=program))
-        assert done.returncode == 1
-        assert "holds no validated checkpoint; train first" in done.stderr
-
-
 def copy_with_damage(trained, workdir, damage):
     """Copies of a run, in each of which another file of the newest checkpoint is damaged."""
     newest = trained[0] / "checkpoints" / "200"
