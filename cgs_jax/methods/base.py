@@ -1,9 +1,17 @@
-"""What a training method is. One file a method; `load_by_name` finds it."""
+"""What a training method is. One file a method; `load_by_name` finds it.
 
-from typing import Any
+A method says which passes a step makes (`passes`), and what its student loses on unlabelled pixels
+against what teaches it there (`unsupervised`). The rest is shared. CGS can be laid over any method,
+since all that it needs is in the passes.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from ml_collections import ConfigDict
 
 from cgs_jax import augment, losses, pseudo_labels
@@ -11,13 +19,39 @@ from cgs_jax.models import Outputs, build
 from cgs_jax.train_state import TrainState
 
 Batch = dict[str, Any]
+Terms = dict[str, jax.Array]  # by name, scalars
+
+
+class Labelled(NamedTuple):
+    """The student on labelled pixels."""
+
+    student: Outputs
+    label: jax.Array  # [B, H, W]
+    where: jax.Array | None = None  # [B, H, W], True where it counts; None: everywhere
+
+
+class Pair(NamedTuple):
+    """The student on unlabelled pixels, and what teaches it there; that carries no gradient."""
+
+    student: Outputs
+    teacher: Outputs | pseudo_labels.PseudoLabels
+    where: jax.Array | None = None
+
+
+class Passes(NamedTuple):
+    """All forward passes of a step."""
+
+    labelled: list[Labelled]
+    pairs: list[Pair]
+    model_state: Any  # after them
+    extra: Any
 
 
 class Method:
     """Base class: one network, weak and strong views, prediction by the student.
 
-    A subclass defines `loss`, and overrides what it does otherwise. All methods are traced: they
-    must be pure functions of their arguments.
+    A subclass defines `passes` and `unsupervised`, and overrides what it does otherwise. All
+    methods are traced: they must be pure functions of their arguments.
 
     Attributes:
       unlabelled: whether batches hold unlabelled images.
@@ -59,11 +93,29 @@ class Method:
             views["unlabelled"] = {"weak": weak, "strong": strong}
         return views
 
+    def passes(self, params: Any, state: TrainState, views: Batch, key: jax.Array) -> Passes:
+        """Runs student and teachers on the views of one step."""
+        raise NotImplementedError
+
+    def unsupervised(self, pairs: list[Pair], step: jax.Array) -> tuple[Terms, Terms]:
+        """Terms 'unsup/...', whose sum the ramp weights, and shares of pixels 'cover/...'."""
+        return {}, {}
+
     def loss(
         self, params: Any, state: TrainState, views: Batch, key: jax.Array
-    ) -> tuple[jax.Array, tuple[Any, Any, dict[str, jax.Array]]]:
+    ) -> tuple[jax.Array, tuple[Any, Any, Terms]]:
         """Returns (loss, (model_state, extra, metrics)); differentiated by `params`."""
-        raise NotImplementedError
+        passes, options = self.passes(params, state, views, key), self.config.method
+        terms = add(supervised_loss(*labelled) for labelled in passes.labelled)
+        supervised = sum(terms.values())
+        metrics = {"loss": supervised, "sup": supervised, **terms}
+        if passes.pairs:
+            terms, coverage = self.unsupervised(passes.pairs, state.step)
+            unsupervised = sum(terms.values())
+            weight = losses.gaussian_ramp(state.step, self.config.total_steps, options.lambda_max)
+            loss = supervised + weight * unsupervised
+            metrics |= {"loss": loss, "unsup": unsupervised, "lambda": weight, **terms, **coverage}
+        return metrics["loss"], (passes.model_state, passes.extra, metrics)
 
     def after_update(self, state: TrainState) -> TrainState:
         """Called after the optimiser, e.g. to move a teacher; `state.step` counts this update."""
@@ -93,16 +145,77 @@ class Method:
             mutable=list(model_state),
         )
 
+    def student(
+        self, params: Any, model_state: Any, labelled: jax.Array, unlabelled: jax.Array, key: Any
+    ) -> tuple[Outputs, Outputs, Any]:
+        """One pass over both: outputs of `labelled`, of `unlabelled`, and model_state."""
+        outputs, model_state = self.forward(params, model_state, join(labelled, unlabelled), key)
+        return *split(outputs, len(labelled)), model_state
 
-def supervised_loss(outputs: Outputs, label: jax.Array) -> dict[str, jax.Array]:
+
+class WithTeacher(Method):
+    """A method with a teacher: an exponential moving average (EMA) of the student's parameters,
+    with batch statistics of its own."""
+
+    def init(self, key, image):
+        params, model_state, _ = super().init(key, image)
+        teacher = {"params": params, "model_state": model_state}
+        # A copy: state buffers are donated, and one buffer can not be donated twice.
+        return params, model_state, jax.tree.map(jnp.copy, teacher)
+
+    def after_update(self, state: TrainState) -> TrainState:
+        """Moves the teacher; it follows closely at first."""
+        decay = jnp.minimum(1 - 1 / state.step, self.config.method.ema_decay)
+        teacher = optax.incremental_update(state.params, state.extra["params"], 1 - decay)
+        return state.replace(extra=state.extra | {"params": teacher})
+
+    def teacher(self, state: TrainState, image: jax.Array, key: jax.Array) -> tuple[Outputs, Any]:
+        """Its forward pass, and `extra` with the statistics that it leaves."""
+        outputs, model_state = self.forward(
+            state.extra["params"], state.extra["model_state"], image, key
+        )
+        return outputs, state.extra | {"model_state": model_state}
+
+
+def join(labelled: jax.Array, unlabelled: jax.Array) -> jax.Array:
+    """Both batches as one, dealt in turn: so each device's rows of both stay on that device."""
+    groups = math.gcd(len(labelled), len(unlabelled))
+    parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (labelled, unlabelled)]
+    return jnp.concatenate(parts, 1).reshape(-1, *labelled.shape[1:])
+
+
+def split(outputs: Outputs, labelled: int) -> tuple[Outputs, Outputs]:
+    """The outputs of `join`ed batches, apart again."""
+    total = len(outputs.generalist)
+    groups = math.gcd(labelled, total - labelled)
+
+    def part(x, which):
+        dealt = x.reshape(*x.shape[:-4], groups, -1, *x.shape[-3:])
+        return dealt[..., which, :, :, :].reshape(*x.shape[:-4], -1, *x.shape[-3:])
+
+    first, rest = slice(labelled // groups), slice(labelled // groups, None)
+    apart = ([None if x is None else part(x, which) for x in outputs] for which in (first, rest))
+    return tuple(Outputs(*parts) for parts in apart)
+
+
+def add(terms: Iterable[Terms]) -> Terms:
+    """Sums by name."""
+    total: Terms = {}
+    for some in terms:
+        total |= {name: total.get(name, 0) + value for name, value in some.items()}
+    return total
+
+
+def supervised_loss(outputs: Outputs, label: jax.Array, where: jax.Array | None = None) -> Terms:
     """CE and Dice of the generalist and, where there are any, the mean over the specialists.
 
     Returns the terms by name; L_sup is their sum.
     """
-    ce, dice = losses.segmentation_loss(outputs.generalist, label)
+    ce, dice = losses.segmentation_loss(outputs.generalist, label, where)
     terms = {"sup/generalist_ce": ce, "sup/generalist_dice": dice}
     if outputs.specialists is not None:
         relabelled = pseudo_labels.relabel(label, outputs.specialists.shape[0])
-        ce, dice = jax.vmap(losses.segmentation_loss)(outputs.specialists, relabelled)
+        head_loss = jax.vmap(losses.segmentation_loss, in_axes=(0, 0, None))
+        ce, dice = head_loss(outputs.specialists, relabelled, where)
         terms |= {"sup/specialists_ce": jnp.mean(ce), "sup/specialists_dice": jnp.mean(dice)}
     return terms

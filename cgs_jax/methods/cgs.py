@@ -6,12 +6,10 @@ contradiction. Both labels, and where they agree the consensus, teach both kinds
 student on the CutMixed strong view.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
 from cgs_jax import augment, losses
@@ -19,11 +17,12 @@ from cgs_jax import pseudo_labels as pl
 from cgs_jax.errors import UserError
 from cgs_jax.methods import base
 from cgs_jax.models import Outputs
+from cgs_jax.modules import load_by_name
 from cgs_jax.train_state import TrainState
 
 
-class Method(base.Method):
-    """CGS by either of two iteration plans, `config.method.plan`.
+class Recipe(base.WithTeacher):
+    """The passes of CGS by either of two plans, `config.method.plan`. The teacher predicts.
 
     'full' runs what the authors' code runs: the student on weak and strong views of all images in
     two passes, the teacher on them and on a second batch of CutMix partners.
@@ -32,20 +31,12 @@ class Method(base.Method):
     They differ in what batch norm sees, and by a factor of two in work.
     """
 
-    specialists = True
-
     def __init__(self, config: ConfigDict):
         super().__init__(config)
         plan = config.method.plan
         if plan not in ("lean", "full"):
             raise UserError(f"unknown --config.method.plan {plan!r}; there are: full, lean")
         self.draws = 2 if plan == "full" else 1
-
-    def init(self, key, image):
-        params, model_state, _ = super().init(key, image)
-        teacher = {"params": params, "model_state": model_state}
-        # A copy: state buffers are donated, and one buffer can not be donated twice.
-        return params, model_state, jax.tree.map(jnp.copy, teacher)
 
     def views(self, batch, key):
         """As the base class, and 'keep', the CutMix boxes; the full plan adds a strong view of the
@@ -62,78 +53,81 @@ class Method(base.Method):
         views["keep"] = augment.cutmix_keep(k_keep, *views["unlabelled"]["weak"].shape[:2])
         return views
 
-    def loss(self, params, state, views, key):
-        step = self._lean if self.config.method.plan == "lean" else self._full
-        labelled, mixed, pseudo, model_state, teacher_state = step(params, state, views, key)
-
-        terms = base.supervised_loss(labelled, views["labelled"]["label"])
-        supervised = sum(terms.values())
-        unsupervised_terms, coverage = consistency_losses(mixed, pseudo)
-        unsupervised = sum(unsupervised_terms.values())
-        weight = losses.gaussian_ramp(
-            state.step, self.config.total_steps, self.config.method.lambda_max
-        )
-        loss = supervised + weight * unsupervised
-        metrics = {"loss": loss, "sup": supervised, "unsup": unsupervised, "lambda": weight}
-        extra = {"params": state.extra["params"], "model_state": teacher_state}
-        return loss, (model_state, extra, metrics | terms | unsupervised_terms | coverage)
+    def passes(self, params, state, views, key):
+        plan = self._lean if self.config.method.plan == "lean" else self._full
+        labelled, mixed, pseudo, model_state, extra = plan(params, state, views, key)
+        labelled = base.Labelled(labelled, views["labelled"]["label"])
+        return base.Passes([labelled], [base.Pair(mixed, pseudo)], model_state, extra)
 
     def _lean(self, params, state, views, key):
         k_student, k_teacher = jax.random.split(key)
         image, unlabelled = views["labelled"]["image"], views["unlabelled"]
-        teacher, teacher_state = self.forward(
-            *self.inference_variables(state), unlabelled["weak"], k_teacher
-        )
+        teacher, extra = self.teacher(state, unlabelled["weak"], k_teacher)
         own = pl.from_teacher(teacher, self.config.method.tau)
         partner = jax.tree.map(lambda x: jnp.roll(x, 1, axis=-3), own)
         strong = unlabelled["strong"]
         strong = cutmix(views["keep"], strong, jnp.roll(strong, 1, axis=0))
-        images = _join(image, strong)
-        student, model_state = self.forward(params, state.model_state, images, k_student)
-        labelled, mixed = _split(student, len(image))
-        pseudo = mix_labels(views["keep"], own, partner)
-        return labelled, mixed, pseudo, model_state, teacher_state
+        labelled, mixed, model_state = self.student(
+            params, state.model_state, image, strong, k_student
+        )
+        return labelled, mixed, mix_labels(views["keep"], own, partner), model_state, extra
 
     def _full(self, params, state, views, key):
         k_weak, k_strong, k_own, k_partner = jax.random.split(key, 4)
         keep, partner_views = views["keep"], views["partner"]
         count = len(views["labelled"]["image"])
 
-        teacher_params, teacher_state = self.inference_variables(state)
-        partner, teacher_state = self.forward(
-            teacher_params, teacher_state, _all_weak(partner_views), k_partner
-        )
-        own, teacher_state = self.forward(teacher_params, teacher_state, _all_weak(views), k_own)
+        partner, extra = self.teacher(state, _all_weak(partner_views), k_partner)
+        own, extra = self.teacher(state.replace(extra=extra), _all_weak(views), k_own)
         own, partner = (
-            pl.from_teacher(_split(x, count)[1], self.config.method.tau) for x in (own, partner)
+            pl.from_teacher(base.split(x, count)[1], self.config.method.tau) for x in (own, partner)
         )
 
         weak, model_state = self.forward(params, state.model_state, _all_weak(views), k_weak)
         strong, strong_partner = (v["unlabelled"]["strong"] for v in (views, partner_views))
         strong = cutmix(keep, strong, strong_partner)
-        strong = _join(views["labelled"]["strong"], strong)
-        strong, model_state = self.forward(params, model_state, strong, k_strong)
-        pseudo = mix_labels(keep, own, partner)
-        labelled, mixed = _split(weak, count)[0], _split(strong, count)[1]
-        return labelled, mixed, pseudo, model_state, teacher_state
-
-    def after_update(self, state: TrainState) -> TrainState:
-        """Moves the teacher: EMA of the parameters, which follows closely at first."""
-        decay = jnp.minimum(1 - 1 / state.step, self.config.method.ema_decay)
-        teacher = optax.incremental_update(state.params, state.extra["params"], 1 - decay)
-        return state.replace(extra=state.extra | {"params": teacher})
+        _, mixed, model_state = self.student(
+            params, model_state, views["labelled"]["strong"], strong, k_strong
+        )
+        return base.split(weak, count)[0], mixed, mix_labels(keep, own, partner), model_state, extra
 
     def inference_variables(self, state: TrainState) -> tuple[Any, Any]:
         return state.extra["params"], state.extra["model_state"]
 
 
+class Consistency:
+    """What CGS lays over the passes of a method: specialists, and `consistency_losses`."""
+
+    specialists = True
+
+    def unsupervised(self, pairs, step):
+        terms, coverage = super().unsupervised(pairs, step)
+        for student, teacher, where in pairs:
+            pseudo = teacher
+            if not isinstance(teacher, pl.PseudoLabels):
+                pseudo = pl.from_teacher(teacher, self.config.method.tau)
+            more, shares = consistency_losses(student, pseudo, where)
+            terms, coverage = base.add([terms, more]), coverage | shares
+        return terms, coverage
+
+
+def Method(config: ConfigDict) -> base.Method:
+    """CGS by its own recipe, or over the method that `config.method.base` names."""
+    under = Recipe
+    if config.method.base:
+        under = load_by_name("cgs_jax.methods", config.method.base, "method").Method
+    return type("Method", (Consistency, under), {})(config)
+
+
 def consistency_losses(
-    student: Outputs, pseudo: pl.PseudoLabels
+    student: Outputs, pseudo: pl.PseudoLabels, where: jax.Array | None = None
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The six unsupervised terms L_G and L_S, each as CE and Dice, and what the masks let through.
 
     G and S are the student's generalist and specialists, _from_g, _from_s and _from_e what teaches
     them: the teacher's generalist, its specialists, or the consensus of both.
+
+    `where` [B, H, W] leaves pixels out.
 
     Returns:
       Terms such as 'unsup/G_from_s_ce' (S: mean over the heads), and shares of pixels 'cover/...'.
@@ -148,6 +142,7 @@ def consistency_losses(
     }
     terms, coverage = {}, {}
     for name, (label, head_labels, mask) in sources.items():
+        mask = mask if where is None else mask & where
         ce, dice = losses.segmentation_loss(student.generalist, label, mask)
         terms |= {f"unsup/G_from_{name}_ce": ce, f"unsup/G_from_{name}_dice": dice}
         head_loss = jax.vmap(losses.segmentation_loss, in_axes=(0, 0, None))
@@ -169,24 +164,4 @@ def mix_labels(keep: jax.Array, own: pl.PseudoLabels, partner: pl.PseudoLabels) 
 
 
 def _all_weak(views):
-    return _join(views["labelled"]["image"], views["unlabelled"]["weak"])
-
-
-def _join(labelled: jax.Array, unlabelled: jax.Array) -> jax.Array:
-    """Both batches as one, dealt in turn: so each device's rows of both stay on that device."""
-    groups = math.gcd(len(labelled), len(unlabelled))
-    parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (labelled, unlabelled)]
-    return jnp.concatenate(parts, 1).reshape(-1, *labelled.shape[1:])
-
-
-def _split(outputs: Outputs, labelled: int) -> tuple[Outputs, Outputs]:
-    """The outputs of `_join`ed batches, apart again."""
-    total = len(outputs.generalist)
-    groups = math.gcd(labelled, total - labelled)
-
-    def part(x, which):
-        dealt = x.reshape(*x.shape[:-4], groups, -1, *x.shape[-3:])
-        return dealt[..., which, :, :, :].reshape(*x.shape[:-4], -1, *x.shape[-3:])
-
-    first, rest = slice(labelled // groups), slice(labelled // groups, None)
-    return Outputs(*(part(x, first) for x in outputs)), Outputs(*(part(x, rest) for x in outputs))
+    return base.join(views["labelled"]["image"], views["unlabelled"]["weak"])

@@ -15,9 +15,7 @@ class Method(base.Method):
         self.specialists = config.method.specialists
         super().__init__(config)
 
-    def loss(self, params, state, views, key):
+    def passes(self, params, state, views, key):
         image, label = views["labelled"]["image"], views["labelled"]["label"]
         outputs, model_state = self.forward(params, state.model_state, image, key)
-        terms = base.supervised_loss(outputs, label)
-        loss = sum(terms.values())
-        return loss, (model_state, state.extra, {"loss": loss, **terms})
+        return base.Passes([base.Labelled(outputs, label)], [], model_state, state.extra)
