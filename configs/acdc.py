@@ -8,8 +8,8 @@ from configs import common
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", labelled="7")
-    config = common.get_config(options["method"])
+    options = common.parse(arg, method="cgs", base="", labelled="7")
+    config = common.get_config(options["method"], options["base"])
     config.data.name = "acdc"
     config.data.classes = ("RV", "Myo", "LV")
     config.data.labelled = int(options["labelled"])  # patients

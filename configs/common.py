@@ -19,8 +19,11 @@ def parse(arg: str | None, **defaults: str) -> dict[str, str]:
     return options
 
 
-def get_config(method: str) -> ConfigDict:
-    """Common fields with those of configs/methods/<method>.py laid over."""
+def get_config(method: str, base: str = "") -> ConfigDict:
+    """Common fields with those of configs/methods/<method>.py laid over.
+
+    `base` names a method over which `method` is laid; its fields come first.
+    """
     config = ConfigDict()
     config.seed = 0
     config.total_steps = 30_000  # 0 on a trained workdir: evaluate only
@@ -70,6 +73,11 @@ def get_config(method: str) -> ConfigDict:
     config.data.test_fraction = 0.2
     config.data.patient = r"(.+?)(?:_(?:frame|time|visit|phase)\d+)?$"  # of a case name, by regex
 
-    if importlib.util.find_spec(f"configs.methods.{method}"):  # else main lists the methods
-        importlib.import_module(f"configs.methods.{method}").update(config)
+    for name in filter(None, (base, method)):
+        if importlib.util.find_spec(f"configs.methods.{name}"):  # else main lists the methods
+            importlib.import_module(f"configs.methods.{name}").update(config)
+    if base:
+        if "base" not in config.method:
+            raise ValueError(f"config argument base={base}: method={method} lies over no other")
+        config.method.base = base
     return config

@@ -8,8 +8,8 @@ from configs import common
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", labelled="0")
-    config = common.get_config(options["method"])
+    options = common.parse(arg, method="cgs", base="", labelled="0")
+    config = common.get_config(options["method"], options["base"])
     config.data.name = "nnunet"
     config.data.classes = ()  # from dataset.json
     config.data.labelled = int(options["labelled"])  # patients; 0 uses all labels there are

@@ -8,8 +8,8 @@ from configs import common
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", labelled="3")
-    config = common.get_config(options["method"])
+    options = common.parse(arg, method="cgs", base="", labelled="3")
+    config = common.get_config(options["method"], options["base"])
     config.data.name = "segthor"
     config.data.classes = ("esophagus", "heart", "trachea", "aorta")
     config.data.labelled = int(options["labelled"])  # patients

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgs_jax import augment, losses, optim, train
+from cgs_jax import augment, evaluate, losses, optim, train
 from cgs_jax import pseudo_labels as pl
 from cgs_jax.errors import UserError
-from cgs_jax.methods import cgs
+from cgs_jax.methods import base, cgs
 from cgs_jax.models import Outputs, build, packed, torch_weights, unet
 from cgs_jax.models.heads import Specialists
 from cgs_jax.sharding import COMPILER_OPTIONS, make_mesh
+from cgs_jax.train_state import TrainState
 from configs import common
 
 
@@ -25,10 +26,10 @@ def quickly_compiled(monkeypatch):
 
 def tiny(method="cgs", size=16, **fields):
     """The published configuration, shrunk."""
-    config = common.get_config(method)
+    config = common.get_config(*method.split(":"))
     config.data.update(classes=("big", "small"), size=size)
     config.model.update(channels=(4, 4, 8), dropout=(0.1, 0.1, 0.1))
-    config.batch.update(labelled=2, unlabelled=2 if method == "cgs" else 0)
+    config.batch.update(labelled=2, unlabelled=0 if method == "supervised" else 2)
     config.total_steps = 60
     config.update_from_flattened_dict(fields)
     return config
@@ -323,14 +324,24 @@ def test_cutmix_boxes_are_boxes_of_the_right_size():
     )
 
 
-@pytest.mark.parametrize("method", ["cgs:lean", "cgs:full", "supervised", "supervised:heads"])
-def test_step_learns_and_every_part_gets_gradient(method):
-    name, _, option = method.partition(":")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cgs", {}),
+        ("cgs", {"plan": "full"}),
+        ("cgs:fixmatch", {}),
+        ("cgs:ua_mt", {}),
+        ("cps", {}),
+        ("mean_teacher", {"begin": 0}),
+        ("supervised", {}),
+        ("supervised", {"specialists": True}),
+    ],
+)
+def test_step_learns_and_every_part_gets_gradient(name, options):
     config = tiny(name)
-    if name == "cgs":
-        config.method.update(plan=option, tau=0.5)
-    else:
-        config.method.specialists = option == "heads"
+    config.method.update(options)
+    if name.startswith("cgs"):
+        config.method.tau = 0.5
     method = train.make_method(config)
     optimizer, _ = optim.make_optimizer(config)
     mesh = make_mesh(config)
@@ -354,7 +365,7 @@ def test_step_learns_and_every_part_gets_gradient(method):
             r"down.*conv\d'.*bias|up\d'.*bias|conv1_bias", jax.tree_util.keystr(path)
         )
         assert changed != bool(cancelled and "bn" not in cancelled[0]), path
-    if name == "cgs":
+    if hasattr(method, "teacher"):
         teacher = state.extra["params"]
         gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), teacher, state.params)
         assert 0 < max(jax.tree.leaves(gap)) < 0.2
@@ -370,6 +381,88 @@ def test_every_unsupervised_term_has_a_gradient():
         gradient = jax.grad(lambda s, n=name: cgs.consistency_losses(s, pseudo)[0][n])(student)
         reached = [bool(np.abs(g).max() > 0) for g in gradient]
         assert reached == [name.startswith("unsup/G"), name.startswith("unsup/S")], name
+
+
+def logits_of(probs):
+    return Outputs(jnp.log(jnp.asarray(probs, jnp.float32)), None)
+
+
+def test_mean_teacher_by_hand():
+    student, teacher = (
+        logits_of([[[[0.5, 0.5], [0.9, 0.1]]]]),
+        logits_of([[[[0.5, 0.5], [0.4, 0.6]]]]),
+    )
+    method = train.make_method(tiny("mean_teacher"))
+    terms, _ = method.unsupervised([base.Pair(student, teacher)], 1000)
+    np.testing.assert_allclose(terms["unsup/mse"], 0.25 / 2, rtol=1e-5)
+    assert method.unsupervised([base.Pair(student, teacher)], 999)[0]["unsup/mse"] == 0
+    sure = jnp.array([[[False, True]]])
+    terms, cover = train.make_method(tiny("ua_mt")).unsupervised(
+        [base.Pair(student, teacher, sure)], 0
+    )
+    np.testing.assert_allclose(terms["unsup/mse"], 0.25, rtol=1e-5)
+    assert cover["cover/sure"] == 0.5
+
+
+def test_fixmatch_by_hand():
+    """One of two pixels is sure; it alone counts, in the cross-entropy over all pixels."""
+    student, teacher = (
+        logits_of([[[[0.5, 0.5], [0.9, 0.1]]]]),
+        logits_of([[[[0.01, 0.99], [0.4, 0.6]]]]),
+    )
+    terms, cover = train.make_method(tiny("fixmatch")).unsupervised(
+        [base.Pair(student, teacher)], 0
+    )
+    np.testing.assert_allclose(terms["unsup/ce"], -np.log(0.5) / 2, rtol=1e-5)
+    dice = (1 + (1 - 2 * 0.5 / (0.25 + 1))) / 2
+    np.testing.assert_allclose(terms["unsup/dice"], dice, rtol=1e-5)
+    assert cover["cover/sure"] == 0.5
+
+
+def test_cps_by_hand():
+    first, second = logits_of([[[[0.2, 0.8], [0.9, 0.1]]]]), logits_of([[[[0.3, 0.7], [0.4, 0.6]]]])
+    method = train.make_method(tiny("cps"))
+    terms, _ = method.unsupervised([base.Pair(first, second), base.Pair(second, first)], 0)
+    expected = -np.log([0.8, 0.1, 0.7, 0.4]).sum() / 2
+    np.testing.assert_allclose(terms["unsup/ce"], expected, rtol=1e-5)
+
+
+def test_pairs_teach_nothing_back():
+    """Of CPS, each network learns from its own terms only."""
+    config = tiny("cps")
+    method = train.make_method(config)
+    params, model_state, extra = method.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
+    state = TrainState(jnp.asarray(1), params, model_state, None, extra)
+    batch = jax.tree.map(jnp.asarray, tiny_batch(config))
+    for stream in batch.values():
+        stream["image"] = evaluate.to_image(stream["image"])
+    views = method.views(batch, jax.random.key(1))
+
+    def second_term(params):
+        passes = method.passes(params, state, views, jax.random.key(2))
+        return method.unsupervised(passes.pairs[1:], 0)[0]["unsup/ce"]
+
+    first, second = jax.grad(second_term)(params)
+    assert max(jax.tree.leaves(jax.tree.map(lambda g: float(jnp.abs(g).max()), first))) == 0
+    assert max(jax.tree.leaves(jax.tree.map(lambda g: float(jnp.abs(g).max()), second))) > 0
+
+
+def test_cgs_adds_its_terms_to_those_of_the_method_below():
+    method = train.make_method(tiny("cgs:mean_teacher", **{"method.begin": 0}))
+    key = jax.random.key(0)
+    shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3)
+    student = Outputs(*(jax.random.normal(key, shape) for shape in shapes))
+    teacher = Outputs(*(3 * jax.random.normal(jax.random.key(1), shape) for shape in shapes))
+    where = jax.random.bernoulli(key, 0.5, (2, 8, 8))
+    terms, _ = method.unsupervised([base.Pair(student, teacher, where)], 0)
+    tau = method.config.method.tau
+    own, _ = cgs.consistency_losses(student, pl.from_teacher(teacher, tau), where)
+    assert terms.keys() == own.keys() | {"unsup/mse"}
+    for name, value in own.items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-6)
+    elsewhere = student._replace(generalist=jnp.where(where[..., None], student.generalist, 9.0))
+    again, _ = cgs.consistency_losses(elsewhere, pl.from_teacher(teacher, tau), where)
+    np.testing.assert_allclose(again["unsup/G_from_s_ce"], own["unsup/G_from_s_ce"], rtol=1e-6)
 
 
 def test_keys_follow_the_step():

@@ -1,0 +1,35 @@
+"""FixMatch (Sohn et al., 2001.07685): confident labels of the weak view teach the strong view.
+
+What the method intends: pixels below the threshold are ignored. (The SSL4MIS script labels them
+background.)
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cgs_jax import losses
+from cgs_jax.methods import base
+
+
+class Method(base.Method):
+    """The student teaches itself."""
+
+    def passes(self, params, state, views, key):
+        k_weak, k_strong = jax.random.split(key)
+        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        unlabelled = views["unlabelled"]
+        own, model_state = self.forward(
+            jax.lax.stop_gradient(params), state.model_state, unlabelled["weak"], k_weak
+        )
+        labelled, strong, model_state = self.student(
+            params, model_state, image, unlabelled["strong"], k_strong
+        )
+        pair = base.Pair(strong, own)
+        return base.Passes([base.Labelled(labelled, label)], [pair], model_state, state.extra)
+
+    def unsupervised(self, pairs, step):
+        ((student, teacher, _),) = pairs
+        probs = jax.nn.softmax(teacher.generalist.astype(jnp.float32))
+        label, sure = jnp.argmax(probs, -1), jnp.max(probs, -1) > self.config.method.tau
+        ce, dice = losses.segmentation_loss(student.generalist, label, sure)
+        return {"unsup/ce": ce, "unsup/dice": dice}, {"cover/sure": jnp.mean(sure)}

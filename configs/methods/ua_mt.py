@@ -1,0 +1,10 @@
+"""Uncertainty-aware mean teacher as in SSL4MIS."""
+
+from ml_collections import ConfigDict
+
+
+def update(config: ConfigDict) -> None:
+    """Lays the fields of UA-MT over `config`."""
+    config.method.lambda_max = 0.1  # weight of the unsupervised loss at the end of the ramp
+    config.method.ema_decay = 0.99  # teacher
+    config.method.samples = 8  # noisy passes that measure its uncertainty
