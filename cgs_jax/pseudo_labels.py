@@ -54,16 +54,22 @@ class PseudoLabels(NamedTuple):
 
 def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
     """Pseudo-labels and masks of one forward pass; `tau` is the confidence that M_g asks for."""
-    generalist = jax.nn.softmax(teacher.generalist.astype(jnp.float32))
+    generalist, sure = confident(teacher.generalist, tau)
     specialists = jax.nn.softmax(teacher.specialists.astype(jnp.float32))
     votes = _argmax(specialists)
     return PseudoLabels(
-        generalist=_argmax(generalist),
-        confident=jnp.max(generalist, -1) > tau,
+        generalist=generalist,
+        confident=sure,
         specialists=_argmax(merge(specialists)),
         votes=votes,
         consistent=ihed_mask(votes),
     )
+
+
+def confident(logits: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:
+    """Labels, and where their probability exceeds `tau`: [B, H, W] each."""
+    probs = jax.nn.softmax(logits.astype(jnp.float32))
+    return _argmax(probs), jnp.max(probs, -1) > tau
 
 
 def _argmax(scores: jax.Array) -> jax.Array:

@@ -331,6 +331,8 @@ def test_cutmix_boxes_are_boxes_of_the_right_size():
         ("cgs", {"plan": "full"}),
         ("cgs:fixmatch", {}),
         ("cgs:ua_mt", {}),
+        ("cgs:unimatch", {}),
+        ("ad_mt", {}),
         ("cps", {}),
         ("mean_teacher", {"begin": 0}),
         ("supervised", {}),

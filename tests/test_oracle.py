@@ -250,7 +250,7 @@ def test_three_full_iterations(oracle):
         views["labelled"]["label"] = step["in/label_batch"][:n]
         views["keep"] = step["in/img_mask"][n:] == 1
         strong = [v["unlabelled"]["strong"] for v in (views, views["partner"])]
-        mixed = cgs.cutmix(views["keep"], *strong)
+        mixed = base.cutmix(views["keep"], *strong)
         np.testing.assert_allclose(nchw(mixed), step["strong_mixed"][n:], atol=1e-6)
 
         state, metrics = iterate(state, views)

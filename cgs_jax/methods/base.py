@@ -98,21 +98,26 @@ class Method:
         raise NotImplementedError
 
     def unsupervised(self, pairs: list[Pair], step: jax.Array) -> tuple[Terms, Terms]:
-        """Terms 'unsup/...', whose sum the ramp weights, and shares of pixels 'cover/...'."""
+        """Terms 'unsup/...', whose sum is weighted, and shares of pixels 'cover/...'."""
         return {}, {}
+
+    def weight(self, step: jax.Array) -> jax.Array:
+        """Weight of the unsupervised terms."""
+        options = self.config.method
+        return losses.gaussian_ramp(step, self.config.total_steps, options.lambda_max)
 
     def loss(
         self, params: Any, state: TrainState, views: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Any, Terms]]:
         """Returns (loss, (model_state, extra, metrics)); differentiated by `params`."""
-        passes, options = self.passes(params, state, views, key), self.config.method
+        passes = self.passes(params, state, views, key)
         terms = add(supervised_loss(*labelled) for labelled in passes.labelled)
         supervised = sum(terms.values())
         metrics = {"loss": supervised, "sup": supervised, **terms}
         if passes.pairs:
             terms, coverage = self.unsupervised(passes.pairs, state.step)
             unsupervised = sum(terms.values())
-            weight = losses.gaussian_ramp(state.step, self.config.total_steps, options.lambda_max)
+            weight = self.weight(state.step)
             loss = supervised + weight * unsupervised
             metrics |= {"loss": loss, "unsup": unsupervised, "lambda": weight, **terms, **coverage}
         return metrics["loss"], (passes.model_state, passes.extra, metrics)
@@ -134,13 +139,14 @@ class Method:
         return state.params, state.model_state
 
     def forward(
-        self, params: Any, model_state: Any, image: jax.Array, key: jax.Array
+        self, params: Any, model_state: Any, image: jax.Array, key: jax.Array, **options: Any
     ) -> tuple[Outputs, Any]:
         """Forward pass in training mode: dropout on, batch statistics used and collected."""
         return self.network.apply(
             {"params": params, **model_state},
             image,
             train=True,
+            **options,
             rngs={"dropout": key},
             mutable=list(model_state),
         )
@@ -196,6 +202,17 @@ def split(outputs: Outputs, labelled: int) -> tuple[Outputs, Outputs]:
     first, rest = slice(labelled // groups), slice(labelled // groups, None)
     apart = ([None if x is None else part(x, which) for x in outputs] for which in (first, rest))
     return tuple(Outputs(*parts) for parts in apart)
+
+
+def cutmix(keep: jax.Array, own: Any, partner: Any) -> Any:
+    """Images [B, H, W, 1] or outputs [..., B, H, W, C]: `own` where `keep` [B, H, W], else
+    `partner`."""
+    return jax.tree.map(lambda a, b: jnp.where(keep[..., None], a, b), own, partner)
+
+
+def rolled(tree: Any) -> Any:
+    """Images or outputs of each image's neighbour in the batch."""
+    return jax.tree.map(lambda x: jnp.roll(x, 1, axis=-4), tree)
 
 
 def add(terms: Iterable[Terms]) -> Terms:

@@ -66,7 +66,7 @@ class Recipe(base.WithTeacher):
         own = pl.from_teacher(teacher, self.config.method.tau)
         partner = jax.tree.map(lambda x: jnp.roll(x, 1, axis=-3), own)
         strong = unlabelled["strong"]
-        strong = cutmix(views["keep"], strong, jnp.roll(strong, 1, axis=0))
+        strong = base.cutmix(views["keep"], strong, base.rolled(strong))
         labelled, mixed, model_state = self.student(
             params, state.model_state, image, strong, k_student
         )
@@ -85,7 +85,7 @@ class Recipe(base.WithTeacher):
 
         weak, model_state = self.forward(params, state.model_state, _all_weak(views), k_weak)
         strong, strong_partner = (v["unlabelled"]["strong"] for v in (views, partner_views))
-        strong = cutmix(keep, strong, strong_partner)
+        strong = base.cutmix(keep, strong, strong_partner)
         _, mixed, model_state = self.student(
             params, model_state, views["labelled"]["strong"], strong, k_strong
         )
@@ -151,11 +151,6 @@ def consistency_losses(
         terms |= {f"unsup/S_from_{name}_dice": jnp.mean(dice)}
         coverage[f"cover/{name}"] = jnp.mean(mask)
     return terms, coverage
-
-
-def cutmix(keep: jax.Array, own: jax.Array, partner: jax.Array) -> jax.Array:
-    """Images [B, H, W, 1]: `own` where `keep` [B, H, W] is true, else `partner`."""
-    return jnp.where(keep[..., None], own, partner)
 
 
 def mix_labels(keep: jax.Array, own: pl.PseudoLabels, partner: pl.PseudoLabels) -> pl.PseudoLabels:

@@ -7,7 +7,7 @@ background.)
 import jax
 import jax.numpy as jnp
 
-from cgs_jax import losses
+from cgs_jax import losses, pseudo_labels
 from cgs_jax.methods import base
 
 
@@ -29,7 +29,6 @@ class Method(base.Method):
 
     def unsupervised(self, pairs, step):
         ((student, teacher, _),) = pairs
-        probs = jax.nn.softmax(teacher.generalist.astype(jnp.float32))
-        label, sure = jnp.argmax(probs, -1), jnp.max(probs, -1) > self.config.method.tau
+        label, sure = pseudo_labels.confident(teacher.generalist, self.config.method.tau)
         ce, dice = losses.segmentation_loss(student.generalist, label, sure)
         return {"unsup/ce": ce, "unsup/dice": dice}, {"cover/sure": jnp.mean(sure)}

@@ -34,8 +34,11 @@ class Network(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, image: jax.Array, train: bool = False) -> Outputs:
-        features, pack = self.backbone(name="backbone")(image.astype(self.dtype), train)
+    def __call__(self, image: jax.Array, train: bool = False, perturb: bool = False) -> Outputs:
+        """`perturb` appends the outputs of the same images with half of the encoder's channels
+        dropped, so there are twice as many."""
+        backbone = self.backbone(name="backbone")
+        features, pack = backbone(image.astype(self.dtype), train, perturb)
         generalist = Generalist(self.num_classes, name="generalist")(features, pack)
         if not self.specialists:
             return Outputs(generalist, None)

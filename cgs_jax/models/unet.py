@@ -92,6 +92,12 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     return jnp.where(keep, x * (256 / (256 - drop)), 0).astype(x.dtype)
 
 
+def drop_channels(x: jax.Array, pack: int, key: jax.Array) -> jax.Array:
+    """Zeroes half of the channels, others in each image, and doubles the rest."""
+    keep = jax.random.bernoulli(key, 0.5, (len(x), 1, 1, x.shape[-1] // pack))
+    return jnp.where(jnp.tile(keep, pack), 2 * x, 0).astype(x.dtype)
+
+
 class ConvBlock(nn.Module):
     """Twice conv3x3 - batch norm - LeakyReLU, dropout between them.
 
@@ -132,8 +138,12 @@ class Backbone(nn.Module):
     lanes: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, int]:
-        """[B, H, W, 1] in [0, 1] -> [B, H, W / p, p * channels[0]], and the pack p."""
+    def __call__(self, x: jax.Array, train: bool, perturb: bool = False) -> tuple[jax.Array, int]:
+        """[B, H, W, 1] in [0, 1] -> [B, H, W / p, p * channels[0]], and the pack p.
+
+        `perturb` appends a copy whose encoder maps lose half of their channels on their way to the
+        decoder: [2 B, ...] (UniMatch, 2208.09910).
+        """
         pack = 1
         while 2 * pack * self.channels[0] <= self.lanes and x.shape[2] % (2 * pack) == 0:
             pack *= 2
@@ -143,6 +153,13 @@ class Backbone(nn.Module):
             x = packed.max_pool_2x2(x, packs[i - 1]) if i else x
             x = ConvBlock(width, packs[i], rate, name=f"down{i}")(x, train=train)
             skips.append(x)
+        if perturb:
+            keys = jax.random.split(self.make_rng("dropout"), len(skips))
+            skips = [
+                jnp.concatenate([s, drop_channels(s, pack, key)])
+                for s, pack, key in zip(skips, packs, keys, strict=True)
+            ]
+            x = skips[-1]
         for i, level in enumerate(reversed(range(len(skips) - 1)), 1):
             width, below, pack = self.channels[level], packs[level + 1], packs[level]
             y, bias = Conv(width, 1, below, name=f"up{i}_reduce")(x)

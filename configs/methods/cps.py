@@ -5,4 +5,5 @@ from ml_collections import ConfigDict
 
 def update(config: ConfigDict) -> None:
     """Lays the fields of CPS over `config`."""
-    config.method.lambda_max = 0.1  # weight of the unsupervised loss at the end of the ramp
+    # weight of the unsupervised loss at the end of the ramp; there .1 beside half the supervised
+    config.method.lambda_max = 0.2

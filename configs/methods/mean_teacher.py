@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 
 def update(config: ConfigDict) -> None:
     """Lays the fields of mean teacher over `config`."""
-    config.method.lambda_max = 0.1  # weight of the unsupervised loss at the end of the ramp
+    # weight of the unsupervised loss at the end of the ramp; there .1 beside half the supervised
+    config.method.lambda_max = 0.2
     config.method.begin = 1000  # step from which it counts
     config.method.ema_decay = 0.99  # teacher

@@ -1,0 +1,62 @@
+"""UniMatch (Yang et al., 2208.09910): two strong views and a perturbed feature stream.
+
+Confident labels of the weak view teach two jittered, CutMixed views, and the weak view itself with
+half of its encoder channels dropped. Without the blur of the authors' strong view; CutMix partners
+are the rolled batch instead of a second one.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cgs_jax import augment, losses, pseudo_labels
+from cgs_jax.methods import base
+from cgs_jax.models import Outputs
+
+
+class Method(base.Method):
+    """The student teaches itself."""
+
+    def views(self, batch, key):
+        """As the base class, with two strong views and their CutMix boxes 'keep'."""
+        k_base, k_second, k_keep = jax.random.split(key, 3)
+        views = super().views(batch, k_base)
+        weak = views["unlabelled"]["weak"]
+        second = augment.strong(k_second, weak, self.config.augment)
+        views["unlabelled"]["strong"] = [views["unlabelled"]["strong"], second]
+        apply = jax.random.bernoulli(k_base, self.config.method.cutmix, (2, len(weak), 1, 1))
+        keep = [augment.cutmix_keep(k, *weak.shape[:2]) for k in jax.random.split(k_keep)]
+        views["keep"] = list(jnp.stack(keep) | ~apply)
+        return views
+
+    def passes(self, params, state, views, key):
+        k_weak, k_strong = jax.random.split(key)
+        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        unlabelled, keep = views["unlabelled"], views["keep"]
+        images = base.join(image, unlabelled["weak"])
+        outputs, model_state = self.forward(params, state.model_state, images, k_weak, perturb=True)
+        clean, perturbed = (
+            Outputs(*(None if x is None else x[..., part, :, :, :] for x in outputs))
+            for part in (slice(None, len(images)), slice(len(images), None))
+        )
+        labelled, own = base.split(clean, len(image))
+        own = jax.lax.stop_gradient(own)
+        _, perturbed = base.split(perturbed, len(image))
+        strong = (unlabelled["strong"], map(base.rolled, unlabelled["strong"]))
+        strong = map(base.cutmix, keep, *strong)
+        first, second, model_state = self.student(params, model_state, *strong, k_strong)
+        mixed = [base.cutmix(k, own, base.rolled(own)) for k in keep]
+        pairs = list(map(base.Pair, (first, second, perturbed), (*mixed, own)))
+        return base.Passes([base.Labelled(labelled, label)], pairs, model_state, state.extra)
+
+    def unsupervised(self, pairs, step):
+        terms = {}
+        for name, share, (student, teacher, _) in zip(
+            ("first", "second", "perturbed"), (0.25, 0.25, 0.5), pairs, strict=True
+        ):
+            label, sure = pseudo_labels.confident(teacher.generalist, self.config.method.tau)
+            _, dice = losses.segmentation_loss(student.generalist, label, sure)
+            terms[f"unsup/{name}_dice"] = share * dice
+        return terms, {"cover/sure": jnp.mean(sure)}
+
+    def weight(self, step):
+        return jnp.float32(self.config.method.lambda_max)
