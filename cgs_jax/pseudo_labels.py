@@ -72,5 +72,28 @@ def confident(logits: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:
     return _argmax(probs), jnp.max(probs, -1) > tau
 
 
+def largest_components(labels: jax.Array, num_targets: int) -> jax.Array:
+    """[B, H, W] with only the largest 8-connected component of every target in every image."""
+    targets = jnp.arange(1, num_targets + 1).reshape(-1, 1, 1, 1)
+    mask = labels == targets  # [K, B, H, W]
+    size = labels[0].size
+    ids = jnp.where(mask, jnp.arange(1, size + 1).reshape(labels.shape[1:]), 0)
+
+    def spread(state):
+        """Every pixel takes the largest number among its neighbours of the same class."""
+        before, _ = state
+        window = (1, 1, 3, 3)
+        after = jax.lax.reduce_window(before, 0, jax.lax.max, window, (1, 1, 1, 1), "SAME")
+        return jnp.where(mask, after, 0), before
+
+    ids, _ = jax.lax.while_loop(
+        lambda state: jnp.any(state[0] != state[1]), spread, (ids, jnp.zeros_like(ids))
+    )
+    count = jax.vmap(jax.vmap(lambda x: jnp.bincount(x.ravel(), length=size + 1)))(ids)
+    largest = jnp.argmax(count.at[..., 0].set(0), -1)[..., None, None]
+    kept = mask & (ids == largest)
+    return jnp.sum(kept * targets, 0).astype(labels.dtype)
+
+
 def _argmax(scores: jax.Array) -> jax.Array:
     return jnp.argmax(scores, -1).astype(jnp.uint8)

@@ -107,7 +107,7 @@ def test_pytorch_counterpart_computes_the_same_losses():
         for scale in (1, 3)
     )
     label = rng.integers(0, 4, (4, 32, 32))
-    terms = base.supervised_loss(student, jnp.asarray(label))
+    terms = base.supervised_loss(base.Labelled(student, jnp.asarray(label)))
     loss = counterpart.supervised(*to_torch(student), torch.tensor(label))
     np.testing.assert_allclose(sum(terms.values()), loss.item(), rtol=1e-5)
     terms, _ = cgs.consistency_losses(student, pl.from_teacher(teacher, 0.5))

@@ -77,7 +77,7 @@ def test_forward_train_statistics_loss_and_gradients(network, oracle):
         out, new = net.apply(
             {**variables, "params": params}, nhwc(io["x"]), train=True, mutable=["batch_stats"]
         )
-        terms = base.supervised_loss(out, io["y"])
+        terms = base.supervised_loss(base.Labelled(out, io["y"]))
         return sum(terms.values()), (out, new["batch_stats"], terms)
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -179,7 +179,7 @@ def test_pseudo_labels_and_unsupervised_terms(oracle):
     total = sum(terms.values())
     np.testing.assert_allclose(total, data["applied/unsup_total"], rtol=1e-6)
     labelled = Outputs(*(x[..., :n, :, :, :] for x in outputs(data, "weak")))
-    sup = sum(base.supervised_loss(labelled, data["label"][:n]).values())
+    sup = sum(base.supervised_loss(base.Labelled(labelled, data["label"][:n])).values())
     np.testing.assert_allclose(sup, data["sup_loss"], **LOSS)
     weight = losses.gaussian_ramp(15000, 30000, 2.0)
     np.testing.assert_allclose(weight, data["consistency_weight"], rtol=1e-6)

@@ -1,9 +1,9 @@
 """Alternating diverse mean teachers, AD-MT (Zhao et al., 2311.17325).
 
-Two teachers take turns of random length. In the turns of the first the student sees jittered images,
-in those of the second CutMixed ones, and only that teacher follows it. Both label together, weighted
-by how sure they are; where they disagree, a surer student decides. (The authors mix the teachers'
-labels but not the student's; here both are mixed, as intended.)
+Two teachers take turns of random length. In the first's turns the student sees jittered images, in
+the second's CutMixed ones, and only that teacher follows it. Both label together, weighted by how
+sure they are; where they disagree, a surer student decides. (The authors mix the teachers' labels
+but not the student's; here both are mixed, as intended.)
 """
 
 import jax
@@ -87,7 +87,7 @@ def second_is_active(seed: int, total_steps: int) -> np.ndarray:
 
 
 def together(first: Outputs, second: Outputs, student: Outputs) -> Outputs:
-    """What both teachers say, as logits: means weighted by exp(-entropy in bits) of the generalists.
+    """What both teachers say, as logits: means weighted by exp(-entropy), in bits, of generalists.
 
     Where their labels differ and the student, with another label, is surer: what that one says.
     """

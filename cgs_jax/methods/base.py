@@ -111,7 +111,7 @@ class Method:
     ) -> tuple[jax.Array, tuple[Any, Any, Terms]]:
         """Returns (loss, (model_state, extra, metrics)); differentiated by `params`."""
         passes = self.passes(params, state, views, key)
-        terms = add(supervised_loss(*labelled) for labelled in passes.labelled)
+        terms = add(map(supervised_loss, passes.labelled))
         supervised = sum(terms.values())
         metrics = {"loss": supervised, "sup": supervised, **terms}
         if passes.pairs:
@@ -223,11 +223,12 @@ def add(terms: Iterable[Terms]) -> Terms:
     return total
 
 
-def supervised_loss(outputs: Outputs, label: jax.Array, where: jax.Array | None = None) -> Terms:
+def supervised_loss(labelled: Labelled) -> Terms:
     """CE and Dice of the generalist and, where there are any, the mean over the specialists.
 
     Returns the terms by name; L_sup is their sum.
     """
+    outputs, label, where = labelled
     ce, dice = losses.segmentation_loss(outputs.generalist, label, where)
     terms = {"sup/generalist_ce": ce, "sup/generalist_dice": dice}
     if outputs.specialists is not None:

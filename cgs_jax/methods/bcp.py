@@ -1,0 +1,75 @@
+"""Bidirectional copy-paste, BCP (Bai et al., 2305.00673).
+
+A box of an unlabelled image is pasted into a labelled one, and the reverse; the teacher labels the
+unlabelled parts, and of each organ only the largest component in a slice counts. For the first
+`pretrain` steps labelled images are pasted into labelled ones; then the student starts the teacher.
+(The authors pretrain in a run of its own and take its best checkpoint. As in all methods here, the
+cross-entropy is a mean over all pixels.)
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cgs_jax import augment, losses, pseudo_labels
+from cgs_jax.errors import UserError
+from cgs_jax.methods import base
+
+
+class Method(base.WithTeacher):
+    """The student predicts."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.batch.labelled % 2 or config.batch.labelled != config.batch.unlabelled:
+            raise UserError("bcp: batch.labelled and batch.unlabelled must be the same even number")
+
+    def views(self, batch, key):
+        """As the base class, and 'keep' [H, W], False inside the box of this step."""
+        k_base, k_box = jax.random.split(key)
+        views = super().views(batch, k_base)
+        size = self.config.data.size
+        side = 2 * size // 3
+        corner = jax.random.randint(k_box, (2,), 0, size - side + 1)
+        views["keep"] = augment.box_keep(jnp.array([*corner, side, side]), size)
+        return views
+
+    def passes(self, params, state, views, key):
+        k_student, k_teacher = jax.random.split(key)
+        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        weak = views["unlabelled"]["weak"]
+        teacher, extra = self.teacher(state, weak, k_teacher)
+        # Even images stand around the box, odd ones in it.
+        even = jnp.arange(len(image))[:, None, None] % 2 == 0
+        keep = jnp.where(even, views["keep"], ~views["keep"])
+        pretrains = state.step < self.config.method.pretrain
+        pasted = jnp.where(pretrains, _neighbour(image), weak)
+        student, model_state = self.forward(
+            params, state.model_state, base.cutmix(keep, image, pasted), k_student
+        )
+        label = jnp.where(keep, label, _neighbour(label))
+        labelled = base.Labelled(student, label, keep | pretrains)
+        pair = base.Pair(student, teacher, ~(keep | pretrains))
+        return base.Passes([labelled], [pair], model_state, extra)
+
+    def unsupervised(self, pairs, step):
+        ((student, teacher, where),) = pairs
+        label = jnp.argmax(teacher.generalist, -1).astype(jnp.uint8)
+        label = pseudo_labels.largest_components(label, self.num_targets)
+        ce, dice = losses.segmentation_loss(student.generalist, label, where)
+        return {"unsup/ce": ce, "unsup/dice": dice}, {}
+
+    def weight(self, step):
+        return jnp.float32(self.config.method.lambda_max)
+
+    def after_update(self, state):
+        """The teacher is the student while that pretrains, then its moving average."""
+        own = {"params": state.params, "model_state": state.model_state}
+        options = self.config.method
+        decay = jnp.where(state.step <= options.pretrain, 0, options.ema_decay)
+        return state.replace(extra=optax.incremental_update(own, state.extra, 1 - decay))
+
+
+def _neighbour(x: jax.Array) -> jax.Array:
+    """Each even image swapped with the odd one after it."""
+    return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
