@@ -9,6 +9,7 @@ import pytest
 import runs
 
 from cgs_jax.data.phantom import write as write_phantoms
+from cgs_jax.sharding import COMPILER_OPTIONS
 
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # for the programs that tests start
@@ -52,3 +53,9 @@ def trained(scans, tmp_path_factory):
     done = runs.start(runs.command(scans, workdir))
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+    """Steps that run for milliseconds need no optimising."""
+    monkeypatch.setitem(COMPILER_OPTIONS["cpu"], "xla_backend_optimization_level", 0)

@@ -96,9 +96,10 @@ class Recipe(base.WithTeacher):
 
 
 class Consistency:
-    """What CGS lays over the passes of a method: specialists, and `consistency_losses`."""
+    """What CGS lays over the passes of a method: specialists, `consistency_losses`, and the ramp."""
 
     specialists = True
+    weight = base.Method.weight
 
     def unsupervised(self, pairs, step):
         terms, coverage = super().unsupervised(pairs, step)

@@ -1,0 +1,211 @@
+"""The other methods: what they do against cases made by hand, and CGS laid over them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import ndimage
+from steps import tiny, tiny_batch
+
+from cgs_jax import augment, evaluate, train
+from cgs_jax import pseudo_labels as pl
+from cgs_jax.methods import ad_mt, base, cgs
+from cgs_jax.models import Outputs, build, unet
+from cgs_jax.train_state import TrainState
+
+
+def logits_of(probs):
+    return Outputs(jnp.log(jnp.asarray(probs, jnp.float32)), None)
+
+
+def test_mean_teacher_by_hand():
+    student, teacher = (
+        logits_of([[[[0.5, 0.5], [0.9, 0.1]]]]),
+        logits_of([[[[0.5, 0.5], [0.4, 0.6]]]]),
+    )
+    method = train.make_method(tiny("mean_teacher"))
+    terms, _ = method.unsupervised([base.Pair(student, teacher)], 1000)
+    np.testing.assert_allclose(terms["unsup/mse"], 0.25 / 2, rtol=1e-5)
+    assert method.unsupervised([base.Pair(student, teacher)], 999)[0]["unsup/mse"] == 0
+    sure = jnp.array([[[False, True]]])
+    terms, cover = train.make_method(tiny("ua_mt")).unsupervised(
+        [base.Pair(student, teacher, sure)], 0
+    )
+    np.testing.assert_allclose(terms["unsup/mse"], 0.25, rtol=1e-5)
+    assert cover["cover/sure"] == 0.5
+
+
+def test_fixmatch_by_hand():
+    """One of two pixels is sure; it alone counts, in the cross-entropy over all pixels."""
+    student, teacher = (
+        logits_of([[[[0.5, 0.5], [0.9, 0.1]]]]),
+        logits_of([[[[0.01, 0.99], [0.4, 0.6]]]]),
+    )
+    terms, cover = train.make_method(tiny("fixmatch")).unsupervised(
+        [base.Pair(student, teacher)], 0
+    )
+    np.testing.assert_allclose(terms["unsup/ce"], -np.log(0.5) / 2, rtol=1e-5)
+    dice = (1 + (1 - 2 * 0.5 / (0.25 + 1))) / 2
+    np.testing.assert_allclose(terms["unsup/dice"], dice, rtol=1e-5)
+    assert cover["cover/sure"] == 0.5
+
+
+def test_cps_by_hand():
+    first, second = logits_of([[[[0.2, 0.8], [0.9, 0.1]]]]), logits_of([[[[0.3, 0.7], [0.4, 0.6]]]])
+    method = train.make_method(tiny("cps"))
+    terms, _ = method.unsupervised([base.Pair(first, second), base.Pair(second, first)], 0)
+    expected = -np.log([0.8, 0.1, 0.7, 0.4]).sum() / 2
+    np.testing.assert_allclose(terms["unsup/ce"], expected, rtol=1e-5)
+
+
+def test_unimatch_by_hand():
+    """Half of the weight on the perturbed stream; unsure pixels do not count."""
+    method = train.make_method(tiny("unimatch"))
+    student = logits_of([[[[0.5, 0.5], [0.9, 0.1]]]])
+    sure, unsure = logits_of([[[[0.01, 0.99], [0.4, 0.6]]]]), logits_of([[[[0.5, 0.5]] * 2]])
+    dice = (1 + (1 - 2 * 0.5 / (0.25 + 1))) / 2
+    for teachers, expected in (
+        ((sure, unsure, unsure), dice / 4),
+        ((unsure, unsure, sure), dice / 2),
+    ):
+        pairs = [base.Pair(student, teacher) for teacher in teachers]
+        terms, _ = method.unsupervised(pairs, 0)
+        np.testing.assert_allclose(sum(terms.values()), expected, rtol=1e-5)
+
+
+def test_perturbed_stream_loses_half_of_the_channels():
+    x = jnp.ones((64, 2, 2, 2 * 32))  # two pixels packed
+    y = np.asarray(unet.drop_channels(x, 2, jax.random.key(0))).reshape(64, 2, 2, 2, 32)
+    assert set(np.unique(y)) == {0, 2}
+    assert (y == y[:, :1, :1, :1]).all()  # whole channels
+    assert 0.9 < y.mean() < 1.1
+    config = tiny("unimatch")
+    network = build(config, specialists=False)
+    image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
+    variables = network.init(jax.random.key(1), image)
+    rngs = {"dropout": jax.random.key(2)}
+    clean = network.apply(variables, image)
+    both = network.apply(variables, image, perturb=True, rngs=rngs).generalist
+    np.testing.assert_allclose(both[:2], clean.generalist, atol=1e-5)
+    assert np.abs(both[2:] - clean.generalist).max() > 1e-3
+
+
+def test_turns_of_ad_mt():
+    second = ad_mt.second_is_active(seed=0, total_steps=5000)
+    assert len(second) == 5001
+    assert not second[0]
+    turns = np.diff(np.flatnonzero(np.diff(second)))
+    assert turns.min() >= 1
+    assert turns.max() <= 50
+    assert 20 < turns.mean() < 31
+
+
+def test_ad_mt_teachers_by_hand():
+    """The surer teacher weighs more; where they differ, a surer student decides."""
+    first = logits_of([[[[0.5, 0.5], [0.9, 0.1], [0.6, 0.4]]]])
+    second = logits_of([[[[1.0, 1e-9], [0.8, 0.2], [0.3, 0.7]]]])
+    student = logits_of([[[[0.1, 0.9], [0.1, 0.9], [0.95, 0.05]]]])
+    probs = np.exp(ad_mt.together(first, second, student).generalist)[0, 0]
+    share = np.exp(-1) / (1 + np.exp(-1))  # entropies of 1 bit and none
+    np.testing.assert_allclose(probs[0], [1 - share / 2, share / 2], rtol=1e-4)
+    assert 0.8 < probs[1, 0] < 0.9  # both teachers agree: the student has no say
+    np.testing.assert_allclose(probs[2], [0.95, 0.05], rtol=1e-4)  # they differ
+
+
+def test_ad_mt_moves_one_teacher_at_a_time():
+    config = tiny("ad_mt")
+    method = train.make_method(config)
+    params, model_state, extra = method.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
+    moved = jax.tree.map(lambda x: x + 1, params)
+    for step in (3, int(np.argmax(method.second))):
+        state = TrainState(jnp.asarray(step + 1), moved, model_state, None, extra)
+        teachers = method.after_update(state).extra["teachers"]
+        active = int(method.second[step])
+        gaps = [
+            max(
+                float(jnp.abs(a - b).max())
+                for a, b in zip(*map(jax.tree.leaves, pair), strict=True)
+            )
+            for pair in ((t["params"], params) for t in teachers)
+        ]
+        assert gaps[1 - active] == 0
+        assert gaps[active] == 1  # it copies the student at first
+
+
+def test_largest_components():
+    rng = np.random.default_rng(0)
+    labels = np.uint8((rng.random((6, 24, 24)) < 0.5) * rng.integers(1, 4, (6, 24, 24)))
+    labels[0] = 0
+    ours = np.asarray(pl.largest_components(jnp.asarray(labels), 3))
+    for label, kept in zip(labels, ours, strict=True):
+        for k in (1, 2, 3):
+            parts, count = ndimage.label(label == k, np.ones((3, 3)))
+            sizes = np.bincount(parts.ravel())[1:]
+            assert (kept == k).sum() == max(sizes, default=0)
+            if count:
+                (part,) = set(parts[kept == k])
+                assert sizes[part - 1] == sizes.max()
+
+
+def test_bcp_pastes_and_says_what_is_labelled():
+    config = tiny("bcp", **{"method.pretrain": 5})
+    method = train.make_method(config)
+    batch = jax.tree.map(jnp.asarray, tiny_batch(config))
+    image = jnp.stack([jnp.zeros((16, 16, 1)), jnp.ones((16, 16, 1))])
+    views = {"labelled": {"image": image, "label": batch["labelled"]["label"]}}
+    views["unlabelled"] = {"weak": image + 5}
+    views["keep"] = augment.box_keep(jnp.array([2, 3, 10, 10]), 16)
+    seen = []
+    method.forward = lambda params, stats, image, key: (
+        seen.append(image) or Outputs(image, None),
+        {},
+    )
+    for step, outside, inside in ((0, [0, 0], [1, 1]), (5, [0, 6], [5, 1])):
+        state = TrainState(jnp.asarray(step), {}, {}, None, {"params": {}, "model_state": {}})
+        passes = method.passes({}, state, views, jax.random.key(0))
+        mixed = seen[-1][..., 0]
+        assert mixed[:, 0, 0].tolist() == outside
+        assert mixed[:, 5, 5].tolist() == inside
+        (labelled,), (pair,) = passes.labelled, passes.pairs
+        where = np.asarray(jnp.broadcast_to(labelled.where, mixed.shape))
+        assert where.all() == (step == 0)
+        np.testing.assert_array_equal(where, ~np.asarray(pair.where))
+        np.testing.assert_array_equal(where, np.asarray(mixed) < 2)
+
+
+def test_pairs_teach_nothing_back():
+    """Of CPS, each network learns from its own terms only."""
+    config = tiny("cps")
+    method = train.make_method(config)
+    params, model_state, extra = method.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
+    state = TrainState(jnp.asarray(1), params, model_state, None, extra)
+    batch = jax.tree.map(jnp.asarray, tiny_batch(config))
+    for stream in batch.values():
+        stream["image"] = evaluate.to_image(stream["image"])
+    views = method.views(batch, jax.random.key(1))
+
+    def second_term(params):
+        passes = method.passes(params, state, views, jax.random.key(2))
+        return method.unsupervised(passes.pairs[1:], 0)[0]["unsup/ce"]
+
+    quick = {"xla_backend_optimization_level": 0}
+    first, second = jax.jit(jax.grad(second_term), compiler_options=quick)(params)
+    assert max(jax.tree.leaves(jax.tree.map(lambda g: float(jnp.abs(g).max()), first))) == 0
+    assert max(jax.tree.leaves(jax.tree.map(lambda g: float(jnp.abs(g).max()), second))) > 0
+
+
+def test_cgs_adds_its_terms_to_those_of_the_method_below():
+    method = train.make_method(tiny("cgs:mean_teacher", **{"method.begin": 0}))
+    key = jax.random.key(0)
+    shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3)
+    student = Outputs(*(jax.random.normal(key, shape) for shape in shapes))
+    teacher = Outputs(*(3 * jax.random.normal(jax.random.key(1), shape) for shape in shapes))
+    where = jax.random.bernoulli(key, 0.5, (2, 8, 8))
+    terms, _ = method.unsupervised([base.Pair(student, teacher, where)], 0)
+    tau = method.config.method.tau
+    own, _ = cgs.consistency_losses(student, pl.from_teacher(teacher, tau), where)
+    assert terms.keys() == own.keys() | {"unsup/mse"}
+    for name, value in own.items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-6)
+    elsewhere = student._replace(generalist=jnp.where(where[..., None], student.generalist, 9.0))
+    again, _ = cgs.consistency_losses(elsewhere, pl.from_teacher(teacher, tau), where)
+    np.testing.assert_allclose(again["unsup/G_from_s_ce"], own["unsup/G_from_s_ce"], rtol=1e-6)
