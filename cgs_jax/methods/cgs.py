@@ -96,7 +96,7 @@ class Recipe(base.WithTeacher):
 
 
 class Consistency:
-    """What CGS lays over the passes of a method: specialists, `consistency_losses`, and the ramp."""
+    """What CGS lays over the passes of a method: specialists, `consistency_losses`, its ramp."""
 
     specialists = True
     weight = base.Method.weight
