@@ -25,13 +25,14 @@ class Method(base.WithTeacher):
             raise UserError("bcp: batch.labelled and batch.unlabelled must be the same even number")
 
     def views(self, batch, key):
-        """As the base class, and 'keep' [H, W], False inside the box of this step."""
+        """As the base class, and 'keep' [B, H, W], False inside the box of this step."""
         k_base, k_box = jax.random.split(key)
         views = super().views(batch, k_base)
         size = self.config.data.size
         side = 2 * size // 3
         corner = jax.random.randint(k_box, (2,), 0, size - side + 1)
-        views["keep"] = augment.box_keep(jnp.array([*corner, side, side]), size)
+        keep = augment.box_keep(jnp.array([*corner, side, side]), size)
+        views["keep"] = jnp.broadcast_to(keep, views["labelled"]["label"].shape)
         return views
 
     def passes(self, params, state, views, key):
