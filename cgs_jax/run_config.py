@@ -85,8 +85,6 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
             section, field = name.split(".")
             config[section] = config.get(section, ConfigDict())
             config[section][field] = config[section].get(field, value)
-        if config.method.name == "cgs":
-            config.method.base = config.method.get("base", "")
         return config, splits
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} holds no run: no {error.filename}") from None

@@ -179,7 +179,8 @@ def train(
         say(f"resuming {workdir} at step {start}")
     else:
         count = f"{parameter_overview.count_parameters(state.params):,} parameters"
-        say(f"{config.method.name} on {config.data.name}: {count}, {mesh.size} device(s)")
+        over = f" over {config.method.base}" if config.method.get("base") else ""
+        say(f"{config.method.name}{over} on {config.data.name}: {count}, {mesh.size} device(s)")
     if start >= config.total_steps:
         return True
     if distributed.is_first():

@@ -73,11 +73,11 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.test_fraction = 0.2
     config.data.patient = r"(.+?)(?:_(?:frame|time|visit|phase)\d+)?$"  # of a case name, by regex
 
-    for name in filter(None, (base, method)):
-        if importlib.util.find_spec(f"configs.methods.{name}"):  # else main lists the methods
+    for name in filter(None, (base, method)):  # of an unknown name main lists those that there are
+        if name.isidentifier() and importlib.util.find_spec(f"configs.methods.{name}"):
             importlib.import_module(f"configs.methods.{name}").update(config)
     if base:
-        if "base" not in config.method:
-            raise ValueError(f"config argument base={base}: method={method} lies over no other")
+        if method != "cgs":
+            raise ValueError(f"config argument base={base}: it goes with method=cgs")
         config.method.base = base
     return config

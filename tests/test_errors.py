@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from runs import command, config_of, start
 
-from cgs_jax import distributed, evaluate, main, optim, predict
+from cgs_jax import distributed, evaluate, main, optim, predict, train
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.cli import cli
 from cgs_jax.errors import UserError
+from configs import segthor
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
             r"trained with data.classes=\('esophagus', .*--workdir",
         ),
         ({"optimizer.lr": 0.5}, "trained with optimizer.lr=0.05, now it is 0.5"),
-        ({"method.name": "cpss"}, "unknown method 'cpss'; there are: cgs, supervised"),
+        ({"method.name": "cpss"}, "unknown method 'cpss'; there are: ad_mt, bcp, cgs"),
         ({"model.name": "vnet"}, "unknown model 'vnet'; there are: unet"),
         (
             {"data.name": "lits"},
@@ -125,6 +126,24 @@ def test_two_processes_in_one_workdir(trained, scans):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is working in"):
             main.run(config_of(scans, total_steps=0), trained[0])
+
+
+@pytest.mark.parametrize(
+    ("base", "fields", "message"),
+    [
+        ("cgs", {}, "method.base=cgs: CGS lies over methods with unlabelled images only"),
+        ("supervised", {}, "method.base=supervised: CGS lies over methods"),
+        ("nonsense", {}, "unknown method 'nonsense'; there are: ad_mt, bcp"),
+        ("fixmatch", {"method.plan": "full"}, "method.plan is for CGS without base"),
+        ("bcp", {"total_steps": 9000}, "method.pretrain must be at least 1 and less than"),
+        ("bcp", {"batch.labelled": 3}, "must be the same even number"),
+    ],
+)
+def test_bad_bases(base, fields, message):
+    config = segthor.get_config(f"method=cgs,base={base}")
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(UserError, match=message):
+        train.make_method(config)
 
 
 @pytest.mark.parametrize(

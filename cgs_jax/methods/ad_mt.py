@@ -2,8 +2,9 @@
 
 Two teachers take turns of random length. In the first's turns the student sees jittered images, in
 the second's CutMixed ones, and only that teacher follows it. Both label together, weighted by how
-sure they are; where they disagree, a surer student decides. (The authors mix the teachers' labels
-but not the student's; here both are mixed, as intended.)
+sure they are; where they disagree, a surer student decides. As intended, not as released: the
+student's labels are mixed like the teachers', and both teachers copy the student at first. No blur;
+boxes as in CGS; partners are the rolled batch.
 """
 
 import jax
@@ -29,7 +30,7 @@ class Method(base.Method):
         return params, model_state, {"teachers": [jax.tree.map(jnp.copy, own) for _ in range(2)]}
 
     def views(self, batch, key):
-        """As the base class; 'strong' is by turn, 'keep' the CutMix boxes (all True: no mixing)."""
+        """As the base class, and 'keep', the CutMix boxes."""
         k_base, k_keep = jax.random.split(key)
         views = super().views(batch, k_base)
         weak = views["unlabelled"]["weak"]
@@ -61,19 +62,24 @@ class Method(base.Method):
         return base.Passes([base.Labelled(labelled, label)], [pair], model_state, state.extra)
 
     def unsupervised(self, pairs, step):
-        ((student, teacher, _),) = pairs
+        ((student, teacher, *_),) = pairs
         label, sure = pseudo_labels.confident(teacher.generalist, self.config.method.tau)
         _, dice = losses.segmentation_loss(student.generalist, label, sure)
         return {"unsup/dice": dice}, {"cover/sure": jnp.mean(sure)}
+
+    def weight(self, step):
+        ramp, maximum = self.config.method.ramp, self.config.method.lambda_max
+        return losses.gaussian_ramp(jnp.minimum(step, ramp), ramp, maximum)
 
     def after_update(self, state):
         """The teacher whose turn it was follows the student, batch statistics included."""
         step, decay = state.step - 1, self.config.method.ema_decay
         decay = jnp.where(step < 100, 0, jnp.minimum(1 - 1 / jnp.maximum(step // 2 - 49, 1), decay))
         own = {"params": state.params, "model_state": state.model_state}
+        second = jnp.asarray(self.second)[step]
         teachers = [
             optax.incremental_update(
-                own, teacher, jnp.where(jnp.asarray(self.second)[step] == i, 1 - decay, 0)
+                own, teacher, jnp.where((second == i) | (step < 100), 1 - decay, 0)
             )
             for i, teacher in enumerate(state.extra["teachers"])
         ]
@@ -102,6 +108,7 @@ def together(first: Outputs, second: Outputs, student: Outputs) -> Outputs:
     generalist = jnp.log(jnp.where(decides[..., None], own, mean) + 1e-10)
     if first.specialists is None:
         return Outputs(generalist, None)
-    specialists = [jax.nn.softmax(x.specialists.astype(jnp.float32)) for x in (first, second)]
-    mean = share[0] * specialists[0] + share[1] * specialists[1]
-    return Outputs(generalist, jnp.log(mean + 1e-10))
+    specialists = (x.specialists.astype(jnp.float32) for x in (first, second, student))
+    first, second, own = map(jax.nn.softmax, specialists)
+    mean = share[0] * first + share[1] * second
+    return Outputs(generalist, jnp.log(jnp.where(decides[..., None], own, mean) + 1e-10))

@@ -1,8 +1,8 @@
 """What a training method is. One file a method; `load_by_name` finds it.
 
 A method says which passes a step makes (`passes`), and what its student loses on unlabelled pixels
-against what teaches it there (`unsupervised`). The rest is shared. CGS can be laid over any method,
-since all that it needs is in the passes.
+against what teaches it there (`unsupervised`). The rest is shared. CGS can be laid over any method
+with unlabelled images, since all that it needs is in the passes.
 """
 
 import math
@@ -35,7 +35,8 @@ class Pair(NamedTuple):
 
     student: Outputs
     teacher: Outputs | pseudo_labels.PseudoLabels
-    where: jax.Array | None = None
+    where: jax.Array | None = None  # [B, H, W], True where it counts; None: everywhere
+    share: float = 1.0  # in the terms that CGS adds
 
 
 class Passes(NamedTuple):

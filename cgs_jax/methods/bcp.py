@@ -4,7 +4,7 @@ A box of an unlabelled image is pasted into a labelled one, and the reverse; the
 unlabelled parts, and of each organ only the largest component in a slice counts. For the first
 `pretrain` steps labelled images are pasted into labelled ones; then the student starts the teacher.
 (The authors pretrain in a run of its own and take its best checkpoint. As in all methods here, the
-cross-entropy is a mean over all pixels.)
+cross-entropy is divided by the number of all pixels, not of those in the mask, so it weighs half.)
 """
 
 import jax
@@ -23,6 +23,9 @@ class Method(base.WithTeacher):
         super().__init__(config)
         if config.batch.labelled % 2 or config.batch.labelled != config.batch.unlabelled:
             raise UserError("bcp: batch.labelled and batch.unlabelled must be the same even number")
+        pretrain = config.method.pretrain
+        if pretrain < 1 or 0 < config.total_steps <= pretrain:
+            raise UserError("bcp: method.pretrain must be at least 1 and less than total_steps")
 
     def views(self, batch, key):
         """As the base class, and 'keep' [B, H, W], False inside the box of this step."""
@@ -40,10 +43,10 @@ class Method(base.WithTeacher):
         image, label = views["labelled"]["image"], views["labelled"]["label"]
         weak = views["unlabelled"]["weak"]
         teacher, extra = self.teacher(state, weak, k_teacher)
-        # Even images stand around the box, odd ones in it.
+        # Even images stand around the box, odd ones in it; while pretraining all around it.
         even = jnp.arange(len(image))[:, None, None] % 2 == 0
-        keep = jnp.where(even, views["keep"], ~views["keep"])
         pretrains = state.step < self.config.method.pretrain
+        keep = jnp.where(even | pretrains, views["keep"], ~views["keep"])
         pasted = jnp.where(pretrains, _neighbour(image), weak)
         student, model_state = self.forward(
             params, state.model_state, base.cutmix(keep, image, pasted), k_student
@@ -54,7 +57,7 @@ class Method(base.WithTeacher):
         return base.Passes([labelled], [pair], model_state, extra)
 
     def unsupervised(self, pairs, step):
-        ((student, teacher, where),) = pairs
+        ((student, teacher, where, _),) = pairs
         label = jnp.argmax(teacher.generalist, -1).astype(jnp.uint8)
         label = pseudo_labels.largest_components(label, self.num_targets)
         ce, dice = losses.segmentation_loss(student.generalist, label, where)

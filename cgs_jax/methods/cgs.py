@@ -103,20 +103,31 @@ class Consistency:
 
     def unsupervised(self, pairs, step):
         terms, coverage = super().unsupervised(pairs, step)
-        for student, teacher, where in pairs:
+        for student, teacher, where, share in pairs:
             pseudo = teacher
             if not isinstance(teacher, pl.PseudoLabels):
                 pseudo = pl.from_teacher(teacher, self.config.method.tau)
-            more, shares = consistency_losses(student, pseudo, where)
-            terms, coverage = base.add([terms, more]), coverage | shares
+            parts = consistency_losses(student, pseudo, where)
+            more, covered = ({k: share * v for k, v in part.items()} for part in parts)
+            terms, coverage = base.add([terms, more]), base.add([coverage, covered])
         return terms, coverage
 
 
 def Method(config: ConfigDict) -> base.Method:
-    """CGS by its own recipe, or over the method that `config.method.base` names."""
-    under = Recipe
-    if config.method.base:
-        under = load_by_name("cgs_jax.methods", config.method.base, "method").Method
+    """CGS by its own recipe, or over the method that `config.method.base` names.
+
+    Its tau, lambda_max and ramp then hold for all terms, those of the other method included; who
+    predicts, student or teacher, is that method's choice.
+    """
+    name, under = config.method.get("base", ""), Recipe
+    if name:
+        under = load_by_name("cgs_jax.methods", name, "method").Method
+        if name == "cgs" or not under.unlabelled:
+            raise UserError(
+                f"method.base={name}: CGS lies over methods with unlabelled images only"
+            )
+        if config.method.plan != "lean":
+            raise UserError("method.plan is for CGS without base")
     return type("Method", (Consistency, under), {})(config)
 
 

@@ -6,32 +6,30 @@ import jax.numpy as jnp
 from cgs_jax import losses
 from cgs_jax.methods import base
 
+NAMES = ("first", "second")
+
 
 class Method(base.Method):
-    """Two networks that differ in their start only; the first predicts."""
+    """Two networks that differ in their start, and their dropout, only; the first predicts."""
 
     def init(self, key, image):
-        pair = [super(Method, self).init(k, image)[:2] for k in jax.random.split(key)]
+        keys = dict(zip(NAMES, jax.random.split(key), strict=True))
+        both = {name: super(Method, self).init(k, image) for name, k in keys.items()}
+        params, model_state = ({name: both[name][i] for name in NAMES} for i in (0, 1))
         # Copies: two that start from the same weights must not share buffers, for they are donated.
-        params, model_state = zip(*jax.tree.map(jnp.copy, pair), strict=True)
-        return params, model_state, {}
+        return jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, model_state), {}
 
     def passes(self, params, state, views, key):
         image, label = views["labelled"]["image"], views["labelled"]["label"]
-        weak = views["unlabelled"]["weak"]
-        labelled, unlabelled, model_state = zip(
-            *(
-                self.student(own, stats, image, weak, k)
-                for own, stats, k in zip(
-                    params, state.model_state, jax.random.split(key), strict=True
-                )
-            ),
-            strict=True,
-        )
-        teachers = jax.lax.stop_gradient(unlabelled[::-1])
-        pairs = [base.Pair(*pair) for pair in zip(unlabelled, teachers, strict=True)]
-        labelled = [base.Labelled(outputs, label) for outputs in labelled]
-        return base.Passes(labelled, pairs, model_state, state.extra)
+        weak, labelled, unlabelled, model_state = views["unlabelled"]["weak"], [], [], {}
+        for name, k in zip(NAMES, jax.random.split(key), strict=True):
+            outputs, own, model_state[name] = self.student(
+                params[name], state.model_state[name], image, weak, k
+            )
+            labelled.append(base.Labelled(outputs, label))
+            unlabelled.append(own)
+        pairs = map(base.Pair, unlabelled, jax.lax.stop_gradient(unlabelled[::-1]))
+        return base.Passes(labelled, list(pairs), model_state, state.extra)
 
     def unsupervised(self, pairs, step):
         def ce(pair):
@@ -41,4 +39,4 @@ class Method(base.Method):
         return {"unsup/ce": sum(map(ce, pairs))}, {}
 
     def inference_variables(self, state):
-        return state.params[0], state.model_state[0]
+        return state.params["first"], state.model_state["first"]

@@ -1,7 +1,7 @@
 """FixMatch (Sohn et al., 2001.07685): confident labels of the weak view teach the strong view.
 
 What the method intends: pixels below the threshold are ignored. (The SSL4MIS script labels them
-background.)
+background.) With the Dice loss beside the cross-entropy, as CGS has it, and its kind of ramp.
 """
 
 import jax
@@ -28,7 +28,7 @@ class Method(base.Method):
         return base.Passes([base.Labelled(labelled, label)], [pair], model_state, state.extra)
 
     def unsupervised(self, pairs, step):
-        ((student, teacher, _),) = pairs
+        ((student, teacher, *_),) = pairs
         label, sure = pseudo_labels.confident(teacher.generalist, self.config.method.tau)
         ce, dice = losses.segmentation_loss(student.generalist, label, sure)
         return {"unsup/ce": ce, "unsup/dice": dice}, {"cover/sure": jnp.mean(sure)}

@@ -25,7 +25,7 @@ class Method(base.WithTeacher):
         return base.Passes([base.Labelled(labelled, label)], [pair], model_state, extra)
 
     def unsupervised(self, pairs, step):
-        ((student, teacher, _),) = pairs
+        ((student, teacher, *_),) = pairs
         error = squared_error(student.generalist, teacher.generalist)
         begun = step >= self.config.method.begin
         return {"unsup/mse": begun * jnp.mean(error)}, {}

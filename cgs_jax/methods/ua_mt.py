@@ -25,7 +25,7 @@ class Method(mean_teacher.Method):
             outputs, _ = self.teacher(state, image, k_teacher)
             return total + jax.nn.softmax(outputs.generalist.astype(jnp.float32)), None
 
-        ((student, teacher, _),) = passes.pairs
+        ((student, teacher, *_),) = passes.pairs
         keys = jax.random.split(k_draws, self.config.method.samples)
         total, _ = jax.lax.scan(draw, jnp.zeros(teacher.generalist.shape), keys)
         mean = total / len(keys)
@@ -35,7 +35,7 @@ class Method(mean_teacher.Method):
         return passes._replace(pairs=[base.Pair(student, teacher, sure)])
 
     def unsupervised(self, pairs, step):
-        ((student, teacher, sure),) = pairs
+        ((student, teacher, sure, _),) = pairs
         error = mean_teacher.squared_error(student.generalist, teacher.generalist)
         mean = jnp.sum(error * sure) / (jnp.sum(sure) + 1e-16)
         return {"unsup/mse": mean}, {"cover/sure": jnp.mean(sure)}

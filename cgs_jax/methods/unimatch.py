@@ -2,7 +2,7 @@
 
 Confident labels of the weak view teach two jittered, CutMixed views, and the weak view itself with
 half of its encoder channels dropped. Without the blur of the authors' strong view; CutMix partners
-are the rolled batch instead of a second one.
+are the rolled batch instead of a second one, labelled in the same pass.
 """
 
 import jax
@@ -12,18 +12,20 @@ from cgs_jax import augment, losses, pseudo_labels
 from cgs_jax.methods import base
 from cgs_jax.models import Outputs
 
+SHARES = (0.25, 0.25, 0.5)  # of both strong views and of the perturbed stream
+
 
 class Method(base.Method):
     """The student teaches itself."""
 
     def views(self, batch, key):
         """As the base class, with two strong views and their CutMix boxes 'keep'."""
-        k_base, k_second, k_keep = jax.random.split(key, 3)
+        k_base, k_second, k_keep, k_apply = jax.random.split(key, 4)
         views = super().views(batch, k_base)
         weak = views["unlabelled"]["weak"]
         second = augment.strong(k_second, weak, self.config.augment)
         views["unlabelled"]["strong"] = [views["unlabelled"]["strong"], second]
-        apply = jax.random.bernoulli(k_base, self.config.method.cutmix, (2, len(weak), 1, 1))
+        apply = jax.random.bernoulli(k_apply, self.config.method.cutmix, (2, len(weak), 1, 1))
         keep = [augment.cutmix_keep(k, *weak.shape[:2]) for k in jax.random.split(k_keep)]
         views["keep"] = list(jnp.stack(keep) | ~apply)
         return views
@@ -45,13 +47,14 @@ class Method(base.Method):
         strong = map(base.cutmix, keep, *strong)
         first, second, model_state = self.student(params, model_state, *strong, k_strong)
         mixed = [base.cutmix(k, own, base.rolled(own)) for k in keep]
-        pairs = list(map(base.Pair, (first, second, perturbed), (*mixed, own)))
+        students, teachers = (first, second, perturbed), (*mixed, own)
+        pairs = list(map(base.Pair, students, teachers, [None] * 3, SHARES))
         return base.Passes([base.Labelled(labelled, label)], pairs, model_state, state.extra)
 
     def unsupervised(self, pairs, step):
         terms = {}
-        for name, share, (student, teacher, _) in zip(
-            ("first", "second", "perturbed"), (0.25, 0.25, 0.5), pairs, strict=True
+        for name, share, (student, teacher, *_) in zip(
+            ("first", "second", "perturbed"), SHARES, pairs, strict=True
         ):
             label, sure = pseudo_labels.confident(teacher.generalist, self.config.method.tau)
             _, dice = losses.segmentation_loss(student.generalist, label, sure)

@@ -5,7 +5,6 @@ from ml_collections import ConfigDict
 
 def update(config: ConfigDict) -> None:
     """Lays the fields of CGS over `config`."""
-    config.method.base = ""  # another method, which CGS is laid over
     config.method.tau = 0.9  # confidence that the generalist's pseudo-labels need
     config.method.lambda_max = 2.0  # weight of the unsupervised loss at the end of the ramp
     config.method.ema_decay = 0.99  # teacher
