@@ -67,7 +67,7 @@ def start_from_weights(method: Method, config: ConfigDict) -> None:
     """Lets `method` start from the PyTorch-named weights of `config.model.weights`, if any."""
     if config.model.weights:
         image = jnp.zeros((1, config.data.size, config.data.size, 1))
-        variables = method.network.init(jax.random.key(0), image)
+        variables = jax.jit(method.network.init)(jax.random.key(0), image)
         weights = torch_weights.read(config.model.weights)
         method.start = torch_weights.from_torch(weights, variables, config.model.weights)
 

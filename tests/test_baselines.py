@@ -81,7 +81,7 @@ def test_perturbed_stream_loses_half_of_the_channels():
     config = tiny("unimatch")
     network = build(config, specialists=False)
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
-    variables = network.init(jax.random.key(1), image)
+    variables = jax.jit(network.init)(jax.random.key(1), image)
     rngs = {"dropout": jax.random.key(2)}
     clean = network.apply(variables, image)
     both = network.apply(variables, image, perturb=True, rngs=rngs).generalist

@@ -85,7 +85,7 @@ def test_pytorch_counterpart_computes_the_same_losses():
     config = tiny()
     network = build(config, specialists=True)
     image = jax.random.uniform(jax.random.key(0), (4, 32, 32, 1))
-    variables = network.init(jax.random.key(1), image)
+    variables = jax.jit(network.init)(jax.random.key(1), image)
     model = counterpart.UNet(3, config.model.channels, (0.0, 0.0))
     model.load_state_dict(_renamed(torch, torch_weights.to_torch(variables)), strict=False)
     config.model.dropout = (0.0, 0.0)

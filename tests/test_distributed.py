@@ -61,8 +61,8 @@ def test_two_processes_give_the_numbers_of_one(by_two_processes, trained, scans)
 @pytest.mark.parametrize(
     ("processes", "devices", "mesh"),
     [
-        (0, 8, [SHARDED]),
         (0, 8, ["--config.mesh.data=2", "--config.mesh.space=4"]),
+        pytest.param(0, 8, [SHARDED], marks=pytest.mark.slow),
         pytest.param(0, 4, [], marks=pytest.mark.slow),
         pytest.param(4, 1, [], marks=pytest.mark.slow),
     ],

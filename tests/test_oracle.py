@@ -31,7 +31,7 @@ def state_dict(arrays, prefix=""):
 
 
 def load_variables(network, arrays, size):
-    variables = network.init(jax.random.key(0), jnp.zeros((1, size, size, 1)))
+    variables = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, size, size, 1)))
     return torch_weights.from_torch(arrays, variables, "oracle")
 
 
