@@ -43,5 +43,7 @@ def segmentation_loss(
 
 
 def gaussian_ramp(step: jax.Array, total_steps: int, maximum: float) -> jax.Array:
-    """maximum * exp(-5 (1 - t/T)^2): trust pseudo-labels late (Laine and Aila, 1610.02242)."""
-    return maximum * jnp.exp(-5.0 * (1.0 - step / max(total_steps, 1)) ** 2)
+    """maximum * exp(-5 (1 - t/T)^2), `maximum` after T: trust pseudo-labels late (Laine and Aila,
+    1610.02242)."""
+    total_steps = max(total_steps, 1)
+    return maximum * jnp.exp(-5.0 * (1.0 - jnp.minimum(step, total_steps) / total_steps) ** 2)

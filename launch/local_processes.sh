@@ -8,15 +8,10 @@ if ! [ "${1:-0}" -gt 0 ] 2>/dev/null; then
   echo "usage: bash launch/local_processes.sh N --config CONFIG --workdir RUN ..." >&2
   exit 1
 fi
-count=$1 workdir=run
+count=$1
 shift
-for ((i = 1; i <= $#; i++)); do
-  next=$((i + 1))
-  case ${!i} in
-    --workdir=*) workdir=${!i#*=} ;;
-    --workdir) workdir=${!next} ;;
-  esac
-done
+source launch/workdir.sh
+workdir=${workdir:-run}
 python=${PYTHON:-.venv/bin/python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 export JAX_PLATFORMS=cpu

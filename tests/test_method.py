@@ -361,7 +361,7 @@ def test_step_learns_and_every_part_gets_gradient(name, options):
     if hasattr(method, "teacher"):
         teacher = state.extra["params"]
         gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), teacher, state.params)
-        assert 0 < max(jax.tree.leaves(gap)) < 0.5
+        assert 0 < max(jax.tree.leaves(gap)) < (0.2 if name == "cgs" else 0.5)
 
 
 def test_every_unsupervised_term_has_a_gradient():

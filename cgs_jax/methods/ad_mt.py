@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cgs_jax import augment, losses, pseudo_labels
+from cgs_jax import augment, losses
 from cgs_jax.methods import base
 from cgs_jax.models import Outputs
 
@@ -63,13 +63,11 @@ class Method(base.Method):
 
     def unsupervised(self, pairs, step):
         ((student, teacher, *_),) = pairs
-        label, sure = pseudo_labels.confident(teacher.generalist, self.config.method.tau)
-        _, dice = losses.segmentation_loss(student.generalist, label, sure)
-        return {"unsup/dice": dice}, {"cover/sure": jnp.mean(sure)}
+        _, dice, sure = base.confident_loss(student, teacher, self.config.method.tau)
+        return {"unsup/dice": dice}, {"cover/sure": sure}
 
     def weight(self, step):
-        ramp, maximum = self.config.method.ramp, self.config.method.lambda_max
-        return losses.gaussian_ramp(jnp.minimum(step, ramp), ramp, maximum)
+        return losses.gaussian_ramp(step, self.config.method.ramp, self.config.method.lambda_max)
 
     def after_update(self, state):
         """The teacher whose turn it was follows the student, batch statistics included."""

@@ -107,6 +107,10 @@ class Method:
         options = self.config.method
         return losses.gaussian_ramp(step, self.config.total_steps, options.lambda_max)
 
+    def constant_weight(self, step: jax.Array) -> jax.Array:
+        """The same without a ramp, for methods that choose it as their `weight`."""
+        return jnp.float32(self.config.method.lambda_max)
+
     def loss(
         self, params: Any, state: TrainState, views: Batch, key: jax.Array
     ) -> tuple[jax.Array, tuple[Any, Any, Terms]]:
@@ -224,6 +228,23 @@ def add(terms: Iterable[Terms]) -> Terms:
     return total
 
 
+def heads_loss(
+    logits: jax.Array, labels: jax.Array, where: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """CE and Dice, means over the heads [K, B, H, W, 3] against [K, B, H, W]."""
+    ce, dice = jax.vmap(losses.segmentation_loss, in_axes=(0, 0, None))(logits, labels, where)
+    return jnp.mean(ce), jnp.mean(dice)
+
+
+def confident_loss(
+    student: Outputs, teacher: Outputs, tau: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """CE and Dice of the generalist where the teacher's is surer than `tau`, and that share."""
+    label, sure = pseudo_labels.confident(teacher.generalist, tau)
+    ce, dice = losses.segmentation_loss(student.generalist, label, sure)
+    return ce, dice, jnp.mean(sure)
+
+
 def supervised_loss(labelled: Labelled) -> Terms:
     """CE and Dice of the generalist and, where there are any, the mean over the specialists.
 
@@ -234,7 +255,6 @@ def supervised_loss(labelled: Labelled) -> Terms:
     terms = {"sup/generalist_ce": ce, "sup/generalist_dice": dice}
     if outputs.specialists is not None:
         relabelled = pseudo_labels.relabel(label, outputs.specialists.shape[0])
-        head_loss = jax.vmap(losses.segmentation_loss, in_axes=(0, 0, None))
-        ce, dice = head_loss(outputs.specialists, relabelled, where)
-        terms |= {"sup/specialists_ce": jnp.mean(ce), "sup/specialists_dice": jnp.mean(dice)}
+        ce, dice = heads_loss(outputs.specialists, relabelled, where)
+        terms |= {"sup/specialists_ce": ce, "sup/specialists_dice": dice}
     return terms

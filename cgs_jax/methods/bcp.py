@@ -19,6 +19,8 @@ from cgs_jax.methods import base
 class Method(base.WithTeacher):
     """The student predicts."""
 
+    weight = base.Method.constant_weight
+
     def __init__(self, config):
         super().__init__(config)
         if config.batch.labelled % 2 or config.batch.labelled != config.batch.unlabelled:
@@ -62,9 +64,6 @@ class Method(base.WithTeacher):
         label = pseudo_labels.largest_components(label, self.num_targets)
         ce, dice = losses.segmentation_loss(student.generalist, label, where)
         return {"unsup/ce": ce, "unsup/dice": dice}, {}
-
-    def weight(self, step):
-        return jnp.float32(self.config.method.lambda_max)
 
     def after_update(self, state):
         """The teacher is the student while that pretrains, then its moving average."""

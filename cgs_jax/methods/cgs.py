@@ -157,16 +157,14 @@ def consistency_losses(
         mask = mask if where is None else mask & where
         ce, dice = losses.segmentation_loss(student.generalist, label, mask)
         terms |= {f"unsup/G_from_{name}_ce": ce, f"unsup/G_from_{name}_dice": dice}
-        head_loss = jax.vmap(losses.segmentation_loss, in_axes=(0, 0, None))
-        ce, dice = head_loss(student.specialists, head_labels, mask)
-        terms |= {f"unsup/S_from_{name}_ce": jnp.mean(ce)}
-        terms |= {f"unsup/S_from_{name}_dice": jnp.mean(dice)}
+        ce, dice = base.heads_loss(student.specialists, head_labels, mask)
+        terms |= {f"unsup/S_from_{name}_ce": ce, f"unsup/S_from_{name}_dice": dice}
         coverage[f"cover/{name}"] = jnp.mean(mask)
     return terms, coverage
 
 
 def mix_labels(keep: jax.Array, own: pl.PseudoLabels, partner: pl.PseudoLabels) -> pl.PseudoLabels:
-    """The same for all labels and masks at once."""
+    """All labels and masks at once: `own` where `keep` [B, H, W] is true, else `partner`."""
     return jax.tree.map(lambda a, b: jnp.where(keep, a, b), own, partner)
 
 

@@ -5,9 +5,7 @@ background.) With the Dice loss beside the cross-entropy, as CGS has it, and its
 """
 
 import jax
-import jax.numpy as jnp
 
-from cgs_jax import losses, pseudo_labels
 from cgs_jax.methods import base
 
 
@@ -29,6 +27,5 @@ class Method(base.Method):
 
     def unsupervised(self, pairs, step):
         ((student, teacher, *_),) = pairs
-        label, sure = pseudo_labels.confident(teacher.generalist, self.config.method.tau)
-        ce, dice = losses.segmentation_loss(student.generalist, label, sure)
-        return {"unsup/ce": ce, "unsup/dice": dice}, {"cover/sure": jnp.mean(sure)}
+        ce, dice, sure = base.confident_loss(student, teacher, self.config.method.tau)
+        return {"unsup/ce": ce, "unsup/dice": dice}, {"cover/sure": sure}

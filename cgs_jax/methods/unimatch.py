@@ -8,7 +8,7 @@ are the rolled batch instead of a second one, labelled in the same pass.
 import jax
 import jax.numpy as jnp
 
-from cgs_jax import augment, losses, pseudo_labels
+from cgs_jax import augment
 from cgs_jax.methods import base
 from cgs_jax.models import Outputs
 
@@ -17,6 +17,8 @@ SHARES = (0.25, 0.25, 0.5)  # of both strong views and of the perturbed stream
 
 class Method(base.Method):
     """The student teaches itself."""
+
+    weight = base.Method.constant_weight
 
     def views(self, batch, key):
         """As the base class, with two strong views and their CutMix boxes 'keep'."""
@@ -56,10 +58,6 @@ class Method(base.Method):
         for name, share, (student, teacher, *_) in zip(
             ("first", "second", "perturbed"), SHARES, pairs, strict=True
         ):
-            label, sure = pseudo_labels.confident(teacher.generalist, self.config.method.tau)
-            _, dice = losses.segmentation_loss(student.generalist, label, sure)
+            _, dice, sure = base.confident_loss(student, teacher, self.config.method.tau)
             terms[f"unsup/{name}_dice"] = share * dice
-        return terms, {"cover/sure": jnp.mean(sure)}
-
-    def weight(self, step):
-        return jnp.float32(self.config.method.lambda_max)
+        return terms, {"cover/sure": sure}
