@@ -97,8 +97,8 @@ def strong(key: jax.Array, image: jax.Array, config: ConfigDict) -> jax.Array:
     return jax.vmap(one)(jax.random.split(key, image.shape[0]), image)
 
 
-def cutmix_keep(key: jax.Array, batch: int, size: int) -> jax.Array:
-    """One CutMix box an image: [batch, size, size], False inside the box.
+def cutmix_keep(key: jax.Array, batch: int, size: int, probability: float = 1.0) -> jax.Array:
+    """One CutMix box an image, with `probability`: [batch, size, size], False inside the box.
 
     Area uniform in .02 to .4 of the image, aspect uniform in .3 to 1/.3 as far as the box fits,
     position uniform inside the image.
@@ -115,7 +115,11 @@ def cutmix_keep(key: jax.Array, batch: int, size: int) -> jax.Array:
         x = jax.random.randint(k_x, (), 0, size - width + 1)
         return box_keep(jnp.stack([y, x, height, width]), size)
 
-    return jax.vmap(one)(jax.random.split(key, batch))
+    keep = jax.vmap(one)(jax.random.split(key, batch))
+    if probability == 1:
+        return keep
+    without = jax.random.uniform(jax.random.fold_in(key, 0), (batch, 1, 1)) >= probability
+    return keep | without
 
 
 def box_keep(box: jax.Array, size: int) -> jax.Array:

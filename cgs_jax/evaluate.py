@@ -15,7 +15,6 @@ from cgs_jax import distributed, metrics, sharding
 from cgs_jax.data.prepare import LEVELS, Prepared
 from cgs_jax.data.volume import resize
 from cgs_jax.methods.base import Method
-from cgs_jax.train_state import TrainState
 
 Predict = Callable[[np.ndarray], np.ndarray]
 Results = dict[str, dict[str, dict[str, float]]]  # case -> organ -> metric -> value
@@ -26,26 +25,46 @@ def to_image(slices: jax.Array) -> jax.Array:
     return slices[..., None].astype(jnp.float32) / LEVELS
 
 
-def make_predict(method: Method) -> Callable[[TrainState], Predict]:
-    """Compiles state -> (uint16 [B, size, size] -> uint8 labels) for this process's devices."""
-    mesh = sharding.local_mesh()
+def combine(probs: jax.Array, how: str) -> jax.Array:
+    """Labels uint8 [B, H, W] of several predictions [M, B, H, W, C].
 
-    def predict(state, slices):
-        scores = method.predict(state, to_image(slices))
-        return jnp.argmax(scores, -1).astype(jnp.uint8)
+    'average' of the probabilities; 'confidence': at each pixel the surest prediction decides;
+    'vote': the most named class, of equally often named ones the likelier.
+    """
+    if how == "confidence":
+        surest = jnp.argmax(jnp.max(probs, -1), 0)[None, ..., None]
+        scores = jnp.take_along_axis(probs, surest, 0)[0]
+    else:
+        scores = jnp.mean(probs, 0)
+        if how == "vote":
+            scores += jnp.sum(jax.nn.one_hot(jnp.argmax(probs, -1), probs.shape[-1]), 0)
+    return jnp.argmax(scores, -1).astype(jnp.uint8)
+
+
+def make_predict(*methods: Method) -> Callable[..., Predict]:
+    """Compiles states -> (uint16 [B, size, size] -> uint8 labels) for this process's devices.
+
+    The predictions of several methods, a state each, are combined as the first's config says.
+    """
+    mesh, how = sharding.local_mesh(), methods[0].config.combine
+
+    def predict(states, slices):
+        image = to_image(slices)
+        probs = [m.predict(state, image) for m, state in zip(methods, states, strict=True)]
+        return combine(jnp.concatenate(probs), how)
 
     compiled = sharding.jit(predict, mesh)
 
-    def with_state(state):
-        state = sharding.localise(mesh, state)
+    def with_states(*states):
+        states = sharding.localise(mesh, states)
 
         def run(slices):
             padded = np.pad(slices, ((0, -len(slices) % mesh.size), (0, 0), (0, 0)))
-            return np.asarray(compiled(state, sharding.put_batch(mesh, padded)))[: len(slices)]
+            return np.asarray(compiled(states, sharding.put_batch(mesh, padded)))[: len(slices)]
 
         return run
 
-    return with_state
+    return with_states
 
 
 def segment(
@@ -127,13 +146,15 @@ def evaluate(
 
 
 def _score(label, truth, i, spacing, surface):
-    if surface:
-        return metrics.score(label == i, truth == i, spacing)
-    return metrics.overlap(label == i, truth == i)
+    masks = label == i, truth == i
+    scores = metrics.score(*masks, spacing) if surface else metrics.overlap(*masks)
+    return scores | {"voxels": int(np.count_nonzero(masks[1]))}  # the organ's size
 
 
 def summarise(results: Results) -> dict[str, Any]:
     """Means over cases for every organ, and over organs, with the number of undefined values.
+
+    'voxels' is an organ's true size.
 
     Returns {'mean': {metric: value}, 'organs': {organ: {metric: {'mean', 'std', 'undefined'}}},
     'cases': results}; what no case defines is nan.
@@ -161,10 +182,10 @@ def mean(values: Iterable[float], statistic: Callable = np.mean) -> float:
 
 def table(summary: dict[str, Any]) -> str:
     """The means as text, an organ a line."""
-    columns = list(summary["mean"])
-    scale = {name: 100 if name in metrics.OVERLAP else 1 for name in columns}
     head = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD vox", "asd": "ASD vox"}
     head |= {"hd95_mm": "95HD mm", "asd_mm": "ASD mm"}
+    columns = [name for name in head if name in summary["mean"]]
+    scale = {name: 100 if name in metrics.OVERLAP else 1 for name in columns}
     width = max(map(len, [*summary["organs"], "organ"]))
     lines = [f"{'organ':<{width}}" + "".join(f"{head[c]:>11}" for c in columns)]
     for organ, scores in summary["organs"].items():

@@ -14,7 +14,7 @@ from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.cli import cli
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
-from cgs_jax.writers import folder, read_metrics, say, to_json, write_text
+from cgs_jax.writers import folder, read_lines, say, to_json, write_text
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
@@ -64,7 +64,9 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
     looks.gather()
     if distributed.is_first():
         write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
-        plots.curves(read_metrics(workdir), config.data.classes, workdir / "curves.png")
+        plots.curves(
+            read_lines(workdir / "metrics.jsonl"), config.data.classes, workdir / "curves.png"
+        )
         plots.overlays(looks, results, config.data, workdir / "overlays.png")
     say(f"\ntest, best validation checkpoint (step {step}), {len(results)} cases")
     say(evaluate.table(summary["test"]))

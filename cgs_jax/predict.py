@@ -1,52 +1,47 @@
-"""Segments NIfTI scans with a trained run.
+"""Segments NIfTI scans with a trained run, or with several together.
 
 python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [--overwrite]
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import nibabel as nib
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from cgs_jax import evaluate, run_config, sharding, train
-from cgs_jax.checkpoint import Checkpoints
+from cgs_jax import ensemble, evaluate
 from cgs_jax.cli import cli
 from cgs_jax.data.prepare import quantise
 from cgs_jax.data.volume import Scan, finite, normalise, read_nifti
 from cgs_jax.errors import UserError
+from cgs_jax.train import CHOICES
 from cgs_jax.writers import folder, say
 
 
 def predict(
-    workdir: pathlib.Path,
+    workdirs: Sequence[pathlib.Path],
     source: pathlib.Path,
     output: pathlib.Path,
     overwrite: bool = False,
     inference: str | None = None,
+    combine: str | None = None,
 ) -> list[pathlib.Path]:
     """Writes one label map (uint8) for every scan, with its grid and header, under its name.
 
-    `inference` replaces the run's own. Returns the files written.
+    `inference` and `combine` replace the run's own. Returns the files written.
 
     Raises:
       UserError: no run, no scans, a file that would be overwritten; or, after all others are
         written, a scan that can not be read.
     """
-    config, _ = run_config.load(workdir)
-    config.inference = inference or config.inference
     files = find(source, output, overwrite)
+    config, predict = ensemble.restore(workdirs, inference, combine)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can not write to --output {output}: {error.strerror}") from error
-    mesh = sharding.local_mesh()
-    method = train.make_method(config)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    state, _ = train.restore_best(config, method, checkpoints, workdir, mesh)
-    checkpoints.close()
-    predict = evaluate.make_predict(method)(state)
     waiting: list[tuple[pathlib.Path, Scan]] = []  # for their labels
     problems: list[str] = []
 
@@ -108,20 +103,23 @@ def write(scan: Scan, label: np.ndarray, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the trained run")
+    _WORKDIRS = flags.DEFINE_multi_string("workdir", None, "folder of a trained run; repeat it")
     _INPUT = flags.DEFINE_string("input", None, "a NIfTI file, or a folder of them")
     _OUTPUT = flags.DEFINE_string("output", None, "folder for the label maps")
     _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace label maps that are there")
     _INFERENCE = flags.DEFINE_enum(
-        "inference", None, ["generalist", "specialists"], "which heads decide; default: the run's"
+        "inference", None, CHOICES["inference"], "which heads decide; default: the run's"
+    )
+    _COMBINE = flags.DEFINE_enum(
+        "combine", None, CHOICES["combine"], "how several predictions become one; likewise"
     )
     flags.mark_flags_as_required(["workdir", "input", "output"])
 
     def _main(_):
+        workdirs = [folder(name) for name in _WORKDIRS.value]
         scans, labels = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
-        for path in predict(
-            folder(_WORKDIR.value), scans, labels, _OVERWRITE.value, _INFERENCE.value
-        ):
+        options = _OVERWRITE.value, _INFERENCE.value, _COMBINE.value
+        for path in predict(workdirs, scans, labels, *options):
             say(str(path))
 
     cli(_main)

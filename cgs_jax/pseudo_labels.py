@@ -1,7 +1,8 @@
 """Labels that generalist and specialists make for each other, and the masks that doubt them.
 
 Relabelling, merging, inter-head error detection (IHED) and agreement of CGS (Wang et al., IEEE TMI
-2025). K targets are 1..K; a specialist's classes are background, target and remaining.
+2025). K targets are 1..K. A specialist's classes are background, target and remaining; a binary
+one's, as the paper ablates them, are target and all else.
 """
 
 from typing import NamedTuple
@@ -14,31 +15,38 @@ from cgs_jax.models import Outputs
 BACKGROUND, TARGET, REMAINING = 0, 1, 2
 
 
-def relabel(labels: jax.Array, num_targets: int) -> jax.Array:
+def relabel(labels: jax.Array, num_targets: int, num_classes: int = 3) -> jax.Array:
     """Multi-class labels [B, H, W] -> labels of each specialist [K, B, H, W]."""
     targets = jnp.arange(1, num_targets + 1).reshape(-1, *[1] * labels.ndim)
-    classes = jnp.array([BACKGROUND, TARGET, REMAINING], labels.dtype)
-    return jnp.where(labels == 0, classes[0], jnp.where(labels == targets, *classes[1:]))
+    others = jnp.asarray(REMAINING if num_classes == 3 else BACKGROUND, labels.dtype)
+    rest = jnp.where(labels == 0, jnp.asarray(BACKGROUND, labels.dtype), others)
+    return jnp.where(labels == targets, jnp.asarray(TARGET, labels.dtype), rest)
 
 
 def merge(specialist_probs: jax.Array) -> jax.Array:
-    """Probabilities of the specialists [K, B, H, W, 3] -> scores [B, H, W, K + 1].
+    """Probabilities of the specialists [K, B, H, W, 3 or 2] -> scores [B, H, W, K + 1].
 
     Background scores the mean of all heads, target k what its specialist gives it; the scores are
-    not renormalised.
+    not renormalised. Of binary heads, background scores the least that any gives to all else: where
+    one organ is likely, it is not the others' doubt that counts.
     """
-    background = jnp.mean(specialist_probs[..., BACKGROUND], 0)
+    background = specialist_probs[..., BACKGROUND]
+    binary = specialist_probs.shape[-1] == 2
+    background = jnp.min(background, 0) if binary else jnp.mean(background, 0)
     targets = jnp.moveaxis(specialist_probs[..., TARGET], 0, -1)
     return jnp.concatenate([background[..., None], targets], -1)
 
 
-def ihed_mask(votes: jax.Array) -> jax.Array:
+def ihed_mask(votes: jax.Array, num_classes: int = 3) -> jax.Array:
     """True where the specialists' votes [K, B, H, W] fit together: [B, H, W].
 
     Either all say background, or exactly one says target and all others say remaining. Since 2K - 1
-    is one below the largest sum, the sum of the votes tells both cases.
+    is one below the largest sum, the sum of the votes tells both cases. Binary heads contradict
+    each other only where more than one says target.
     """
     total = jnp.sum(votes, 0)
+    if num_classes == 2:
+        return total <= 1
     return (total == 0) | (total == 2 * votes.shape[0] - 1)
 
 
@@ -62,7 +70,7 @@ def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
         confident=sure,
         specialists=_argmax(merge(specialists)),
         votes=votes,
-        consistent=ihed_mask(votes),
+        consistent=ihed_mask(votes, specialists.shape[-1]),
     )
 
 

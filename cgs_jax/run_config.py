@@ -22,15 +22,21 @@ FREE = (
     "data.cache",
     "log_every",
     "eval_batch",
+    "pseudo_slices",
     "inference",
+    "combine",
     "model.lanes",
     "mesh.data",
     "mesh.space",
     "mesh.shard_params",
 )
 # What runs had before there was a field for it.
-BEFORE = {"model.dtype": "float32", "model.lanes": 0}
-BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0}
+BEFORE = {"model.dtype": "float32", "model.lanes": 0, "model.head_classes": 3}
+BEFORE |= {"model.head_depth": 1}
+BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0, "combine": "average"}
+BEFORE |= {"pseudo_slices": 64}
+BEFORE_CGS = {"method.teacher": "train", "method.cutmix": 1.0, "method.ihed": True}
+BEFORE_CGS |= {"method.terms": tuple(f"{a}_from_{b}" for a in "GS" for b in "gse")}
 
 
 @contextlib.contextmanager
@@ -81,10 +87,14 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
         config = ConfigDict(json.loads(config, object_hook=_tuples))
         if not {"data", "model", "method", "total_steps"} <= set(config):
             raise ValueError("config.json lacks fields")
-        for name, value in BEFORE.items():
-            section, field = name.split(".")
-            config[section] = config.get(section, ConfigDict())
-            config[section][field] = config[section].get(field, value)
+        before = BEFORE | (BEFORE_CGS if config.method.name == "cgs" else {})
+        for name, value in before.items():
+            *section, field = name.split(".")
+            part = config
+            for step in section:
+                part[step] = part.get(step, ConfigDict())
+                part = part[step]
+            part[field] = part.get(field, value)
         return config, splits
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} holds no run: no {error.filename}") from None
@@ -98,7 +108,7 @@ def _tuples(mapping: dict[str, Any]) -> dict[str, Any]:
 
 def check_same(saved: ConfigDict, config: ConfigDict, workdir: pathlib.Path) -> None:
     """Raises UserError where `config` would go on with a run that was trained otherwise."""
-    saved, now = _flat(saved.to_dict()), _flat(config.to_dict())
+    saved, now = flatten(saved.to_dict()), flatten(config.to_dict())
     for name in sorted(saved.keys() | now.keys()):
         if name not in FREE and saved.get(name) != now.get(name):
             raise UserError(
@@ -107,10 +117,11 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: pathlib.Path) -> 
             )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
     flat = {}
     for key, value in tree.items():
         flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
     return flat

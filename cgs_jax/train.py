@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cgs_jax import distributed, evaluate, optim, sharding
+from cgs_jax import distributed, evaluate, optim, quality, sharding
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.data import pipeline
 from cgs_jax.data.prepare import Prepared
@@ -26,6 +26,13 @@ from cgs_jax.models import torch_weights
 from cgs_jax.modules import load_by_name
 from cgs_jax.train_state import TrainState
 from cgs_jax.writers import Writer, say
+
+CHOICES = {
+    "inference": ("both", "generalist", "specialists"),
+    "combine": ("average", "confidence", "vote"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.head_classes": (2, 3),
+}
 
 
 def make_method(config: ConfigDict) -> Method:
@@ -39,13 +46,15 @@ def make_method(config: ConfigDict) -> Method:
         raise UserError(f"data.size={config.data.size} does not divide by {2 ** (levels - 1)}")
     if len(config.model.dropout) != levels:
         raise UserError("model.dropout and model.channels must have the same length")
-    if config.inference not in ("generalist", "specialists"):
-        raise UserError(
-            f"unknown inference {config.inference!r}; there are: generalist, specialists"
-        )
+    for name, known in CHOICES.items():
+        value = operator.attrgetter(name)(config)
+        if value not in known:
+            raise UserError(f"unknown {name} {value!r}; there are: {', '.join(map(str, known))}")
+    if config.model.head_depth < 0:
+        raise UserError("model.head_depth must be at least 0")
     method = load_by_name("cgs_jax.methods", config.method.name, "method").Method(config)
-    if config.inference == "specialists" and not method.specialists:
-        raise UserError(f"inference=specialists: {config.method.name} trains no specialists")
+    if config.inference != "generalist" and not method.specialists:
+        raise UserError(f"inference={config.inference}: {config.method.name} trains no specialists")
     at_least_one = ["log_every", "eval_every", "eval_batch", "batch.labelled"]
     for name in at_least_one + ["batch.unlabelled"] * method.unlabelled:
         if operator.attrgetter(name)(config) < 1:
@@ -58,8 +67,6 @@ def make_method(config: ConfigDict) -> Method:
         raise UserError(f"model.dropout={config.model.dropout}: rates are between 0 and 0.9")
     if not 0 <= config.augment.degrees <= 90:
         raise UserError(f"augment.degrees={config.augment.degrees} must be between 0 and 90")
-    if config.model.dtype not in ("float32", "bfloat16"):
-        raise UserError(f"unknown model.dtype {config.model.dtype!r}; there are: float32, bfloat16")
     return method
 
 
@@ -189,6 +196,7 @@ def train(
     batches = device_batches(config, method, prepared, mesh, start)
     train_step = make_train_step(method, optimizer, config, mesh)
     predict = evaluate.make_predict(method)
+    measure = quality.make_measure(config, method, prepared)
     zero_before = set()
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
@@ -209,9 +217,9 @@ def train(
             if not validates:
                 checkpoints.save(state)
                 return False
-            scores = validate(predict(state), prepared, config)
+            scores = validate(predict(state), prepared, config) | measure(state)
             writer.write(step, scores)
-            writer.publish()
+            writer.publish(step)
             organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
             say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
             zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}

@@ -2,12 +2,17 @@
 
 import json
 import math
+import os
 import pathlib
+import platform
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
@@ -56,9 +61,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Lines of metrics.jsonl; a line that a kill broke off is left out."""
-    path, lines = workdir / "metrics.jsonl", []
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl or times.jsonl; one that a kill broke off is left out."""
+    lines = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
             lines.append(json.loads(line))
@@ -73,10 +78,25 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
+def hardware() -> str:
+    """Such as '8 x NVIDIA H200', or '1 x cpu (AMD EPYC, 2 cores)'."""
+    device, about = jax.devices()[0], ""
+    if device.platform == "cpu":
+        info = pathlib.Path("/proc/cpuinfo")
+        found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
+        about = f" ({found[1] if found else platform.machine()}, {os.cpu_count()} cores)"
+    return f"{jax.device_count()} x {device.device_kind}{about}"
+
+
+def _put(file, line):
+    file.write(to_json(line) + "\n")
+
+
 class Writer:
     """Appends scalars by step; what an interrupted run wrote past `start` is taken back.
 
-    Process 0 writes for all.
+    times.jsonl tells when, on what and how long: a line a start, a line a validation. Process 0
+    writes for all.
     """
 
     def __init__(self, workdir: pathlib.Path, start: int):
@@ -86,25 +106,39 @@ class Writer:
         self._workdir = self._folder = workdir
         if is_remote(workdir):  # written here, and copied by `publish`
             self._folder = pathlib.Path(tempfile.mkdtemp(prefix="cgs_jax_logs_"))
-        kept = [line for line in read_metrics(workdir) if line["step"] <= start]
-        path = self._folder / "metrics.jsonl"
-        write_text(path, "".join(f"{to_json(line)}\n" for line in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115
+        metrics, times = (read_lines(workdir / f"{name}.jsonl") for name in ("metrics", "times"))
+        kept = [line for line in metrics if line["step"] <= start]
+        self._metrics = self._append_to("metrics.jsonl", kept)
+        self._times = self._append_to("times.jsonl", times)
+        self._began = time.monotonic()
+        line = {"step": start, "hardware": hardware(), "jax": jax.__version__}
+        _put(self._times, line | {"started": time.strftime("%Y-%m-%d %H:%M:%S%z")})
         self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line and its TensorBoard scalars."""
         if not self._first:
             return
-        self._file.write(to_json({"step": step, **scalars}) + "\n")
+        _put(self._metrics, {"step": step, **scalars})
         for name, value in scalars.items():
             if not math.isfinite(value):
                 continue
             self._board.add_scalar(name, value, step)
 
-    def publish(self) -> None:
-        """Copies what is written into a `workdir` in a bucket."""
-        if not self._first or self._folder == self._workdir:
+    def _append_to(self, name, lines):
+        path = self._folder / name
+        write_text(path, "".join(f"{to_json(line)}\n" for line in lines))
+        return open(path, "a", buffering=1)
+
+    def publish(self, step: int) -> None:
+        """Notes how long it took to `step`, and copies all into a `workdir` in a bucket."""
+        if not self._first:
+            return
+        _put(self._times, {"step": step, "seconds": round(time.monotonic() - self._began, 1)})
+        self._copy()
+
+    def _copy(self):
+        if self._folder == self._workdir:
             return
         self._board.flush()
         for path in filter(pathlib.Path.is_file, self._folder.rglob("*")):
@@ -115,8 +149,9 @@ class Writer:
     def close(self) -> None:
         """Flushes everything."""
         if self._first:
-            self.publish()
-            self._file.close()
+            self._copy()
+            self._metrics.close()
+            self._times.close()
             self._board.close()
             if self._folder != self._workdir:
                 shutil.rmtree(self._folder)

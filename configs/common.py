@@ -30,6 +30,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.log_every = 50
     config.eval_every = 500  # validation and checkpoint
     config.eval_batch = 32  # slices
+    # slices of training cases with withheld labels, to measure pseudo-labels on; 0: none
+    config.pseudo_slices = 64
 
     config.batch = ConfigDict()
     config.batch.labelled = 12  # slices a step, over all devices
@@ -41,6 +43,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.model.dropout = (0.05, 0.1, 0.2, 0.3, 0.5)
     config.model.dtype = "float32"  # of the feature maps; or 'bfloat16'
     config.model.lanes = 0  # pixels share channels until they are this wide; 0: 128 on TPUs, else 1
+    config.model.head_classes = 3  # background, organ, remaining; or 2: the organ and all else
+    config.model.head_depth = 1  # hidden layers of a specialist
     config.model.weights = ""  # .npz or .safetensors to start from, PyTorch names
 
     config.mesh = ConfigDict()
@@ -62,7 +66,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.augment.jitter = 0.8  # probability of brightness and contrast in the strong view
     config.augment.strength = 0.5  # each factor is uniform in 1 +- strength
 
-    config.inference = "generalist"  # or 'specialists': their merged scores
+    config.inference = "generalist"  # or 'specialists': their merged scores; or 'both'
+    config.combine = "average"  # of several predictions; or 'confidence', the surest, or 'vote'
     config.method = ConfigDict({"name": method})
     config.data = ConfigDict()
     config.data.root = "data"  # folder of the data set

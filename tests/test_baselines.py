@@ -23,9 +23,9 @@ def test_mean_teacher_by_hand():
         logits_of([[[[0.5, 0.5], [0.4, 0.6]]]]),
     )
     method = train.make_method(tiny("mean_teacher"))
-    terms, _ = method.unsupervised([base.Pair(student, teacher)], 1000)
+    terms, _ = method.unsupervised([base.Pair(student, teacher)], 2)  # 1/30 of 60 steps
     np.testing.assert_allclose(terms["unsup/mse"], 0.25 / 2, rtol=1e-5)
-    assert method.unsupervised([base.Pair(student, teacher)], 999)[0]["unsup/mse"] == 0
+    assert method.unsupervised([base.Pair(student, teacher)], 1)[0]["unsup/mse"] == 0
     sure = jnp.array([[[False, True]]])
     terms, cover = train.make_method(tiny("ua_mt")).unsupervised(
         [base.Pair(student, teacher, sure)], 0
@@ -70,6 +70,42 @@ def test_unimatch_by_hand():
         pairs = [base.Pair(student, teacher) for teacher in teachers]
         terms, _ = method.unsupervised(pairs, 0)
         np.testing.assert_allclose(sum(terms.values()), expected, rtol=1e-5)
+
+
+def test_urpc_by_hand():
+    """Two scales of one pixel and another where they agree: the mean is between, and both differ
+    from it by as much."""
+    fine, coarse = [[[[0.8, 0.2], [0.5, 0.5]]]], [[[[0.4, 0.6], [0.5, 0.5]]]]
+    log = lambda x: jnp.log(jnp.asarray(x))  # noqa: E731
+    student = Outputs(log(fine), None, log([coarse]))
+    terms, _ = train.make_method(tiny("urpc")).unsupervised([base.Pair(student, None)], 0)
+    mean = np.array([0.6, 0.4])
+    variance = [np.sum(mean * np.log(mean / p)) for p in ([0.8, 0.2], [0.4, 0.6])]
+    rectified = [0.04 * np.exp(-v) / (np.exp(-v) + 1) for v in variance]
+    np.testing.assert_allclose(terms["unsup/mse"], np.mean(rectified), rtol=1e-4)
+    np.testing.assert_allclose(terms["unsup/variance"], np.mean(variance) / 2, rtol=1e-4)
+    label = jnp.array([[[0, 1]]])
+    terms = base.supervised_loss(base.Labelled(student, label))
+    expected = -np.mean(np.log([0.8, 0.5, 0.4, 0.5]))
+    np.testing.assert_allclose(terms["sup/generalist_ce"], expected, rtol=1e-5)
+
+
+def test_pyramid_perturbs_its_maps_in_training_only():
+    config = tiny("urpc", **{"model.channels": (4, 4, 4, 8, 8), "model.dropout": (0.0,) * 5})
+    method = train.make_method(config)
+    image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
+    variables = jax.jit(method.network.init)(jax.random.key(1), image)
+    shape = (3, 2, 16, 16, 3)
+    assert method.network.apply(variables, image).pyramid.shape == shape
+    stats = {"batch_stats": variables["batch_stats"]}
+    one, other = (
+        method.forward(variables["params"], stats, image, jax.random.key(k))[0] for k in (2, 3)
+    )
+    np.testing.assert_array_equal(one.generalist, other.generalist)
+    for i in range(3):
+        assert jnp.abs(one.pyramid[i] - other.pyramid[i]).max() > 0, i
+    coarse = np.asarray(one.pyramid[2]).reshape(2, 2, 8, 2, 8, 3)
+    assert (coarse == coarse[:, :, :1, :, :1]).all()  # a pixel of 1/8 is 8 x 8
 
 
 def test_perturbed_stream_loses_half_of_the_channels():
@@ -150,7 +186,7 @@ def test_largest_components():
 
 
 def test_bcp_pastes_and_says_what_is_labelled():
-    config = tiny("bcp", **{"method.pretrain": 5, "total_steps": 60})
+    config = tiny("bcp", **{"method.pretrain": 1 / 12, "total_steps": 60})
     method = train.make_method(config)
     batch = jax.tree.map(jnp.asarray, tiny_batch(config))
     image = jnp.stack([jnp.zeros((16, 16, 1)), jnp.ones((16, 16, 1))])

@@ -98,7 +98,7 @@ def test_pytorch_counterpart_computes_the_same_losses():
         np.testing.assert_allclose(a, b.detach(), atol=1e-4)
 
     def to_torch(outputs):
-        generalist, specialists = (torch.tensor(np.asarray(x)) for x in outputs)
+        generalist, specialists = (torch.tensor(np.asarray(x)) for x in outputs[:2])
         return generalist.movedim(-1, 1), list(specialists.movedim(-1, 2))
 
     rng = np.random.default_rng(0)

@@ -49,7 +49,7 @@ def test_stopped_before_the_first_validation(scans, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="holds no validated checkpoint; train first"):
         main.run(config_of(scans, total_steps=0), workdir)
     with pytest.raises(UserError, match="holds no validated checkpoint; train first"):
-        predict.predict(workdir, scans / "scans" / "Patient_06", tmp_path / "labels")
+        predict.predict([workdir], scans / "scans" / "Patient_06", tmp_path / "labels")
 
 
 def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
@@ -135,7 +135,7 @@ def test_two_processes_in_one_workdir(trained, scans):
         ("supervised", {}, "method.base=supervised: CGS lies over methods"),
         ("nonsense", {}, "unknown method 'nonsense'; there are: ad_mt, bcp"),
         ("fixmatch", {"method.plan": "full"}, "method.plan is for CGS without base"),
-        ("bcp", {"total_steps": 9000}, "method.pretrain must be at least 1 and less than"),
+        ("bcp", {"method.pretrain": 1.0}, "method.pretrain is a share of total_steps"),
         ("bcp", {"batch.labelled": 3}, "must be the same even number"),
     ],
 )

@@ -23,7 +23,7 @@ def test_outputs_of_a_run(trained):
     assert set(summary["test"]["cases"]) == {"Patient_06", "Patient_07"}
     assert set(summary["val"]["cases"]) == {"Patient_05"}
     scores = summary["test"]["cases"]["Patient_06"]["heart"]
-    assert set(scores) == {"dice", "jaccard", "hd95", "asd", "hd95_mm", "asd_mm"}
+    assert set(scores) == {"dice", "jaccard", "hd95", "asd", "hd95_mm", "asd_mm", "voxels"}
     assert "undefined" in summary["test"]["organs"]["trachea"]["dice"]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(5, 201, 5))
@@ -103,20 +103,20 @@ def test_predict_keeps_grid_header_and_name(trained, scans, tmp_path):
     assert "a.nii.gz exists; choose another --output or give --overwrite" in again.stderr
     assert start([*line, "--overwrite"]).returncode == 0
     with pytest.raises(UserError, match="would replace the input"):
-        predict.predict(workdir, inputs, inputs, overwrite=True)
+        predict.predict([workdir], inputs, inputs, overwrite=True)
     (inputs / "b.nii").write_bytes(b"damaged")
     (tmp_path / "labels" / "c.nii.gz").unlink()
     with pytest.raises(UserError, match=r"b.nii is not a whole NIfTI.*; 2 others are written to"):
-        predict.predict(workdir, inputs, tmp_path / "labels", overwrite=True)
+        predict.predict([workdir], inputs, tmp_path / "labels", overwrite=True)
     assert (tmp_path / "labels" / "c.nii.gz").exists()
     with pytest.raises(UserError, match="no such file or folder"):
-        predict.predict(workdir, tmp_path / "nothing", tmp_path / "labels")
+        predict.predict([workdir], tmp_path / "nothing", tmp_path / "labels")
     with pytest.raises(UserError, match="holds no run"):
-        predict.predict(tmp_path, inputs, tmp_path / "new")
+        predict.predict([tmp_path], inputs, tmp_path / "new")
     blocked = tmp_path / "a_file"
     blocked.write_text("")
     with pytest.raises(UserError, match="can not write to --output"):
-        predict.predict(workdir, inputs, blocked / "labels")
+        predict.predict([workdir], inputs, blocked / "labels")
 
 
 def test_prediction_scores_as_the_evaluation_says(trained, scans, tmp_path):
@@ -125,7 +125,7 @@ def test_prediction_scores_as_the_evaluation_says(trained, scans, tmp_path):
     cases = json.loads((workdir / "summary.json").read_text())["test"]["cases"]
     case = max(cases, key=lambda name: cases[name]["heart"]["dice"])
     source = scans / "scans" / case
-    written = predict.predict(workdir, source / f"{case}.nii.gz", tmp_path)
+    written = predict.predict([workdir], source / f"{case}.nii.gz", tmp_path)
     label = np.asarray(nib.load(written[0]).dataobj)
     truth = np.asarray(nib.load(source / "GT.nii.gz").dataobj)
     assert cases[case]["heart"]["dice"] > 0.3
@@ -149,7 +149,7 @@ def test_hippocampus_end_to_end(test_data, tmp_path):
     unlabelled = [c for c in train_cases if not (labels / f"{c}.nii.gz").exists()]
     assert len(unlabelled) == 12
     image = labels.with_name("imagesTr") / f"{unlabelled[0]}_0000.nii.gz"
-    (label,) = predict.predict(workdir, image, tmp_path / "labels")
+    (label,) = predict.predict([workdir], image, tmp_path / "labels")
     image, label = nib.load(image), nib.load(label)
     assert label.shape == image.shape
     np.testing.assert_array_equal(label.affine, image.affine)

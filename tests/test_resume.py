@@ -150,10 +150,10 @@ def test_logs_of_a_run_in_a_bucket(tmp_path, monkeypatch):
     for begun, there in ((0, 0), (10, 2)):
         with contextlib.closing(writers.Writer(tmp_path, begun)) as writer:
             writer.write(begun + 10, {"loss": 1.0})
-            assert len(writers.read_metrics(tmp_path)) == there
+            assert len(writers.read_lines(tmp_path / "metrics.jsonl")) == there
             writer.publish()
             writer.write(begun + 20, {"loss": 2.0})
-    steps = [line["step"] for line in writers.read_metrics(tmp_path)]
+    steps = [line["step"] for line in writers.read_lines(tmp_path / "metrics.jsonl")]
     assert steps == [10, 20, 30]
     assert any((tmp_path / "tensorboard").iterdir())
 

@@ -66,8 +66,15 @@ class Method(base.Method):
         _, dice, sure = base.confident_loss(student, teacher, self.config.method.tau)
         return {"unsup/dice": dice}, {"cover/sure": sure}
 
+    def labelling_variables(self, state):
+        """Those of one of the two teachers."""
+        teacher = state.extra["teachers"][0]
+        return teacher["params"], teacher["model_state"]
+
     def weight(self, step):
-        return losses.gaussian_ramp(step, self.config.method.ramp, self.config.method.lambda_max)
+        options = self.config.method
+        steps = round(options.ramp * self.config.total_steps)
+        return losses.gaussian_ramp(step, steps, options.lambda_max)
 
     def after_update(self, state):
         """The teacher whose turn it was follows the student, batch statistics included."""

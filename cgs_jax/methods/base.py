@@ -15,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from cgs_jax import augment, losses, pseudo_labels
+from cgs_jax.errors import UserError
 from cgs_jax.models import Outputs, build
 from cgs_jax.train_state import TrainState
 
@@ -132,15 +133,25 @@ class Method:
         return state
 
     def predict(self, state: TrainState, image: jax.Array) -> jax.Array:
-        """[B, H, W, 1] -> class scores [B, H, W, C] in evaluation mode."""
+        """[B, H, W, 1] -> class probabilities [M, B, H, W, C] of the heads that decide, in
+        evaluation mode."""
         params, model_state = self.inference_variables(state)
         outputs = self.network.apply({"params": params, **model_state}, image, train=False)
-        if self.config.inference == "specialists":
-            return pseudo_labels.merge(jax.nn.softmax(outputs.specialists))
-        return jax.nn.softmax(outputs.generalist)
+        heads = []
+        if self.config.inference != "specialists":
+            heads.append(jax.nn.softmax(outputs.generalist.astype(jnp.float32)))
+        if self.config.inference != "generalist":
+            specialists = jax.nn.softmax(outputs.specialists.astype(jnp.float32))
+            merged = pseudo_labels.merge(specialists)
+            heads.append(merged / jnp.sum(merged, -1, keepdims=True))
+        return jnp.stack(heads)
 
     def inference_variables(self, state: TrainState) -> tuple[Any, Any]:
         """(params, model_state) that `predict` uses: the student's."""
+        return state.params, state.model_state
+
+    def labelling_variables(self, state: TrainState) -> tuple[Any, Any]:
+        """(params, model_state) of who labels unlabelled images: the student."""
         return state.params, state.model_state
 
     def forward(
@@ -165,8 +176,17 @@ class Method:
 
 
 class WithTeacher(Method):
-    """A method with a teacher: an exponential moving average (EMA) of the student's parameters,
-    with batch statistics of its own."""
+    """A method with a teacher: an exponential moving average (EMA) of the student's parameters.
+
+    With `config.method.teacher` 'train' it runs as the student does, with dropout and batch
+    statistics of its own; with 'eval' without dropout, by an average of the student's statistics.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        mode = config.method.teacher
+        if mode not in ("train", "eval"):
+            raise UserError(f"unknown --config.method.teacher {mode!r}; there are: eval, train")
 
     def init(self, key, image):
         params, model_state, _ = super().init(key, image)
@@ -177,14 +197,22 @@ class WithTeacher(Method):
     def after_update(self, state: TrainState) -> TrainState:
         """Moves the teacher; it follows closely at first."""
         decay = jnp.minimum(1 - 1 / state.step, self.config.method.ema_decay)
-        teacher = optax.incremental_update(state.params, state.extra["params"], 1 - decay)
-        return state.replace(extra=state.extra | {"params": teacher})
+        own = {"params": state.params}
+        if self.config.method.teacher == "eval":
+            own["model_state"] = state.model_state
+        before = {name: state.extra[name] for name in own}
+        return state.replace(extra=state.extra | optax.incremental_update(own, before, 1 - decay))
+
+    def labelling_variables(self, state):
+        """The teacher's."""
+        return state.extra["params"], state.extra["model_state"]
 
     def teacher(self, state: TrainState, image: jax.Array, key: jax.Array) -> tuple[Outputs, Any]:
         """Its forward pass, and `extra` with the statistics that it leaves."""
-        outputs, model_state = self.forward(
-            state.extra["params"], state.extra["model_state"], image, key
-        )
+        params, model_state = state.extra["params"], state.extra["model_state"]
+        if self.config.method.teacher == "eval":
+            return self.network.apply({"params": params, **model_state}, image), state.extra
+        outputs, model_state = self.forward(params, model_state, image, key)
         return outputs, state.extra | {"model_state": model_state}
 
 
@@ -220,6 +248,11 @@ def rolled(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.roll(x, 1, axis=-4), tree)
 
 
+def scales(outputs: Outputs) -> jax.Array:
+    """Logits of all classes at all scales of the decoder, finest first: [1 + S, B, H, W, C]."""
+    return jnp.concatenate([outputs.generalist[None], outputs.pyramid])
+
+
 def add(terms: Iterable[Terms]) -> Terms:
     """Sums by name."""
     total: Terms = {}
@@ -246,15 +279,21 @@ def confident_loss(
 
 
 def supervised_loss(labelled: Labelled) -> Terms:
-    """CE and Dice of the generalist and, where there are any, the mean over the specialists.
+    """CE and Dice of the generalist, or the mean over the scales of a pyramid, and, where there are
+    any, the mean over the specialists.
 
     Returns the terms by name; L_sup is their sum.
     """
     outputs, label, where = labelled
-    ce, dice = losses.segmentation_loss(outputs.generalist, label, where)
+    if outputs.pyramid is None:
+        ce, dice = losses.segmentation_loss(outputs.generalist, label, where)
+    else:
+        logits = scales(outputs)
+        ce, dice = heads_loss(logits, jnp.broadcast_to(label, logits.shape[:-1]), where)
     terms = {"sup/generalist_ce": ce, "sup/generalist_dice": dice}
     if outputs.specialists is not None:
-        relabelled = pseudo_labels.relabel(label, outputs.specialists.shape[0])
+        count, *_, classes = outputs.specialists.shape
+        relabelled = pseudo_labels.relabel(label, count, classes)
         ce, dice = heads_loss(outputs.specialists, relabelled, where)
         terms |= {"sup/specialists_ce": ce, "sup/specialists_dice": dice}
     return terms

@@ -25,9 +25,10 @@ class Method(base.WithTeacher):
         super().__init__(config)
         if config.batch.labelled % 2 or config.batch.labelled != config.batch.unlabelled:
             raise UserError("bcp: batch.labelled and batch.unlabelled must be the same even number")
-        pretrain = config.method.pretrain
-        if pretrain < 1 or 0 < config.total_steps <= pretrain:
-            raise UserError("bcp: method.pretrain must be at least 1 and less than total_steps")
+        if not 0 <= config.method.pretrain < 1:
+            raise UserError("bcp: method.pretrain is a share of total_steps, from 0 to below 1")
+        # One step at least, for the teacher to start as the student.
+        self.pretrain = max(1, round(config.method.pretrain * config.total_steps))
 
     def views(self, batch, key):
         """As the base class, and 'keep' [B, H, W], False inside the box of this step."""
@@ -47,7 +48,7 @@ class Method(base.WithTeacher):
         teacher, extra = self.teacher(state, weak, k_teacher)
         # Even images stand around the box, odd ones in it; while pretraining all around it.
         even = jnp.arange(len(image))[:, None, None] % 2 == 0
-        pretrains = state.step < self.config.method.pretrain
+        pretrains = state.step < self.pretrain
         keep = jnp.where(even | pretrains, views["keep"], ~views["keep"])
         pasted = jnp.where(pretrains, _neighbour(image), weak)
         student, model_state = self.forward(
@@ -68,8 +69,7 @@ class Method(base.WithTeacher):
     def after_update(self, state):
         """The teacher is the student while that pretrains, then its moving average."""
         own = {"params": state.params, "model_state": state.model_state}
-        options = self.config.method
-        decay = jnp.where(state.step <= options.pretrain, 0, options.ema_decay)
+        decay = jnp.where(state.step <= self.pretrain, 0, self.config.method.ema_decay)
         return state.replace(extra=optax.incremental_update(own, state.extra, 1 - decay))
 
 

@@ -6,7 +6,7 @@ contradiction. Both labels, and where they agree the consensus, teach both kinds
 student on the CutMixed strong view.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from cgs_jax.errors import UserError
 from cgs_jax.methods import base
 from cgs_jax.models import Outputs
 from cgs_jax.modules import load_by_name
-from cgs_jax.train_state import TrainState
+
+TERMS = ("G_from_g", "G_from_s", "G_from_e", "S_from_g", "S_from_s", "S_from_e")
 
 
 class Recipe(base.WithTeacher):
@@ -50,7 +51,10 @@ class Recipe(base.WithTeacher):
             views["partner"] = super().views(partner, k_partner)
             labelled = views["labelled"]
             labelled["strong"] = augment.strong(k_strong, labelled["image"], self.config.augment)
-        views["keep"] = augment.cutmix_keep(k_keep, *views["unlabelled"]["weak"].shape[:2])
+        options = self.config.method
+        views["keep"] = augment.cutmix_keep(
+            k_keep, *views["unlabelled"]["weak"].shape[:2], options.cutmix
+        )
         return views
 
     def passes(self, params, state, views, key):
@@ -91,8 +95,7 @@ class Recipe(base.WithTeacher):
         )
         return base.split(weak, count)[0], mixed, mix_labels(keep, own, partner), model_state, extra
 
-    def inference_variables(self, state: TrainState) -> tuple[Any, Any]:
-        return state.extra["params"], state.extra["model_state"]
+    inference_variables = base.WithTeacher.labelling_variables
 
 
 class Consistency:
@@ -101,13 +104,24 @@ class Consistency:
     specialists = True
     weight = base.Method.weight
 
+    def __init__(self, config):
+        super().__init__(config)
+        wrong = set(config.method.terms) - set(TERMS)
+        if wrong:
+            raise UserError(
+                f"unknown --config.method.terms {', '.join(sorted(wrong))}; "
+                f"there are: {', '.join(TERMS)}"
+            )
+
     def unsupervised(self, pairs, step):
         terms, coverage = super().unsupervised(pairs, step)
         for student, teacher, where, share in pairs:
             pseudo = teacher
             if not isinstance(teacher, pl.PseudoLabels):
                 pseudo = pl.from_teacher(teacher, self.config.method.tau)
-            parts = consistency_losses(student, pseudo, where)
+            if not self.config.method.ihed:
+                pseudo = pseudo._replace(consistent=jnp.ones_like(pseudo.consistent))
+            parts = consistency_losses(student, pseudo, where, self.config.method.terms)
             more, covered = ({k: share * v for k, v in part.items()} for part in parts)
             terms, coverage = base.add([terms, more]), base.add([coverage, covered])
         return terms, coverage
@@ -132,21 +146,24 @@ def Method(config: ConfigDict) -> base.Method:
 
 
 def consistency_losses(
-    student: Outputs, pseudo: pl.PseudoLabels, where: jax.Array | None = None
+    student: Outputs,
+    pseudo: pl.PseudoLabels,
+    where: jax.Array | None = None,
+    names: Sequence[str] = TERMS,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """The six unsupervised terms L_G and L_S, each as CE and Dice, and what the masks let through.
 
     G and S are the student's generalist and specialists, _from_g, _from_s and _from_e what teaches
     them: the teacher's generalist, its specialists, or the consensus of both.
 
-    `where` [B, H, W] leaves pixels out.
+    `where` [B, H, W] leaves pixels out; `names` chooses among the terms.
 
     Returns:
       Terms such as 'unsup/G_from_s_ce' (S: mean over the heads), and shares of pixels 'cover/...'.
     """
-    num_targets = student.specialists.shape[0]
+    num_targets, *_, num_classes = student.specialists.shape
     agree = pseudo.generalist == pseudo.specialists
-    from_generalist = pl.relabel(pseudo.generalist, num_targets)
+    from_generalist = pl.relabel(pseudo.generalist, num_targets, num_classes)
     sources = {  # label for the generalist, labels for the specialists, mask of both
         "g": (pseudo.generalist, from_generalist, pseudo.confident),
         "s": (pseudo.specialists, pseudo.votes, pseudo.consistent),
@@ -155,10 +172,12 @@ def consistency_losses(
     terms, coverage = {}, {}
     for name, (label, head_labels, mask) in sources.items():
         mask = mask if where is None else mask & where
-        ce, dice = losses.segmentation_loss(student.generalist, label, mask)
-        terms |= {f"unsup/G_from_{name}_ce": ce, f"unsup/G_from_{name}_dice": dice}
-        ce, dice = base.heads_loss(student.specialists, head_labels, mask)
-        terms |= {f"unsup/S_from_{name}_ce": ce, f"unsup/S_from_{name}_dice": dice}
+        if f"G_from_{name}" in names:
+            ce, dice = losses.segmentation_loss(student.generalist, label, mask)
+            terms |= {f"unsup/G_from_{name}_ce": ce, f"unsup/G_from_{name}_dice": dice}
+        if f"S_from_{name}" in names:
+            ce, dice = base.heads_loss(student.specialists, head_labels, mask)
+            terms |= {f"unsup/S_from_{name}_ce": ce, f"unsup/S_from_{name}_dice": dice}
         coverage[f"cover/{name}"] = jnp.mean(mask)
     return terms, coverage
 

@@ -40,3 +40,5 @@ class Method(base.Method):
 
     def inference_variables(self, state):
         return state.params["first"], state.model_state["first"]
+
+    labelling_variables = inference_variables

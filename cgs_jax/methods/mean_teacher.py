@@ -27,7 +27,7 @@ class Method(base.WithTeacher):
     def unsupervised(self, pairs, step):
         ((student, teacher, *_),) = pairs
         error = squared_error(student.generalist, teacher.generalist)
-        begun = step >= self.config.method.begin
+        begun = step >= round(self.config.method.begin * self.config.total_steps)
         return {"unsup/mse": begun * jnp.mean(error)}, {}
 
 

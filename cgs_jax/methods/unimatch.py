@@ -6,7 +6,6 @@ are the rolled batch instead of a second one, labelled in the same pass.
 """
 
 import jax
-import jax.numpy as jnp
 
 from cgs_jax import augment
 from cgs_jax.methods import base
@@ -22,14 +21,15 @@ class Method(base.Method):
 
     def views(self, batch, key):
         """As the base class, with two strong views and their CutMix boxes 'keep'."""
-        k_base, k_second, k_keep, k_apply = jax.random.split(key, 4)
+        k_base, k_second, k_keep = jax.random.split(key, 3)
         views = super().views(batch, k_base)
         weak = views["unlabelled"]["weak"]
         second = augment.strong(k_second, weak, self.config.augment)
         views["unlabelled"]["strong"] = [views["unlabelled"]["strong"], second]
-        apply = jax.random.bernoulli(k_apply, self.config.method.cutmix, (2, len(weak), 1, 1))
-        keep = [augment.cutmix_keep(k, *weak.shape[:2]) for k in jax.random.split(k_keep)]
-        views["keep"] = list(jnp.stack(keep) | ~apply)
+        views["keep"] = [
+            augment.cutmix_keep(k, *weak.shape[:2], self.config.method.cutmix)
+            for k in jax.random.split(k_keep)
+        ]
         return views
 
     def passes(self, params, state, views, key):

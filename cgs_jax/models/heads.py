@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from cgs_jax.models import packed
-from cgs_jax.models.unet import BatchNorm, Conv
+from cgs_jax.models.unet import BatchNorm, Conv, dropout, statistics
 
 stacked_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
 
@@ -24,8 +24,8 @@ class Generalist(nn.Module):
 class Specialists(nn.Module):
     """K heads conv1x1 - batch norm - LeakyReLU - conv3x3, parameters stacked [K, ...].
 
-    Specialist k (0-based) separates background, target k + 1, and remaining targets:
-    packed features of F channels -> logits [K, B, H, W, 3].
+    Specialist k (0-based) separates background, target k + 1, and remaining targets, or with two
+    classes its target and all else: packed features of F channels -> [K, B, H, W, num_classes].
 
     The parameters are those of a `nn.vmap`ped head. Only the lowering differs: `vmap` over both
     features and kernels makes XLA emit a grouped convolution, whose gradient is 40 to 60 times
@@ -33,39 +33,120 @@ class Specialists(nn.Module):
     - the batch statistics of the 1x1 convolutions, linear maps of the features, follow from mean
       and covariance of the features; so batch norm is folded into the kernels, and the hidden maps
       are written once. The features are centred first, or bfloat16 would round mean and all;
-    - the last convolutions of up to four heads are one, with a block-diagonal kernel: hardware that
-      multiplies tiles does the zeros for nothing, and on CPUs four heads a time cost least.
+    - what follows is one convolution for up to four heads, with a block-diagonal kernel: hardware
+      that multiplies tiles does the zeros for nothing, and on CPUs four heads a time cost least.
+
+    Attributes:
+      num_targets: K.
+      num_classes: 3 or 2.
+      depth: hidden layers; the published heads have one.
     """
 
     num_targets: int
+    num_classes: int = 3
+    depth: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, pack: int, train: bool) -> jax.Array:
+        k, f, c = self.num_targets, x.shape[-1] // pack, self.num_classes
+        parts = [slice(i, i + 4) for i in range(0, k, 4)]
+        maps = [x] * len(parts)
+        if self.depth:
+            maps = self._first_layer(x, pack, train, parts)
+        for i in range(2, self.depth + 1):
+            maps = self._hidden_layer(maps, pack, f, train, parts, i)
+        kernel = self.param("conv2_kernel", stacked_init, (k, 3, 3, f, c))
+        bias = self.param("conv2_bias", nn.initializers.zeros, (k, c))
+        logits = []
+        for part, h in zip(parts, maps, strict=True):
+            n = len(bias[part])
+            wide = _block_diagonal(kernel[part]) if self.depth else _side_by_side(kernel[part])
+            y = packed.affine(packed.conv(h, wide, pack), None, bias[part].ravel(), pack)
+            y = packed.unpack_pixels(y, pack)
+            logits.append(jnp.moveaxis(y.reshape(*y.shape[:-1], n, c), -2, 0))
+        return jnp.concatenate(logits)
+
+    def _first_layer(self, x, pack, train, parts):
         k, f = self.num_targets, x.shape[-1] // pack
-        kernel1 = self.param("conv1_kernel", stacked_init, (k, 1, 1, f, f))
-        bias1 = self.param("conv1_bias", nn.initializers.zeros, (k, f))
-        kernel2 = self.param("conv2_kernel", stacked_init, (k, 3, 3, f, 3))
-        bias2 = self.param("conv2_bias", nn.initializers.zeros, (k, 3))
-        kernel1 = kernel1[:, 0, 0]
+        kernel = self.param("conv1_kernel", stacked_init, (k, 1, 1, f, f))
+        bias = self.param("conv1_bias", nn.initializers.zeros, (k, f))
+        flat = kernel[:, 0, 0]
         mean, var, centre = None, None, jnp.zeros(f)
         if train:
             centre = jnp.mean(x.astype(jnp.float32), (0, 1, 2)).reshape(pack, f).mean(0)
             x = packed.affine(x, None, -centre, pack).astype(x.dtype)
-            mean, var = jnp.zeros(()), _linear_variance(x, pack, kernel1)
-        offset = jnp.einsum("i,kif->kf", centre, kernel1) + bias1
+            mean, var = jnp.zeros(()), _linear_variance(x, pack, flat)
+        offset = jnp.einsum("i,kif->kf", centre, flat) + bias
         factor, summand = BatchNorm(name="bn")(mean, var, offset)
-        kernel1 = kernel1 * factor[:, None]
+        kernel = kernel * factor[:, None, None, None]
+        maps = []
+        for part in parts:
+            y = packed.conv(x, _side_by_side(kernel[part]), pack)
+            y = packed.affine(y, None, summand[part].ravel(), pack)
+            maps.append(nn.leaky_relu(y, 0.01).astype(x.dtype))
+        return maps
+
+    def _hidden_layer(self, maps, pack, f, train, parts, i):
+        k = self.num_targets
+        kernel = self.param(f"hidden{i}_kernel", stacked_init, (k, 1, 1, f, f))
+        bias = self.param(f"hidden{i}_bias", nn.initializers.zeros, (k, f))
+        maps = [
+            packed.conv(h, _block_diagonal(kernel[part]), pack)
+            for h, part in zip(maps, parts, strict=True)
+        ]
+        mean, var = None, None
+        if train:
+            known = zip(*(statistics(h, pack) for h in maps), strict=True)
+            mean, var = (jnp.concatenate(x).reshape(k, f) for x in known)
+        factor, summand = BatchNorm(name=f"bn{i}")(mean, var, bias)
+        for j, (h, part) in enumerate(zip(maps, parts, strict=True)):
+            y = packed.affine(h, factor[part].ravel(), summand[part].ravel(), pack)
+            maps[j] = nn.leaky_relu(y, 0.01).astype(h.dtype)
+        return maps
+
+
+class Pyramid(nn.Module):
+    """Auxiliary heads on the coarser maps of the decoder (URPC, 2012.07042).
+
+    In training each reads its map perturbed in a way of its own: noise at 1/2 of the resolution,
+    the most active pixels left out at 1/4, dropout at 1/8 and below. Maps are coarsest first;
+    returns logits [scales, B, H, W, num_classes], upsampled to the nearest, finest first.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, maps: list[tuple[jax.Array, int]], train: bool) -> jax.Array:
         logits = []
-        for some in (slice(i, i + 4) for i in range(0, k, 4)):
-            n = len(summand[some])
-            wide = jnp.moveaxis(kernel1[some], 0, 1).reshape(1, 1, f, n * f)
-            h = packed.affine(packed.conv(x, wide, pack), None, summand[some].ravel(), pack)
-            h = nn.leaky_relu(h, 0.01).astype(x.dtype)
-            blocks = jnp.einsum("kyxfc,kl->yxkflc", kernel2[some], jnp.eye(n))
-            y = packed.conv(h, blocks.reshape(3, 3, n * f, n * 3), pack)
-            y = packed.unpack_pixels(packed.affine(y, None, bias2[some].ravel(), pack), pack)
-            logits.append(jnp.moveaxis(y.reshape(*y.shape[:-1], n, 3), -2, 0))
-        return jnp.concatenate(logits)
+        for i, (x, pack) in enumerate(reversed(maps), 1):
+            x = packed.unpack_pixels(x, pack)
+            if train:
+                x = self._perturb(x, i, self.make_rng("dropout"))
+            y = Generalist(self.num_classes, name=f"head{i}")(x, 1)
+            logits.append(jnp.repeat(jnp.repeat(y, 2**i, 1), 2**i, 2))
+        return jnp.stack(logits)
+
+    def _perturb(self, x, i, key):
+        if i == 1:
+            noise = jax.random.uniform(key, x.shape[1:], minval=-0.3, maxval=0.3)
+            return (x * (1 + noise)).astype(x.dtype)
+        if i == 2:
+            active = jnp.mean(x, -1, keepdims=True)
+            share = jax.random.uniform(key, (), minval=0.7, maxval=0.9)
+            return jnp.where(active < share * jnp.max(active, (1, 2), keepdims=True), x, 0)
+        return dropout(x, 0.5, key)
+
+
+def _side_by_side(kernel):
+    """[n, h, w, f, c] -> [h, w, f, n c]: n convolutions of one map as one."""
+    return jnp.moveaxis(kernel, 0, 3).reshape(*kernel.shape[1:4], -1)
+
+
+def _block_diagonal(kernel):
+    """[n, h, w, f, c] -> [h, w, n f, n c]: a convolution of each of n maps as one of all."""
+    n, h, w, f, c = kernel.shape
+    blocks = jnp.einsum("kyxfc,kl->yxkflc", kernel, jnp.eye(n))
+    return blocks.reshape(h, w, n * f, n * c)
 
 
 def _linear_variance(x, pack, kernel):

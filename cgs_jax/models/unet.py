@@ -125,7 +125,7 @@ class ConvBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Image -> feature map at full resolution; the heads are apart (`heads.py`).
+    """Image -> feature maps, the last at full resolution; the heads are apart (`heads.py`).
 
     Attributes:
       channels: width of each level, finest first; H and W must divide by 2 ** (levels - 1).
@@ -138,8 +138,11 @@ class Backbone(nn.Module):
     lanes: int = 1
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, perturb: bool = False) -> tuple[jax.Array, int]:
-        """[B, H, W, 1] in [0, 1] -> [B, H, W / p, p * channels[0]], and the pack p.
+    def __call__(
+        self, x: jax.Array, train: bool, perturb: bool = False
+    ) -> list[tuple[jax.Array, int]]:
+        """[B, H, W, 1] in [0, 1] -> maps of the decoder, each [B, H, W / p, p * channels] and its
+        pack p, from 1/8 of the resolution (with five levels) to all of it.
 
         `perturb` appends a copy whose encoder maps lose half of their channels on their way to the
         decoder: [2 B, ...] (UniMatch, 2208.09910).
@@ -160,10 +163,12 @@ class Backbone(nn.Module):
                 for s, pack, key in zip(skips, packs, keys, strict=True)
             ]
             x = skips[-1]
+        maps = []
         for i, level in enumerate(reversed(range(len(skips) - 1)), 1):
             width, below, pack = self.channels[level], packs[level + 1], packs[level]
             y, bias = Conv(width, 1, below, name=f"up{i}_reduce")(x)
             x = packed.affine(y, None, bias, below).astype(x.dtype)
             x = packed.upsample_2x(x, below, pack > below)
             x = ConvBlock(width, pack, name=f"up{i}")(skips[level], x, train=train)
-        return x, packs[0]
+            maps.append((x, pack))
+        return maps

@@ -8,4 +8,10 @@ def update(config: ConfigDict) -> None:
     config.method.tau = 0.9  # confidence that the generalist's pseudo-labels need
     config.method.lambda_max = 2.0  # weight of the unsupervised loss at the end of the ramp
     config.method.ema_decay = 0.99  # teacher
+    config.method.teacher = "train"  # its mode; or 'eval', without dropout
     config.method.plan = "lean"  # or 'full', the authors' iteration at twice the work
+    config.method.cutmix = 1.0  # probability
+    # who learns, generalist or specialists, from whose labels: the generalist's, the specialists',
+    # or the consensus of both
+    config.method.terms = ("G_from_g", "G_from_s", "G_from_e", "S_from_g", "S_from_s", "S_from_e")
+    config.method.ihed = True  # drop pixels where the specialists contradict each other

@@ -7,5 +7,6 @@ def update(config: ConfigDict) -> None:
     """Lays the fields of mean teacher over `config`."""
     # weight of the unsupervised loss at the end of the ramp; there .1 beside half the supervised
     config.method.lambda_max = 0.2
-    config.method.begin = 1000  # step from which it counts
+    config.method.begin = 1 / 30  # share of total_steps after which it counts
     config.method.ema_decay = 0.99  # teacher
+    config.method.teacher = "train"  # its mode; or 'eval', without dropout

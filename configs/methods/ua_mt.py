@@ -8,4 +8,5 @@ def update(config: ConfigDict) -> None:
     # weight of the unsupervised loss at the end of the ramp; there .1 beside half the supervised
     config.method.lambda_max = 0.2
     config.method.ema_decay = 0.99  # teacher
+    config.method.teacher = "train"  # its mode; or 'eval', without dropout
     config.method.samples = 8  # noisy passes that measure its uncertainty

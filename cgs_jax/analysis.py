@@ -1,0 +1,184 @@
+"""Runs as pandas frames, and the table that compares them.
+
+Used by `cgs_jax.sweep` and `notebooks/ablation.ipynb`. Scores are in %, distances in voxels.
+"""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from cgs_jax import run_config
+from cgs_jax.compare import read_summary
+from cgs_jax.data.case_lists import patient
+from cgs_jax.errors import UserError
+from cgs_jax.writers import read_lines
+
+PERCENT = ("dice", "jaccard")
+
+
+class Sweep(NamedTuple):
+    """Finished runs of a folder.
+
+    Attributes:
+      runs: a line a run: row, seed, workdir, method, steps, best (step), val (Dice), minutes,
+        hardware.
+      curves: a line a line of metrics.jsonl, with row and seed.
+      cases: a line an organ of a case: row, seed, split, case, patient, organ, voxels (true size),
+        dice, jaccard, hd95, asd.
+    """
+
+    runs: pd.DataFrame
+    curves: pd.DataFrame
+    cases: pd.DataFrame
+
+
+def load(folder: pathlib.Path | str) -> Sweep:
+    """Reads the finished runs of a sweep, in its order; of any other folder all runs below it.
+
+    Raises:
+      UserError: there is no finished run.
+    """
+    folder = pathlib.Path(folder)
+    found = sorted(path.parent for path in folder.rglob("summary.json"))
+    if not found:
+        raise UserError(f"no finished run in {folder}")
+    order = folder / "sweep.json"
+    rows = json.loads(order.read_text())["rows"] if order.exists() else []
+    name = lambda workdir: str(workdir.parent.relative_to(folder))  # noqa: E731
+    if order.exists():
+        found = [workdir for row in rows for workdir in found if name(workdir) == row]
+    else:
+        name = lambda workdir: str(workdir.relative_to(folder))  # noqa: E731
+    runs, curves, cases = [], [], []
+    for workdir in found:
+        config, _ = run_config.load(workdir)
+        summary = read_summary(workdir)
+        key = {"row": name(workdir), "seed": config.seed}
+        minutes, hardware = spent(workdir)
+        method = config.method.name + (
+            f" over {config.method.base}" if "base" in config.method else ""
+        )
+        runs.append(
+            key
+            | {"workdir": workdir, "method": method, "steps": config.total_steps}
+            | {"best": summary["step"], "val": 100 * number(summary["val"]["mean"]["dice"])}
+            | {"minutes": minutes, "hardware": hardware}
+        )
+        curves += [key | line for line in read_lines(workdir / "metrics.jsonl")]
+        for split in ("val", "test"):
+            for case, organs in summary[split]["cases"].items():
+                who = {"split": split, "case": case, "patient": patient(case, config.data.patient)}
+                for organ, scores in organs.items():
+                    values = {
+                        k: number(v) * (100 if k in PERCENT else 1) for k, v in scores.items()
+                    }
+                    cases.append(key | who | {"organ": organ} | values)
+    return Sweep(*map(pd.DataFrame, (runs, curves, cases)))
+
+
+def number(value: float | None) -> float:
+    """What JSON had to write as null is nan."""
+    return float("nan") if value is None else value
+
+
+def spent(workdir: pathlib.Path) -> tuple[float, str]:
+    """Minutes of training, validation included, over all starts of a run; the last one's hardware.
+
+    What a kill lost since the validation before is not counted.
+    """
+    total, here, hardware = 0.0, 0.0, ""
+    for line in read_lines(workdir / "times.jsonl"):
+        if "hardware" in line:
+            total, here, hardware = total + here, 0.0, line["hardware"]
+        else:
+            here = line["seconds"]
+    return (total + here) / 60, hardware
+
+
+def scores(cases: pd.DataFrame, metric: str = "dice", split: str = "test") -> pd.DataFrame:
+    """A line a row and seed, a column an organ, and their 'mean'; undefined cases are left out."""
+    cases = cases[cases.split == split]
+    by_organ = cases.pivot_table(metric, ["row", "seed"], "organ", sort=False)
+    return by_organ.assign(mean=by_organ.mean(axis=1))
+
+
+def differences(
+    cases: pd.DataFrame, metric: str = "dice", split: str = "test", first: str | None = None
+) -> pd.DataFrame:
+    """By row: how far its mean over organs is above that of row `first` in the same case and seed,
+    with a 95 % bootstrap interval over the patients: columns difference, low, high.
+
+    A patient's cases go together. Seeds are averaged: the interval is not about them.
+    """
+    cases = cases[cases.split == split]
+    first = first or cases.row.iloc[0]
+    keys = ["row", "seed", "patient", "case"]
+    means = cases.groupby(keys, sort=False)[metric].mean().unstack("row")
+    lines = {}
+    for row in means.columns:
+        if row == first:
+            continue
+        pairs = (means[row] - means[first]).dropna().groupby("patient").mean().to_numpy()
+        low, high = np.nan, np.nan
+        if len(pairs) > 1:
+            done = stats.bootstrap((pairs,), np.mean, method="percentile", rng=0)
+            low, high = done.confidence_interval
+        mean = pairs.mean() if len(pairs) else np.nan
+        lines[row] = {"difference": mean, "low": low, "high": high}
+    return pd.DataFrame.from_dict(lines, "index", columns=["difference", "low", "high"])
+
+
+def table(cases: pd.DataFrame, metric: str = "dice", split: str = "test") -> pd.DataFrame:
+    """A line a row: seeds, mean and sd over the seeds by organ and of all, and `differences`."""
+    by_seed = scores(cases, metric, split)
+    groups = by_seed.groupby("row", sort=False)
+    parts = {"seeds": groups.size()}
+    for organ in by_seed.columns:
+        parts |= {organ: groups[organ].mean(), f"{organ} sd": groups[organ].std(ddof=1)}
+    return pd.DataFrame(parts).join(differences(cases, metric, split))
+
+
+def as_text(table: pd.DataFrame) -> pd.DataFrame:
+    """The same as readers want it: '79.1 ± 0.4', '+3.2 [1.0, 5.1]'."""
+    organs = [c for c in table.columns if f"{c} sd" in table.columns]
+
+    def spread(row, organ):
+        sd = row[f"{organ} sd"]
+        return f"{row[organ]:.2f}" + ("" if np.isnan(sd) else f" ± {sd:.2f}")
+
+    def gain(row):
+        if np.isnan(row["difference"]):
+            return ""
+        return f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+
+    lines = {
+        name: {"seeds": str(int(row["seeds"]))}
+        | {organ: spread(row, organ) for organ in organs}
+        | {f"against {table.index[0]}": gain(row)}
+        for name, row in table.iterrows()
+    }
+    return pd.DataFrame.from_dict(lines, "index")
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table of texts in Markdown."""
+    lines = [["", *table.columns], ["---"] * (1 + len(table.columns))]
+    lines += [[name, *row] for name, row in zip(table.index, table.to_numpy(), strict=True)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def latex(table: pd.DataFrame) -> str:
+    """A table of texts as a LaTeX tabular."""
+
+    def line(cells):
+        text = " & ".join(cells).replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$")
+        return f"{text} \\\\\n"
+
+    body = "".join(line([n, *r]) for n, r in zip(table.index, table.to_numpy(), strict=True))
+    head = line(["", *table.columns])
+    begin = f"\\begin{{tabular}}{{l{'r' * len(table.columns)}}}\n"
+    return f"{begin}\\hline\n{head}\\hline\n{body}\\hline\n\\end{{tabular}}\n"

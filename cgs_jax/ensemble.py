@@ -1,0 +1,97 @@
+"""Scores one trained run by other heads, or several runs together.
+
+python -m cgs_jax.ensemble --workdir RUN [--workdir RUN ...] [--inference both] [--combine vote] \
+    [--root FOLDER] [--cache FOLDER] [--output FILE.json]
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from cgs_jax import evaluate, run_config, sharding, train
+from cgs_jax.checkpoint import Checkpoints
+from cgs_jax.cli import cli, output_file
+from cgs_jax.data import prepare
+from cgs_jax.errors import UserError
+from cgs_jax.writers import folder, say, to_json, write_text
+
+ALIKE = ("name", "classes", "size", "normalise", "slicing")  # fields of data
+
+
+def restore(
+    workdirs: Sequence[pathlib.Path], inference: str | None = None, combine: str | None = None
+) -> tuple[ConfigDict, evaluate.Predict]:
+    """The best checkpoints of `workdirs`, predicting together: the first's config, and labels.
+
+    `inference` and `combine` replace the runs' own.
+
+    Raises:
+      UserError: no run, no validated checkpoint, or runs on different data.
+    """
+    methods, states, configs = [], [], []
+    for workdir in workdirs:
+        config, _ = run_config.load(workdir)
+        config.inference = inference or config.inference
+        config.combine = combine or config.combine
+        for field in ALIKE if configs else ():
+            if config.data[field] != configs[0].data[field]:
+                raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field}")
+        method = train.make_method(config)
+        checkpoints = Checkpoints(workdir, read_only=True)
+        mesh = sharding.local_mesh()
+        state, _ = train.restore_best(config, method, checkpoints, workdir, mesh)
+        checkpoints.close()
+        methods.append(method)
+        states.append(state)
+        configs.append(config)
+    return configs[0], evaluate.make_predict(*methods)(*states)
+
+
+def score(
+    workdirs: Sequence[pathlib.Path], inference: str, combine: str, root: str = "", cache: str = ""
+) -> dict[str, Any]:
+    """Summaries of validation and test cases, as in summary.json.
+
+    Raises:
+      UserError: as `restore`, or the runs have been trained or validated on other cases.
+    """
+    splits = [run_config.load(workdir)[1] for workdir in workdirs]
+    for workdir, other in zip(workdirs, splits, strict=True):
+        if (set(other.val), set(other.test)) != (set(splits[0].val), set(splits[0].test)):
+            raise UserError(f"{workdir} and {workdirs[0]} have other validation or test cases")
+    config, predict = restore(workdirs, inference, combine)
+    config.data.root, config.data.cache = root or config.data.root, cache or config.data.cache
+    prepared = prepare.prepare(config, splits[0])
+    summary = {"runs": list(map(str, workdirs)), "inference": inference, "combine": combine}
+    for split in ("val", "test"):
+        cases = getattr(prepared.splits, split)
+        results = evaluate.evaluate(predict, prepared, cases, config, surface=True)
+        summary[split] = evaluate.summarise(results)
+    return summary
+
+
+if __name__ == "__main__":
+    _WORKDIRS = flags.DEFINE_multi_string("workdir", None, "folder of a trained run; repeat it")
+    _INFERENCE = flags.DEFINE_enum("inference", "generalist", train.CHOICES["inference"], "heads")
+    _COMBINE = flags.DEFINE_enum(
+        "combine", "average", train.CHOICES["combine"], "how several predictions become one"
+    )
+    _ROOT = flags.DEFINE_string("root", "", "folder of the data set; default: the first run's")
+    _CACHE = flags.DEFINE_string("cache", "", "prepared data; default: the first run's")
+    _OUTPUT = flags.DEFINE_string("output", None, "JSON file for all scores")
+    flags.mark_flag_as_required("workdir")
+
+    def _main(_):
+        output = output_file(_OUTPUT.value)
+        workdirs = [folder(name) for name in _WORKDIRS.value]
+        options = _INFERENCE.value, _COMBINE.value, _ROOT.value, _CACHE.value
+        summary = score(workdirs, *options)
+        for split in ("val", "test"):
+            say(f"\n{split}, {len(workdirs)} run(s)\n{evaluate.table(summary[split])}")
+        if output:
+            write_text(output, to_json(summary, indent=1) + "\n")
+
+    cli(_main)

@@ -1,0 +1,39 @@
+"""Uncertainty rectified pyramid consistency, URPC (Luo et al., 2012.07042).
+
+Heads at every scale of the decoder, each on a map perturbed in its own way, agree with their mean;
+a scale that is far from the mean at a pixel weighs less there.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from cgs_jax.methods import base
+from cgs_jax.models import build
+
+
+class Method(base.Method):
+    """The student alone; its head at full resolution predicts, and teaches what CGS adds."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.network = build(config, self.specialists, pyramid=True)
+
+    def passes(self, params, state, views, key):
+        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        weak = views["unlabelled"]["weak"]
+        labelled, unlabelled, model_state = self.student(
+            params, state.model_state, image, weak, key
+        )
+        pair = base.Pair(unlabelled, jax.lax.stop_gradient(unlabelled))
+        return base.Passes([base.Labelled(labelled, label)], [pair], model_state, state.extra)
+
+    def unsupervised(self, pairs, step):
+        ((student, *_),) = pairs
+        log_probs = jax.nn.log_softmax(base.scales(student).astype(jnp.float32))
+        mean = jnp.mean(jnp.exp(log_probs), 0)
+        variance = jnp.sum(mean * (jnp.log(mean + 1e-10) - log_probs), -1)  # [1 + S, B, H, W]
+        weight = jnp.exp(-variance)
+        error = jnp.mean((mean - jnp.exp(log_probs)) ** 2, -1)
+        pixels = (1, 2, 3)
+        rectified = jnp.mean(error * weight, pixels) / (jnp.mean(weight, pixels) + 1e-8)
+        return {"unsup/mse": jnp.mean(rectified), "unsup/variance": jnp.mean(variance)}, {}

@@ -1,0 +1,105 @@
+"""How good pseudo-labels are: measured on training cases whose labels were withheld.
+
+Nothing here reaches the training or the choice of a checkpoint.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from cgs_jax import evaluate, sharding
+from cgs_jax import pseudo_labels as pl
+from cgs_jax.data.pipeline import streams
+from cgs_jax.data.prepare import NO_LABEL, Prepared
+from cgs_jax.methods.base import Method
+from cgs_jax.models import Outputs
+from cgs_jax.train_state import TrainState
+
+
+def sources(outputs: Outputs, tau: float) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Labels and where they teach, [B, H, W] each: of the generalist where it is surer than `tau`,
+    and of the merged specialists everywhere, where IHED finds no contradiction, and where the
+    generalist agrees."""
+    if outputs.specialists is None:
+        return {"generalist": pl.confident(outputs.generalist, tau)}
+    pseudo = pl.from_teacher(outputs, tau)
+    merged = pseudo.specialists
+    return {
+        "generalist": (pseudo.generalist, pseudo.confident),
+        "specialists": (merged, jnp.ones_like(pseudo.consistent)),
+        "ihed": (merged, pseudo.consistent),
+        "consensus": (merged, merged == pseudo.generalist),
+    }
+
+
+def counts(label: jax.Array, mask: jax.Array, truth: jax.Array, num_targets: int) -> jax.Array:
+    """Pixels of every target as int32 [4, K]: taught, rightly taught, there, there and taught as
+    whatever."""
+    k = jnp.arange(1, num_targets + 1)
+    taught = (label[..., None] == k) & mask[..., None]
+    there = truth[..., None] == k
+    sums = (taught, taught & there, there, there & mask[..., None])
+    return jnp.stack([jnp.sum(x, (0, 1, 2), dtype=jnp.int32) for x in sums])
+
+
+def make_measure(
+    config: ConfigDict, method: Method, prepared: Prepared
+) -> Callable[[TrainState], dict[str, float]]:
+    """state -> 'pseudo/SOURCE/precision' and '.../coverage' (%), and both by organ.
+
+    Precision: of the pixels taught as the organ those that are. Coverage: of the organ's pixels
+    those that teach anything. Measured in evaluation mode on `config.pseudo_slices` slices, spread
+    evenly over those unlabelled training cases that have labels; {} where there are none.
+    """
+    rows = streams(prepared)["unlabelled"] if method.unlabelled else np.zeros(0, int)
+    labelled = set(prepared.rows(prepared.splits.labelled))
+    known = [r for r in rows if r not in labelled and prepared.labels[r, 0, 0] != NO_LABEL]
+    if not known or not config.pseudo_slices:
+        return lambda state: {}
+    spread = np.linspace(0, len(known) - 1, min(config.pseudo_slices, len(known)))
+    rows = np.array(known)[spread.round().astype(int)]
+    mesh, tau = sharding.local_mesh(), config.method.get("tau", 0.0)
+    size = -(-min(config.eval_batch, len(rows)) // mesh.size) * mesh.size
+
+    def measure(state, image, truth):
+        params, model_state = method.labelling_variables(state)
+        variables = {"params": params, **model_state}
+        outputs = method.network.apply(variables, evaluate.to_image(image))
+        # Padding counts nowhere: it is no organ, and taught as none.
+        real = truth != NO_LABEL
+        return {
+            name: counts(label, mask & real, truth, method.num_targets)
+            for name, (label, mask) in sources(outputs, tau).items()
+        }
+
+    compiled = sharding.jit(measure, mesh)
+
+    def run(state):
+        state, total = sharding.localise(mesh, state), {}
+        for some in (rows[i : i + size] for i in range(0, len(rows), size)):
+            pad = ((0, size - len(some)), (0, 0), (0, 0))
+            batch = (
+                np.pad(prepared.images[some], pad),
+                np.pad(prepared.labels[some], pad, constant_values=NO_LABEL),
+            )
+            for name, part in compiled(state, *sharding.put_batch(mesh, batch)).items():
+                total[name] = total.get(name, 0) + np.asarray(part)
+        return shares(total, config.data.classes)
+
+    return run
+
+
+def shares(total: dict[str, np.ndarray], classes: tuple[str, ...]) -> dict[str, float]:
+    """Precision and coverage in % of `counts` by source; nan is a share of nothing."""
+    scores = {}
+    for name, (taught, right, there, covered) in total.items():
+        for what, part, whole in (("precision", right, taught), ("coverage", covered, there)):
+            share = 100 * np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
+            scores |= {
+                f"pseudo/{name}/{what}/{c}": float(x) for c, x in zip(classes, share, strict=True)
+            }
+            scores[f"pseudo/{name}/{what}"] = evaluate.mean(share)
+    return scores

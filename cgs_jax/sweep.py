@@ -1,0 +1,210 @@
+"""Trains a list of configurations over several seeds, and compares them.
+
+python -m cgs_jax.sweep --config configs/acdc.py --sweep configs/sweeps/ablation.py \
+    --workdir runs/ablation --seeds 3 [--shard 1/4] --config.data.root=FOLDER
+
+The same command goes on with what is not finished. Each run is a `cgs_jax.main` of its own, in
+WORKDIR/ROW/seedN; its output is in log.txt there.
+"""
+
+import importlib
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+from cgs_jax import analysis, run_config, train
+from cgs_jax.cli import cli
+from cgs_jax.compare import read_summary
+from cgs_jax.data import prepare
+from cgs_jax.errors import UserError
+from cgs_jax.writers import folder, read_lines, say, to_json, write_text
+
+
+class Run(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    workdir: pathlib.Path
+    config: ConfigDict
+    command: list[str]
+
+    def finished(self) -> bool:
+        """Whether it has been trained and tested."""
+        return (self.workdir / "summary.json").exists()
+
+    def step(self) -> int:
+        """How far it is."""
+        lines = read_lines(self.workdir / "metrics.jsonl")
+        return lines[-1]["step"] if lines else 0
+
+
+def plan(
+    config_file: str, overrides: dict[str, Any], sweep_file: str, workdir: pathlib.Path, seeds: int
+) -> tuple[list[str], list[Run]]:
+    """Names of the rows, and all runs, a seed after the other.
+
+    Args:
+      config_file: as given to --config, 'configs/acdc.py:labelled=7'.
+      overrides: fields from the command line; those of a method hold for rows that have them.
+      sweep_file: defines get_sweep(config) -> {row: (arguments of the config file, fields)}; the
+        fields come last.
+
+    Raises:
+      UserError: a file, a row or an option is wrong; or WORKDIR has runs that were trained
+        otherwise.
+    """
+    path, _, arguments = config_file.partition(":")
+    default = _config(path, arguments, overrides, {}, "the command line")
+    module = _module(sweep_file)
+    if not hasattr(module, "get_sweep"):
+        raise UserError(f"--sweep {sweep_file} defines no get_sweep(config)")
+    rows, runs = module.get_sweep(default), []
+    for seed in range(default.seed, default.seed + seeds):
+        for row, (more, fields) in rows.items():
+            if not re.fullmatch(r"[\w.+-]+", row):
+                raise UserError(f"{sweep_file}: {row!r} can not be the name of a folder")
+            together = ",".join(filter(None, (arguments, more)))
+            config = _config(path, together, overrides, fields | {"seed": seed}, row)
+            run = workdir / row / f"seed{seed}"
+            command = [sys.executable, "-m", "cgs_jax.main", "--workdir", str(run), "--config"]
+            command += [f"{path}:{together}" if together else path]
+            plain = run_config.flatten(_module(path).get_config(together or None).to_dict())
+            command += [
+                f"--config.{name}={value}"
+                for name, value in run_config.flatten(config.to_dict()).items()
+                if value != plain[name]
+            ]
+            prepare.dataset(config)
+            train.make_method(config)
+            if (run / "config.json").exists():
+                run_config.check_same(run_config.load(run)[0], config, run)
+            runs.append(Run(f"{row} seed {seed}", run, config, command))
+    return list(rows), runs
+
+
+def _module(path):
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    if not spec or not pathlib.Path(path).exists():
+        raise UserError(f"no such file: {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _config(path, arguments, overrides, fields, row):
+    try:
+        config = _module(path).get_config(arguments or None)
+    except ValueError as error:
+        raise UserError(f"{row}: {error}") from None
+    known = run_config.flatten(config.to_dict())
+    shared = {k: v for k, v in overrides.items() if k in known or not k.startswith("method.")}
+    for name, value in (shared | fields).items():
+        if name not in known:
+            raise UserError(f"{row}: there is no config field {name}")
+        try:
+            config.update_from_flattened_dict({name: value})
+        except TypeError as error:
+            raise UserError(f"{row}: {name}={value!r}: {error}") from None
+    return config
+
+
+def train_all(runs: list[Run]) -> None:
+    """Trains what is not finished, one run after the other.
+
+    Raises:
+      UserError: runs failed; the others have been trained.
+    """
+    todo = [run for run in runs if not run.finished()]
+    total, failed = sum(run.config.total_steps for run in runs), []
+    done = sum(run.config.total_steps for run in runs if run.finished())
+    with tqdm(total=total, initial=done, unit="step", disable=None) as bar:
+        for i, run in enumerate(todo, len(runs) - len(todo) + 1):
+            bar.set_description(f"{i}/{len(runs)} {run.name}")
+            error = _train(run, bar)
+            if error:
+                failed.append(f"{run.name} ({error})")
+                say(f"{i}/{len(runs)} {run.name}  {error}")
+                continue
+            minutes, _ = analysis.spent(run.workdir)
+            dice = 100 * analysis.number(read_summary(run.workdir)["test"]["mean"]["dice"])
+            say(f"{i}/{len(runs)} {run.name}  test Dice {dice:.2f}  {minutes:.1f} min")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(runs)} runs failed: " + "; ".join(failed))
+
+
+def _train(run, bar):
+    """Runs it to its end; returns what went wrong, '' if nothing."""
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    path = run.workdir / "log.txt"
+    begun = path.stat().st_size if path.exists() else 0
+    seen = 0
+    with path.open("ab") as log:
+        process = subprocess.Popen(run.command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            while process.poll() is None:
+                time.sleep(1)
+                now = run.step()
+                bar.update(max(now - seen, 0))
+                seen = max(now, seen)
+        finally:
+            if process.poll() is None:  # interrupted: it saves its state first
+                process.terminate()
+                process.wait()
+    bar.update(run.config.total_steps - seen if run.finished() else -seen)
+    if run.finished() and process.returncode == 0:
+        return ""
+    lines = path.read_bytes()[begun:].decode(errors="replace").strip().splitlines()
+    return f"{lines[-1] if lines else 'no output'}; see {path}"
+
+
+def write_tables(workdir: pathlib.Path) -> str:
+    """Writes table.csv, .md and .tex of the finished runs; returns the one in Markdown."""
+    table = analysis.table(analysis.load(workdir).cases)
+    text = analysis.as_text(table)
+    write_text(workdir / "table.csv", table.to_csv())
+    write_text(workdir / "table.md", analysis.markdown(text))
+    write_text(workdir / "table.tex", analysis.latex(text))
+    return analysis.markdown(text)
+
+
+def _shard(text: str, runs: list[Run]) -> list[Run]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise UserError(f"--shard {text}: write 1/4 to 4/4 for four machines")
+    return runs[int(match[1]) - 1 :: int(match[2])]
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    _SWEEP = flags.DEFINE_string("sweep", None, "file with the rows, such as configs/sweeps/*.py")
+    _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the runs")
+    _SEEDS = flags.DEFINE_integer("seeds", 3, "seeds of each row", lower_bound=1)
+    _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: the i-th of n machines takes its share")
+    flags.mark_flags_as_required(["config", "sweep", "workdir"])
+
+    def _main(_):
+        jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
+        flag, workdir = flags.FLAGS["config"], folder(_WORKDIR.value)
+        name, overrides = config_flags.get_config_filename(flag), flag.override_values
+        rows, runs = plan(name, overrides, _SWEEP.value, workdir, _SEEDS.value)
+        mine = _shard(_SHARD.value, runs)
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(workdir / "sweep.json", to_json({"rows": rows}) + "\n")
+        try:
+            train_all(mine)
+        finally:
+            finished = sum(run.finished() for run in runs)
+            if finished:
+                say(f"\ntest Dice %, {finished} of {len(runs)} runs\n\n{write_tables(workdir)}")
+                say("\n".join(str(workdir / f"table.{kind}") for kind in ("md", "csv", "tex")))
+
+    cli(_main)

@@ -1,0 +1,26 @@
+"""The other methods, CGS, and CGS without each of its parts.
+
+python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/ablation.py \
+    --workdir runs/ablation --seeds 3 --config.data.root=FOLDER
+"""
+
+SELF_TRAINING = ("G_from_g", "S_from_s")
+WITHOUT_CONSENSUS = ("G_from_g", "G_from_s", "S_from_g", "S_from_s")
+
+
+def get_sweep(config):
+    """Row -> (arguments of the config file, fields that differ); all are held against the first.
+
+    `config` is that of the command line.
+    """
+    slices = config.batch.labelled + config.batch.unlabelled  # as many a step for all
+    labelled_only = {"batch.labelled": slices, "batch.unlabelled": 0}
+    return {
+        "supervised": ("method=supervised", labelled_only),
+        "mean_teacher": ("method=mean_teacher", {}),
+        "fixmatch": ("method=fixmatch", {}),
+        "cgs": ("method=cgs", {}),
+        "cgs_without_ihed": ("method=cgs", {"method.ihed": False}),
+        "cgs_without_cross": ("method=cgs", {"method.terms": SELF_TRAINING}),
+        "cgs_binary": ("method=cgs", {"model.head_classes": 2}),
+    }

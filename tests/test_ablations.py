@@ -1,0 +1,153 @@
+"""Options of CGS that its ablations turn, and ensembles, against cases made by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from steps import tiny
+
+from cgs_jax import evaluate, train
+from cgs_jax import pseudo_labels as pl
+from cgs_jax.errors import UserError
+from cgs_jax.methods import base, cgs
+from cgs_jax.models import Outputs, build, packed
+
+
+def test_binary_specialists_by_hand():
+    labels = jnp.array([[[0, 1, 2, 3]]], jnp.uint8)
+    expected = [[[[0, 1, 0, 0]]], [[[0, 0, 1, 0]]], [[[0, 0, 0, 1]]]]
+    np.testing.assert_array_equal(pl.relabel(labels, 3, num_classes=2), expected)
+    target = jnp.array([[0.1, 0.2, 0.9, 0.6], [0.1, 0.7, 0.8, 0.3], [0.2, 0.1, 0.2, 0.3]])
+    target = target[:, None, None]  # [K, B, H, W]
+    probs = jnp.stack([1 - target, target], -1)
+    merged = pl.merge(probs)
+    np.testing.assert_array_equal(jnp.argmax(merged, -1), [[[0, 2, 1, 1]]])
+    np.testing.assert_allclose(merged[0, 0, 1], [0.3, 0.2, 0.7, 0.1], rtol=1e-5)
+    votes = jnp.argmax(probs, -1)
+    np.testing.assert_array_equal(pl.ihed_mask(votes, 2), [[[True, True, False, True]]])
+
+
+def plain_heads(params, stats, x, depth, train):
+    """The specialists one after the other, as anyone would write them."""
+    logits = []
+    for k in range(len(params["conv2_bias"])):
+        h = x
+        for i in range(1, depth + 1):
+            name, bn = ("conv1", "bn") if i == 1 else (f"hidden{i}", f"bn{i}")
+            h = h @ params[f"{name}_kernel"][k, 0, 0] + params[f"{name}_bias"][k]
+            mean, var = (h.mean((0, 1, 2)), h.var((0, 1, 2))) if train else stats[bn]
+            h = (h - mean) / jnp.sqrt(var + 1e-5)
+            h = h * params[bn]["scale"][k] + params[bn]["bias"][k]
+            h = jnp.where(h > 0, h, 0.01 * h)
+        kernel, bias = params["conv2_kernel"][k], params["conv2_bias"][k]
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(h, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        logits.append(y + bias)
+    return jnp.stack(logits)
+
+
+@pytest.mark.parametrize(("depth", "classes", "lanes"), [(0, 3, 1), (2, 2, 1), (3, 3, 16)])
+def test_depth_and_classes_of_the_heads(depth, classes, lanes):
+    """Packed or not, in groups of four or one by one: the same logits."""
+    fields = {"model.head_depth": depth, "model.head_classes": classes, "model.lanes": lanes}
+    config = tiny(**fields)
+    config.data.classes = tuple("abcde")  # a group of four, and one
+    network = build(config, specialists=True)
+    image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
+    variables = jax.jit(network.init)(jax.random.key(1), image)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), variables["params"]
+    )
+    apply = jax.jit(
+        lambda v: network.apply(
+            v,
+            image,
+            train=True,
+            rngs={"dropout": jax.random.key(3)},
+            mutable=["batch_stats"],
+            capture_intermediates=lambda m, _: m.name == "backbone",
+        )
+    )
+    out, state = apply({"params": params, "batch_stats": variables["batch_stats"]})
+    x, pack = state["intermediates"]["backbone"]["__call__"][0][-1]
+    x = packed.unpack_pixels(x, int(pack))
+    expected = plain_heads(params["specialists"], None, x, depth, train=True)
+    assert out.specialists.shape == (5, 2, 16, 16, classes)
+    np.testing.assert_allclose(out.specialists, expected, atol=2e-4)
+
+
+def teacher_and_student():
+    shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3)
+    keys = jax.random.split(jax.random.key(0), 4)
+    student = Outputs(*(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)))
+    teacher = Outputs(*(3 * jax.random.normal(k, s) for k, s in zip(keys[2:], shapes, strict=True)))
+    return student, teacher
+
+
+def test_terms_and_ihed_can_be_left_out():
+    student, teacher = teacher_and_student()
+    pairs = [base.Pair(student, teacher)]
+    whole, cover = train.make_method(tiny()).unsupervised(pairs, 0)
+    chosen = ("G_from_s", "S_from_g")
+    part, _ = train.make_method(tiny(**{"method.terms": chosen})).unsupervised(pairs, 0)
+    assert set(part) == {f"unsup/{t}_{kind}" for t in chosen for kind in ("ce", "dice")}
+    assert len(whole) == 12
+    assert all(part[name] == whole[name] for name in part)
+    everything, all_covered = train.make_method(tiny(**{"method.ihed": False})).unsupervised(
+        pairs, 0
+    )
+    assert 0 < cover["cover/s"] < 1 == all_covered["cover/s"]
+    changed = {name for name in whole if whole[name] != everything[name]}
+    assert changed == {name for name in whole if "from_s" in name}
+    with pytest.raises(UserError, match="unknown --config.method.terms G_from_x; there are"):
+        train.make_method(tiny(**{"method.terms": ("G_from_x",)}))
+
+
+def test_teacher_in_evaluation_mode():
+    """It draws no dropout, and its statistics are a moving average of the student's."""
+    method = train.make_method(tiny(**{"method.teacher": "eval"}))
+    image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
+    params, model_state, extra = jax.jit(method.init)(jax.random.key(1), image[:1])
+    state = train.TrainState(jnp.asarray(1000), params, model_state, None, extra)
+    (first, kept), (second, _) = (method.teacher(state, image, jax.random.key(k)) for k in (0, 1))
+    np.testing.assert_array_equal(first.generalist, second.generalist)
+    moved = state.replace(model_state=jax.tree.map(lambda x: x + 1, model_state), extra=kept)
+    after = method.after_update(moved).extra["model_state"]
+    gap = jax.tree.map(lambda a, b: np.abs(a - b - 0.01).max(), after, model_state)
+    assert max(jax.tree.leaves(gap)) < 1e-6
+
+
+def test_combining_predictions_by_hand():
+    probs = jnp.array([[0.5, 0.4, 0.1], [0.1, 0.4, 0.5], [0.0, 0.55, 0.45], [0.97, 0.02, 0.01]])
+    combine = lambda rows, how: int(evaluate.combine(probs[rows, None, None, None], how)[0, 0, 0])  # noqa: E731
+    members = jnp.array([0, 1, 2])
+    assert combine(members, "average") == 1
+    assert combine(members, "confidence") == 1
+    assert combine(jnp.array([1, 2, 3]), "confidence") == 0
+    assert combine(jnp.array([1, 1, 3]), "vote") == 2
+    assert combine(jnp.array([1, 1, 3]), "average") == 0
+    assert combine(jnp.array([0, 1]), "vote") == 0  # named once each, equally likely: the first
+
+
+def test_both_kinds_of_heads_predict():
+    method = train.make_method(tiny(inference="both"))
+    image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
+    params, model_state, extra = jax.jit(method.init)(jax.random.key(1), image[:1])
+    state = train.TrainState(jnp.asarray(0), params, model_state, None, extra)
+    probs = method.predict(state, image)
+    assert probs.shape == (2, 2, 16, 16, 3)
+    np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
+    outputs = method.network.apply({"params": extra["params"], **extra["model_state"]}, image)
+    np.testing.assert_allclose(probs[0], jax.nn.softmax(outputs.generalist), rtol=1e-5)
+    merged = pl.merge(jax.nn.softmax(outputs.specialists))
+    np.testing.assert_array_equal(jnp.argmax(probs[1], -1), jnp.argmax(merged, -1))
+    with pytest.raises(UserError, match="inference=both: fixmatch trains no specialists"):
+        train.make_method(tiny("fixmatch", inference="both"))
+
+
+def test_cutmix_with_a_probability():
+    method = train.make_method(tiny(**{"method.cutmix": 0.0}))
+    views = {"labelled": {"image": jnp.zeros((2, 16, 16, 1)), "label": jnp.zeros((2, 16, 16))}}
+    views["unlabelled"] = {"image": jnp.zeros((2, 16, 16, 1))}
+    assert bool(method.views(views, jax.random.key(0))["keep"].all())
+    assert set(cgs.TERMS) == set(tiny().method.terms)
