@@ -176,6 +176,13 @@ def write_tables(workdir: pathlib.Path) -> str:
     return analysis.markdown(text)
 
 
+def _of_rows(wanted: list[str], rows: list[str], runs: list[Run]) -> list[Run]:
+    wrong = set(wanted) - set(rows)
+    if wrong:
+        raise UserError(f"--rows {', '.join(sorted(wrong))}: there are {', '.join(rows)}")
+    return [run for run in runs if not wanted or run.workdir.parent.name in wanted]
+
+
 def _shard(text: str, runs: list[Run]) -> list[Run]:
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
@@ -188,6 +195,7 @@ if __name__ == "__main__":
     _SWEEP = flags.DEFINE_string("sweep", None, "file with the rows, such as configs/sweeps/*.py")
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the runs")
     _SEEDS = flags.DEFINE_integer("seeds", 3, "seeds of each row", lower_bound=1)
+    _ROWS = flags.DEFINE_list("rows", [], "train these only; the table has all that are finished")
     _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: the i-th of n machines takes its share")
     flags.mark_flags_as_required(["config", "sweep", "workdir"])
 
@@ -196,7 +204,7 @@ if __name__ == "__main__":
         flag, workdir = flags.FLAGS["config"], folder(_WORKDIR.value)
         name, overrides = config_flags.get_config_filename(flag), flag.override_values
         rows, runs = plan(name, overrides, _SWEEP.value, workdir, _SEEDS.value)
-        mine = _shard(_SHARD.value, runs)
+        mine = _shard(_SHARD.value, _of_rows(_ROWS.value, rows, runs))
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "sweep.json", to_json({"rows": rows}) + "\n")
         try:

@@ -1,11 +1,10 @@
-"""The other methods, CGS, and CGS without each of its parts.
+"""All methods, and CGS without each of its parts.
 
 python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/ablation.py \
     --workdir runs/ablation --seeds 3 --config.data.root=FOLDER
 """
 
-SELF_TRAINING = ("G_from_g", "S_from_s")
-WITHOUT_CONSENSUS = ("G_from_g", "G_from_s", "S_from_g", "S_from_s")
+OTHERS = ("mean_teacher", "ua_mt", "fixmatch", "cps", "urpc", "unimatch", "bcp", "ad_mt")
 
 
 def get_sweep(config):
@@ -17,10 +16,9 @@ def get_sweep(config):
     labelled_only = {"batch.labelled": slices, "batch.unlabelled": 0}
     return {
         "supervised": ("method=supervised", labelled_only),
-        "mean_teacher": ("method=mean_teacher", {}),
-        "fixmatch": ("method=fixmatch", {}),
+        **{name: (f"method={name}", {}) for name in OTHERS},
         "cgs": ("method=cgs", {}),
         "cgs_without_ihed": ("method=cgs", {"method.ihed": False}),
-        "cgs_without_cross": ("method=cgs", {"method.terms": SELF_TRAINING}),
+        "cgs_without_cross": ("method=cgs", {"method.terms": ("G_from_g", "S_from_s")}),
         "cgs_binary": ("method=cgs", {"model.head_classes": 2}),
     }
