@@ -59,12 +59,13 @@ def load(folder: pathlib.Path | str) -> Sweep:
         summary = read_summary(workdir)
         key = {"row": name(workdir), "seed": config.seed}
         minutes, hardware = spent(workdir)
-        method = config.method.name + (
-            f" over {config.method.base}" if "base" in config.method else ""
-        )
         runs.append(
             key
-            | {"workdir": workdir, "method": method, "steps": config.total_steps}
+            | {
+                "workdir": workdir,
+                "method": run_config.name_of(config),
+                "steps": config.total_steps,
+            }
             | {"best": summary["step"], "val": 100 * number(summary["val"]["mean"]["dice"])}
             | {"minutes": minutes, "hardware": hardware}
         )

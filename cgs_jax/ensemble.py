@@ -16,6 +16,8 @@ from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.cli import cli, output_file
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
+from cgs_jax.methods.base import Method
+from cgs_jax.train_state import TrainState
 from cgs_jax.writers import folder, say, to_json, write_text
 
 ALIKE = ("name", "classes", "size", "normalise", "slicing")  # fields of data
@@ -31,23 +33,29 @@ def restore(
     Raises:
       UserError: no run, no validated checkpoint, or runs on different data.
     """
-    methods, states, configs = [], [], []
+    methods, states = [], []
     for workdir in workdirs:
-        config, _ = run_config.load(workdir)
-        config.inference = inference or config.inference
-        config.combine = combine or config.combine
-        for field in ALIKE if configs else ():
-            if config.data[field] != configs[0].data[field]:
-                raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field}")
-        method = train.make_method(config)
-        checkpoints = Checkpoints(workdir, read_only=True)
-        mesh = sharding.local_mesh()
-        state, _ = train.restore_best(config, method, checkpoints, workdir, mesh)
-        checkpoints.close()
+        method, state = restore_run(workdir, inference, combine)
         methods.append(method)
         states.append(state)
-        configs.append(config)
-    return configs[0], evaluate.make_predict(*methods)(*states)
+        for field in ALIKE:
+            if method.config.data[field] != methods[0].config.data[field]:
+                raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field}")
+    return methods[0].config, evaluate.make_predict(*methods)(*states)
+
+
+def restore_run(
+    workdir: pathlib.Path, inference: str | None = None, combine: str | None = None
+) -> tuple[Method, TrainState]:
+    """One run and its best checkpoint, on the devices of this process."""
+    config, _ = run_config.load(workdir)
+    config.inference = inference or config.inference
+    config.combine = combine or config.combine
+    method = train.make_method(config)
+    checkpoints = Checkpoints(workdir, read_only=True)
+    state, _ = train.restore_best(config, method, checkpoints, workdir, sharding.local_mesh())
+    checkpoints.close()
+    return method, state
 
 
 def score(

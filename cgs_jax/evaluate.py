@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from cgs_jax import distributed, metrics, sharding
+from cgs_jax import distributed, metrics, plots, sharding
 from cgs_jax.data.prepare import LEVELS, Prepared
 from cgs_jax.data.volume import resize
 from cgs_jax.methods.base import Method
@@ -108,17 +108,9 @@ def segment(
 
 
 def evaluate(
-    predict: Predict,
-    prepared: Prepared,
-    cases: list[str],
-    config: Any,
-    surface: bool,
-    look: Callable[[str, np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+    predict: Predict, prepared: Prepared, cases: list[str], config: Any, surface: bool
 ) -> Results:
-    """Scores `cases`, dealt over the processes; without `surface` only the overlap metrics.
-
-    `look` is called with (case, image, truth, prediction), [D, H, W] each, of this process's cases.
-    """
+    """Scores `cases`, dealt over the processes; without `surface` only the overlap metrics."""
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
     volumes = [prepared.volume(case) for case in cases]
     stacks = (volume.image for volume in volumes)
@@ -134,8 +126,6 @@ def evaluate(
             for i, organ in enumerate(config.data.classes, 1):
                 task = (label, truth, i, volume.spacing, surface)
                 futures[case, organ] = pool.submit(_score, *task)
-            if look:
-                look(case, volume.image, truth, label)
         results = {case: {} for case in cases}
         for (case, organ), future in futures.items():
             results[case][organ] = future.result()
@@ -149,6 +139,25 @@ def _score(label, truth, i, spacing, surface):
     masks = label == i, truth == i
     scores = metrics.score(*masks, spacing) if surface else metrics.overlap(*masks)
     return scores | {"voxels": int(np.count_nonzero(masks[1]))}  # the organ's size
+
+
+def ranked(results: Results) -> list[tuple[str, float]]:
+    """Cases and their mean Dice in %, worst first; undefined ones before."""
+    dice = {c: 100 * mean(s["dice"] for s in organs.values()) for c, organs in results.items()}
+    return sorted(dice.items(), key=lambda pair: (not np.isnan(pair[1]), pair[1]))
+
+
+def show(
+    predict: Predict, prepared: Prepared, cases: list[tuple[str, float]], config: Any
+) -> list[plots.Shown]:
+    """Cases with their Dice, predicted again to be looked at."""
+    volumes = [prepared.volume(case) for case, _ in cases]
+    stacks = (volume.image for volume in volumes)
+    labels = segment(predict, stacks, config.data.size, config.eval_batch)
+    return [
+        plots.Shown(*case, volume.image, volume.label, label)
+        for case, volume, label in zip(cases, volumes, labels, strict=True)
+    ]
 
 
 def summarise(results: Results) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pathlib
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cgs_jax import distributed, evaluate, plots, run_config, sharding, train
+from cgs_jax import distributed, evaluate, plots, report, run_config, sharding, train
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.cli import cli
 from cgs_jax.data import prepare
@@ -51,26 +51,29 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
 
 
 def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
-    """Scores the best checkpoint on validation and test volumes; writes summary and pictures."""
+    """Scores the best checkpoint on validation and test volumes; writes summary and report."""
     state, step = train.restore_best(config, method, checkpoints, workdir, mesh)
     predict = evaluate.make_predict(method)(state)
     summary = {"checkpoint": "best", "step": step, "inference": config.inference}
-    looks = plots.Looks()
+    summary["combine"] = config.combine
     for split in ("val", "test"):
         cases = getattr(prepared.splits, split)
-        look = looks if split == "test" else None
-        results = evaluate.evaluate(predict, prepared, cases, config, surface=True, look=look)
+        results = evaluate.evaluate(predict, prepared, cases, config, surface=True)
         summary[split] = evaluate.summarise(results)
-    looks.gather()
     if distributed.is_first():
         write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
-        plots.curves(
-            read_lines(workdir / "metrics.jsonl"), config.data.classes, workdir / "curves.png"
-        )
-        plots.overlays(looks, results, config.data, workdir / "overlays.png")
+        ranked = evaluate.ranked(results)
+        telling = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
+        shown = evaluate.show(predict, prepared, telling, config)
+        figure = plots.overlays(shown, config.data.classes, config.data.slicing)
+        plots.save(figure, workdir / "overlays.png", dpi=110)
+        figure = plots.curves(read_lines(workdir / "metrics.jsonl"), config.data.classes)
+        if figure:  # else metrics.jsonl was not kept
+            plots.save(figure, workdir / "curves.png", dpi=120)
+        report.write(workdir, config, summary, shown)
     say(f"\ntest, best validation checkpoint (step {step}), {len(results)} cases")
     say(evaluate.table(summary["test"]))
-    for name in ("summary.json", "curves.png", "overlays.png"):
+    for name in ("summary.json", "curves.png", "overlays.png", "report.html"):
         say(str(workdir / name))
     return summary
 

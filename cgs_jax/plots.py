@@ -1,44 +1,27 @@
-"""curves.png and overlays.png."""
+"""Figures: learning curves, and overlays of labels on slices."""
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from ml_collections import ConfigDict
 
-from cgs_jax import distributed
-from cgs_jax.evaluate import Results, mean
+SOURCES = {
+    "generalist": "generalist, confident",
+    "specialists": "specialists",
+    "ihed": "specialists after IHED",
+    "consensus": "where both agree",
+}
+ERRORS = {"missed": "deepskyblue", "too much": "red", "other organ": "gold"}
 
 
-def curves(lines: list[dict[str, float]], classes: tuple[str, ...], path: pathlib.Path) -> None:
-    """Losses, validation Dice by organ and mask coverage over the steps of metrics.jsonl."""
-    cover = {"cover/g": "confident", "cover/s": "IHED", "cover/e": "agree"}
-    groups = {
-        "loss": {"loss": "total", "sup": "supervised", "unsup": "unsupervised (unweighted)"},
-        "validation Dice %": {f"val/{organ}": organ for organ in classes} | {"val/dice": "mean"},
-        "share of unlabelled pixels": cover,
-    }
-    groups = {t: g for t, g in groups.items() if any(k in line for line in lines for k in g)}
-    if not groups:  # metrics.jsonl was not kept
-        return
-    figure = Figure(figsize=(5 * len(groups), 3.6), layout="constrained")
-    for axes, (title, names) in zip(
-        figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
-    ):
-        for i, (key, name) in enumerate(names.items()):
-            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-            if points:
-                style = {"color": "black", "lw": 2} if key == "val/dice" else {"color": colour(i)}
-                axes.plot(*zip(*points, strict=True), label=name, **style)
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+def save(figure: Figure, path: pathlib.Path, **options: Any) -> None:
+    """Writes a figure, also into a bucket."""
     with path.open("wb") as file:
-        figure.savefig(file, dpi=120)
+        figure.savefig(file, format=path.suffix[1:], **options)
 
 
 def colour(i: int) -> Any:
@@ -48,68 +31,96 @@ def colour(i: int) -> Any:
     )
 
 
-class Looks:
-    """Collects a telling slice of every case: most organs, then most area."""
+def curves(lines: list[dict[str, float]], classes: tuple[str, ...]) -> Figure | None:
+    """Losses, validation Dice by organ, and coverage and precision of pseudo-labels over the steps
+    of metrics.jsonl; None if it is empty."""
+    groups = {
+        "loss": {"loss": "total", "sup": "supervised", "unsup": "unsupervised (unweighted)"},
+        "validation Dice %": {f"val/{organ}": organ for organ in classes} | {"val/dice": "mean"},
+        "share of unlabelled pixels": {
+            "cover/g": "confident",
+            "cover/s": "IHED",
+            "cover/e": "agree",
+            "cover/sure": "sure",
+        },
+        "pseudo-labels: organ pixels covered %": _of_sources("coverage"),
+        "pseudo-labels: precision %": _of_sources("precision"),
+    }
+    groups = {
+        t: g for t, g in groups.items() if any(line.get(k) is not None for line in lines for k in g)
+    }
+    if not groups:
+        return None
+    figure = Figure(figsize=(5 * min(len(groups), 3), 3.6 * -(-len(groups) // 3)))
+    figure.set_layout_engine("constrained")
+    for i, (title, names) in enumerate(groups.items(), 1):
+        axes = figure.add_subplot(-(-len(groups) // 3), min(len(groups), 3), i)
+        for i, (key, name) in enumerate(names.items()):
+            points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+            if points:
+                style = {"color": "black", "lw": 2} if key == "val/dice" else {"color": colour(i)}
+                axes.plot(*zip(*points, strict=True), ".-", label=name, **style)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    return figure
 
-    def __init__(self):
-        self.slices: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
-    def __call__(self, case, image, truth, label):
-        flat = truth.reshape(len(truth), -1)
-        organs = [len(np.unique(s)) + np.count_nonzero(s) / s.size for s in flat]
-        at = int(np.argmax(organs))
-        self.slices[case] = tuple(np.array(x[at]) for x in (image, truth, label))
-
-    def gather(self) -> None:
-        """Adds what the other processes have collected."""
-        for slices in distributed.gather(self.slices):
-            self.slices |= slices
+def _of_sources(what):
+    return {f"pseudo/{source}/{what}": name for source, name in SOURCES.items()}
 
 
-def overlays(
-    looks: Looks, results: Results, data: ConfigDict, path: pathlib.Path, count: int = 4
-) -> None:
-    """Image, truth and prediction of `count` cases, from the worst mean Dice to the best.
+class Shown(NamedTuple):
+    """A case to look at: volumes [D, H, W]."""
 
-    Oriented scans are shown as radiologists look at them: anterior or superior up, and the
+    case: str
+    dice: float  # %, mean over the organs
+    image: np.ndarray
+    truth: np.ndarray
+    label: np.ndarray
+
+
+def telling_slice(truth: np.ndarray) -> int:
+    """The slice of [D, H, W] with most organs, and of those the one with most area."""
+    flat = truth.reshape(len(truth), -1)
+    return int(np.argmax([len(np.unique(s)) + np.count_nonzero(s) / s.size for s in flat]))
+
+
+def panels(shown: Shown, at: int, slicing: str) -> list[np.ndarray]:
+    """RGB uint8 of slice `at`: the image, with truth, with prediction, and with what is wrong.
+
+    Oriented scans are turned as radiologists look at them: anterior or superior up, and the
     patient's right on the left.
     """
-    classes = data.classes
+    turned = slice(None) if slicing == "stored" else slice(None, None, -1)
+    mirrored = turned if slicing in ("axial", "coronal") else slice(None)
+    image, truth, label = (np.asarray(x[at])[turned, mirrored] for x in shown[2:])
+    grey = np.repeat(image[..., None] / max(image.max(), 1), 3, -1)
+    wrong = np.select(
+        [truth == label, label == 0, truth == 0], [0, 1, 2], 3
+    )  # as ERRORS, counted from 1
+    colours = [to_rgb(c) for c in ERRORS.values()]
+    overlays = (_paint(grey, x) for x in (truth, label))
+    return [np.uint8(255 * x) for x in (grey, *overlays, _paint(grey, wrong, colours))]
 
-    def dice(case):
-        return mean(s["dice"] for s in results[case].values())
 
-    ranked = sorted(results, key=lambda case: (np.isnan(dice(case)), dice(case)))
-    picks = sorted({round(i) for i in np.linspace(0, len(ranked) - 1, min(count, len(ranked)))})
-    figure = Figure(figsize=(9, 3 * len(picks) + 0.5), layout="constrained")
-    colours = ListedColormap([colour(i) for i in range(len(classes))])
-    for row, pick in zip(figure.subplots(len(picks), 3, squeeze=False), picks, strict=True):
-        case = ranked[pick]
-        image, truth, label = looks.slices[case]
-        for axes, title, overlay in zip(
-            row,
-            (case, "truth", f"prediction, Dice {100 * dice(case):.1f}"),
-            (None, truth, label),
-            strict=True,
-        ):
-            axes.imshow(image, cmap="gray")
-            if overlay is not None:
-                shown = np.ma.masked_equal(overlay, 0)
-                axes.imshow(
-                    shown,
-                    cmap=colours,
-                    alpha=0.55,
-                    interpolation="nearest",
-                    vmin=1,
-                    vmax=len(classes) + 1e-3,
-                )
+def _paint(grey, labels, colours=None):
+    colours = colours or [colour(i)[:3] for i in range(int(labels.max(initial=0)))]
+    painted = 0.45 * grey + 0.55 * np.array([(0, 0, 0), *colours])[labels]
+    return np.where(labels[..., None] > 0, painted, grey)
+
+
+def overlays(cases: list[Shown], classes: tuple[str, ...], slicing: str) -> Figure:
+    """Image, truth, prediction and error of the telling slice of every case."""
+    figure = Figure(figsize=(12, 3 * len(cases) + 0.5), layout="constrained")
+    for row, shown in zip(figure.subplots(len(cases), 4, squeeze=False), cases, strict=True):
+        titles = (shown.case, "truth", f"prediction, Dice {shown.dice:.1f}", "error")
+        pictures = panels(shown, telling_slice(shown.truth), slicing)
+        for axes, title, picture in zip(row, titles, pictures, strict=True):
+            axes.imshow(picture, interpolation="nearest")
             axes.set_title(title, fontsize=9)
             axes.axis("off")
-            if data.slicing != "stored":
-                axes.invert_yaxis()
-            if data.slicing in ("axial", "coronal"):
-                axes.invert_xaxis()
     patches = [Patch(color=colour(i), label=organ) for i, organ in enumerate(classes)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(classes)))
-    with path.open("wb") as file:
-        figure.savefig(file, dpi=110)
+    patches += [Patch(color=c, label=f"error: {name}") for name, c in ERRORS.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=min(7, len(patches)))
+    return figure

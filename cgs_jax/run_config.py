@@ -106,6 +106,12 @@ def _tuples(mapping: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items()}
 
 
+def name_of(config: ConfigDict) -> str:
+    """Such as 'cgs', or 'cgs over fixmatch'."""
+    base = config.method.get("base", "")
+    return config.method.name + (f" over {base}" if base else "")
+
+
 def check_same(saved: ConfigDict, config: ConfigDict, workdir: pathlib.Path) -> None:
     """Raises UserError where `config` would go on with a run that was trained otherwise."""
     saved, now = flatten(saved.to_dict()), flatten(config.to_dict())

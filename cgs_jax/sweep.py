@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
     def finished(self) -> bool:
         """Whether it has been trained and tested."""
-        return (self.workdir / "summary.json").exists()
+        return (self.workdir / "report.html").exists()  # what a run writes last
 
     def step(self) -> int:
         """How far it is."""
@@ -183,7 +183,8 @@ def _of_rows(wanted: list[str], rows: list[str], runs: list[Run]) -> list[Run]:
     return [run for run in runs if not wanted or run.workdir.parent.name in wanted]
 
 
-def _shard(text: str, runs: list[Run]) -> list[Run]:
+def shard(text: str, runs: list[Run]) -> list[Run]:
+    """Every n-th run from the i-th on, of 'i/n'."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise UserError(f"--shard {text}: write 1/4 to 4/4 for four machines")
@@ -204,7 +205,7 @@ if __name__ == "__main__":
         flag, workdir = flags.FLAGS["config"], folder(_WORKDIR.value)
         name, overrides = config_flags.get_config_filename(flag), flag.override_values
         rows, runs = plan(name, overrides, _SWEEP.value, workdir, _SEEDS.value)
-        mine = _shard(_SHARD.value, _of_rows(_ROWS.value, rows, runs))
+        mine = shard(_SHARD.value, _of_rows(_ROWS.value, rows, runs))
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "sweep.json", to_json({"rows": rows}) + "\n")
         try:

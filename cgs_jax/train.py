@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cgs_jax import distributed, evaluate, optim, quality, sharding
+from cgs_jax import distributed, evaluate, optim, quality, run_config, sharding
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.data import pipeline
 from cgs_jax.data.prepare import Prepared
@@ -186,8 +186,7 @@ def train(
         say(f"resuming {workdir} at step {start}")
     else:
         count = f"{parameter_overview.count_parameters(state.params):,} parameters"
-        over = f" over {config.method.base}" if config.method.get("base") else ""
-        say(f"{config.method.name}{over} on {config.data.name}: {count}, {mesh.size} device(s)")
+        say(f"{run_config.name_of(config)} on {config.data.name}: {count}, {mesh.size} device(s)")
     if start >= config.total_steps:
         return True
     if distributed.is_first():

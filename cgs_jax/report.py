@@ -1,0 +1,80 @@
+"""report.html: all of a run on one page, without server or network."""
+
+import base64
+import io
+import pathlib
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import to_hex
+from ml_collections import ConfigDict
+from PIL import Image
+
+from cgs_jax import analysis, plots, run_config
+from cgs_jax.data.volume import resize
+from cgs_jax.writers import read_lines, to_json, write_text
+
+SLICES, WIDTH = 24, 256  # at most, of a case and in pixels: a report stays below some megabytes
+TEMPLATE = pathlib.Path(__file__).with_name("report.html")
+
+
+def write(
+    workdir: pathlib.Path, config: ConfigDict, summary: dict[str, Any], cases: list[plots.Shown]
+) -> None:
+    """Writes the report of a tested run; `cases` are shown slice by slice."""
+    lines = read_lines(workdir / "metrics.jsonl")
+    minutes, hardware = analysis.spent(workdir)
+    figure = plots.curves(lines, config.data.classes)
+    data = {
+        "title": f"{run_config.name_of(config)} on {config.data.name}",
+        "facts": {
+            "test Dice": f"{100 * summary['test']['mean']['dice']:.2f} %",
+            "checkpoint": f"step {summary['step']} of {config.total_steps}, best on validation",
+            "seed": config.seed,
+            "training and validation": f"{minutes:.1f} minutes",
+            "hardware": hardware,
+            "jax": next((x["jax"] for x in read_lines(workdir / "times.jsonl") if "jax" in x), ""),
+            "folder": str(workdir),
+        },
+        "organs": {organ: to_hex(plots.colour(i)) for i, organ in enumerate(config.data.classes)},
+        "errors": plots.ERRORS,
+        "curves": _svg(figure) if figure else None,
+        "summary": {split: summary[split] for split in ("test", "val")},
+        "shown": [_slices(shown, config.data.slicing) for shown in cases],
+        "config": config.to_dict(),
+    }
+    # Inside <script>, "</" would end it.
+    text = TEMPLATE.read_text().replace("{{DATA}}", to_json(data).replace("</", "<\\/"))
+    write_text(workdir / "report.html", text)
+
+
+def _svg(figure):
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    return _uri("svg+xml", file)
+
+
+def _uri(kind, file):
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _slices(shown, slicing):
+    """All panels of the slices that hold an organ, or were thought to, as one picture each."""
+    there = np.flatnonzero((np.asarray(shown.truth) | shown.label).any((1, 2)))
+    first, last = (there[0], there[-1]) if len(there) else (0, len(shown.truth) - 1)
+    numbers = np.unique(np.linspace(first, last, min(SLICES, last - first + 1)).round().astype(int))
+    pictures = []
+    for at in numbers:
+        strip = np.stack([_shrink(x) for x in plots.panels(shown, at, slicing)])
+        file = io.BytesIO()
+        Image.fromarray(np.concatenate(strip, 1)).save(file, "JPEG", quality=88)
+        pictures.append(_uri("jpeg", file))
+    start = int(np.argmin(np.abs(numbers - plots.telling_slice(shown.truth))))
+    about = {"case": shown.case, "dice": shown.dice, "numbers": numbers.tolist(), "start": start}
+    return about | {"pictures": pictures}
+
+
+def _shrink(picture):
+    scale = min(1, WIDTH / max(picture.shape[:2]))
+    height, width = (round(scale * n) for n in picture.shape[:2])
+    return np.moveaxis(resize(np.moveaxis(picture, -1, 0), height, width), 0, -1)

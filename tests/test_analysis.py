@@ -1,0 +1,177 @@
+"""Tables, pseudo-label quality and participation against numbers made by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+from steps import tiny, tiny_batch
+
+from cgs_jax import analysis, evaluate, participation, quality, train
+from cgs_jax.methods import base
+from cgs_jax.models import Outputs
+
+
+def cases(values):
+    """{(row, seed): {case: [dice of a, dice of b]}} -> a frame as `analysis.load` makes it."""
+    lines = []
+    for (row, seed), by_case in values.items():
+        for case, dice in by_case.items():
+            for organ, value in zip("ab", dice, strict=True):
+                who = {"row": row, "seed": seed, "split": "test", "case": case}
+                who |= {"patient": case[:2], "organ": organ}
+                lines.append(who | {"dice": value})
+    return pd.DataFrame(lines)
+
+
+def test_table_by_hand():
+    nan = float("nan")
+    frame = cases(
+        {
+            ("base", 0): {"p1_1": [50, 70], "p1_2": [60, nan], "p2_1": [10, 20]},
+            ("base", 1): {"p1_1": [52, 72], "p1_2": [62, nan], "p2_1": [12, 22]},
+            ("other", 0): {"p1_1": [60, 80], "p1_2": [60, nan], "p2_1": [15, 25]},
+            ("other", 1): {"p1_1": [60, 80], "p1_2": [60, nan], "p2_1": [15, 25]},
+            ("third", 0): {"p1_1": [50, 70], "p1_2": [60, nan], "p2_1": [10, 20]},
+        }
+    )
+    table = analysis.table(frame)
+    assert list(table.index) == ["base", "other", "third"]
+    assert list(table.seeds) == [2, 2, 1]
+    np.testing.assert_allclose(table.loc["base", ["a", "b", "mean"]].astype(float), [41, 46, 43.5])
+    np.testing.assert_allclose(table.loc["base", "a sd"], np.sqrt(2))
+    np.testing.assert_allclose(table.loc["other", ["a", "a sd"]].astype(float), [45, 0])
+    # by patient: the mean of cases 1 (+10, +8) and 2 (0, -2), and +5, +3
+    np.testing.assert_allclose(table.loc["other", "difference"], (4 + 4) / 2)
+    assert table.loc["third", "difference"] == 0  # in seed 0, which both have
+    assert np.isnan(table.loc["base", "difference"])
+    text = analysis.as_text(table)
+    assert text.loc["base", "a"] == "41.00 ± 1.41"
+    assert text.loc["third", "a"] == "40.00"
+    assert text.loc["other", "against base"] == "+4.00 [+4.00, +4.00]"
+    assert "| other | 2 | 45.00 ± 0.00 |" in analysis.markdown(text)
+    assert r"other & 2 & 45.00 $\pm$ 0.00" in analysis.latex(text)
+
+
+def test_bootstrap_interval_is_over_patients():
+    rng = np.random.default_rng(0)
+    gains = rng.normal(2, 3, 20)
+    values = {("base", 0): {}, ("other", 0): {}}
+    for i, gain in enumerate(gains):
+        for frame in (1, 2):  # the second scan of a patient adds no information
+            values["base", 0][f"{i:02d}_{frame}"] = [50, 50]
+            values["other", 0][f"{i:02d}_{frame}"] = [50 + gain, 50 + gain]
+    found = analysis.differences(cases(values)).loc["other"]
+    half = 1.96 * gains.std() / np.sqrt(20)
+    np.testing.assert_allclose(found.difference, gains.mean())
+    np.testing.assert_allclose([found.low, found.high], gains.mean() + [-half, half], atol=0.35)
+
+
+def test_pseudo_label_quality_by_hand():
+    label = jnp.array([[[1, 1, 2, 0]]])
+    mask = jnp.array([[[True, True, False, True]]])
+    truth = jnp.array([[[1, 2, 2, 1]]])
+    counts = np.asarray(quality.counts(label, mask, truth, 2))
+    np.testing.assert_array_equal(counts, [[2, 0], [1, 0], [2, 2], [2, 1]])
+    shares = quality.shares({"ihed": counts}, ("a", "b"))
+    assert shares["pseudo/ihed/precision/a"] == 50
+    assert np.isnan(shares["pseudo/ihed/precision/b"])
+    assert shares["pseudo/ihed/precision"] == 50
+    assert shares["pseudo/ihed/coverage/a"] == 100
+    assert shares["pseudo/ihed/coverage/b"] == 50
+    assert shares["pseudo/ihed/coverage"] == 75
+
+
+def logits(probs):
+    return jnp.log(jnp.asarray(probs, jnp.float32) + 1e-6)
+
+
+def test_sources_of_pseudo_labels():
+    generalist = logits([[[[0.1, 0.85, 0.05], [0.1, 0.1, 0.8], [0.9, 0.05, 0.05]]]])
+    one = [[0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1]]
+    two = [[0.1, 0.1, 0.8], [0.1, 0.7, 0.2], [0.8, 0.1, 0.1]]
+    found = quality.sources(Outputs(generalist, logits([[[one]], [[two]]])), 0.82)
+    expected = {
+        "generalist": ([1, 2, 0], [True, False, True]),
+        "specialists": ([1, 1, 0], [True, True, True]),
+        "ihed": ([1, 1, 0], [True, False, True]),  # two targets on the second
+        "consensus": ([1, 1, 0], [True, False, True]),
+    }
+    for name, (label, mask) in expected.items():
+        assert found[name][0].ravel().tolist() == label, name
+        assert found[name][1].ravel().tolist() == mask, name
+
+
+class Withheld:
+    """Five training slices: labelled, two withheld, one without label, and again withheld."""
+
+    class splits:  # noqa: N801
+        train, labelled = list("abcd"), ["a"]
+
+    labels = np.stack([np.full((16, 16), k, np.uint8) for k in (1, 1, 2, 255, 0)])
+    images = np.arange(5, dtype=np.uint16)[:, None, None] * np.ones((1, 16, 16), np.uint16)
+
+    def rows(self, names):
+        of = {"a": [0], "b": [1, 2], "c": [3], "d": [4]}
+        return np.array([row for name in names for row in of[name]])
+
+
+def test_quality_is_measured_on_withheld_labels_only():
+    config = tiny(eval_batch=2)
+    method, seen = train.make_method(config), []
+
+    class Network:
+        def apply(self, variables, image):
+            jax.debug.callback(lambda x: seen.append(np.asarray(x[:, 0, 0, 0])), image)
+            generalist = jnp.broadcast_to(logits([0.01, 0.98, 0.01]), (*image.shape[:3], 3))
+            heads = jnp.broadcast_to(logits([0.01, 0.98, 0.01]), (2, *image.shape[:3], 3))
+            return Outputs(generalist, heads)
+
+    method.network = Network()
+    empty = train.TrainState(jnp.asarray(0), {}, {}, None, {"params": {}, "model_state": {}})
+    scores = quality.make_measure(config, method, Withheld())(empty)
+    jax.effects_barrier()
+    assert (65535 * np.concatenate(seen)).round().tolist() == [1, 2, 4, 0]  # and padding
+    assert scores["pseudo/generalist/precision/big"] == pytest.approx(100 / 3)
+    assert scores["pseudo/generalist/coverage/small"] == 100
+    assert scores["pseudo/ihed/coverage/big"] == 0  # both heads say target
+    assert quality.make_measure(tiny(pseudo_slices=0), method, Withheld())(empty) == {}
+
+
+def test_participation_by_hand():
+    """The gradient at the features, against that of a pixel moved by a little."""
+    method = train.make_method(tiny(**{"model.dropout": (0.0,) * 3}))
+    batch = tiny_batch(method.config)["labelled"]
+    image, label = evaluate.to_image(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
+    params, model_state, _ = jax.jit(method.init)(jax.random.key(0), image[:1])
+    found = participation.gradients(method, (params, model_state), image, label)
+    outputs, _ = method.forward(params, model_state, image, jax.random.key(0))
+    terms = base.supervised_loss(base.Labelled(outputs, label))
+    assert all(np.isfinite(v) for v in terms.values())
+    for gradient in found:
+        assert gradient.shape == label.shape
+        assert gradient.min() >= 0 < gradient.max()
+    kernel = params["generalist"]["conv"]["kernel"]
+
+    def loss(features):
+        """The generalist by itself, on given features."""
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.lax.conv_general_dilated(features, kernel, (1, 1), "SAME", None, None, numbers)
+        y = y + params["generalist"]["conv"]["bias"]
+        return sum(base.supervised_loss(base.Labelled(Outputs(y, None), label)).values())
+
+    _, seen = method.network.apply(
+        {"params": params, **model_state},
+        image,
+        train=True,
+        rngs={"dropout": jax.random.key(0)},
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=lambda module, _: module.name == "backbone",
+    )
+    features, _ = seen["intermediates"]["backbone"]["__call__"][0][-1]
+    expected = jnp.abs(jax.grad(loss)(features)).sum(-1)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-7)
+    assert np.abs(found[1] - found[0]).max() > 1e-4
+
+    frame = pd.DataFrame({"organ": ["a", "b"], "without": [0.9, 0.1], "with": [0.95, 0.3]})
+    assert participation.keeps_bound(frame).tolist() == [False, True]

@@ -1,0 +1,118 @@
+"""A sweep as a user starts it, and the notebook that reads it."""
+
+import pathlib
+import shutil
+
+import nbformat
+import pandas as pd
+import pytest
+from nbclient import NotebookClient
+from runs import REPOSITORY, TINY, command, start
+
+from cgs_jax import analysis, sweep
+from cgs_jax.errors import UserError
+
+ROWS = ("supervised", "cgs")  # dealt in turn to two shards
+STEPS = {"config.total_steps": 10, "config.eval_every": 5}
+
+
+def line(scans, workdir, *options):
+    fields = [f"--{name}={value}" for name, value in STEPS.items()]
+    options = ["--sweep", "configs/sweeps/ablation.py", "--rows", ",".join(ROWS), *fields, *options]
+    plain = command(scans, workdir)
+    plain[plain.index("cgs_jax.main")] = "cgs_jax.sweep"
+    return [*plain, *options]
+
+
+@pytest.fixture(scope="module")
+def swept(scans, tmp_path_factory):
+    """Two rows of one seed, by two shards; and what they printed."""
+    workdir = tmp_path_factory.mktemp("sweep")
+    options = ["--seeds", "1", "--config.seed=3", "--shard"]
+    printed = [start(line(scans, workdir, *options, f"{i}/2"), devices=1) for i in (1, 2)]
+    return workdir, printed
+
+
+def test_sweep_shards_and_table(swept, scans):
+    workdir, printed = swept
+    assert [done.returncode for done in printed] == [0, 0], [done.stderr for done in printed]
+    for row, done in zip(ROWS, printed, strict=True):
+        assert f"1/1 {row} seed 3  test Dice" in done.stdout
+    assert "| supervised |" in printed[0].stdout
+    runs, curves, cases = analysis.load(workdir)
+    assert list(zip(runs.row, runs.seed, strict=True)) == [(row, 3) for row in ROWS]
+    assert set(curves[curves.row == "cgs"].step) == {5, 10}
+    assert "pseudo/ihed/precision" in curves
+    assert set(cases.case[cases.split == "test"]) == {"Patient_06", "Patient_07"}
+    table = pd.read_csv(workdir / "table.csv", index_col=0)
+    by_case = cases[(cases.split == "test") & (cases.row == "cgs")].groupby("organ").dice.mean()
+    for organ, value in by_case.items():
+        assert table.loc["cgs", organ] == pytest.approx(value)
+    assert (workdir / "table.md").read_text() in printed[1].stdout
+    assert "against supervised" in (workdir / "table.tex").read_text()
+    config = analysis.run_config.load(workdir / "supervised" / "seed3")[0]
+    assert (config.batch.labelled, config.batch.unlabelled, config.seed) == (16, 0, 3)
+
+
+def test_sweep_goes_on(swept, scans, tmp_path):
+    """Finished runs stay; one that lacks its end is finished; a failure is told at the end."""
+    workdir = tmp_path / "sweep"
+    shutil.copytree(swept[0], workdir)
+    (workdir / "cgs" / "seed3" / "report.html").unlink()
+    (workdir / "fixmatch" / "seed3").mkdir(parents=True)
+    (workdir / "fixmatch" / "seed3" / "checkpoints").write_text("in the way")
+    kept = (workdir / "supervised" / "seed3" / "summary.json").stat().st_mtime_ns
+    rows = ["--rows", "supervised,fixmatch,cgs", "--seeds", "1", "--config.seed=3"]
+    done = start(line(scans, workdir, *rows), devices=1)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: 1 of 3 runs failed: fixmatch seed 3 (error: ")
+    assert done.stderr.count("\n") == 1
+    assert str(workdir / "fixmatch" / "seed3" / "log.txt") in done.stderr
+    assert "3/3 cgs seed 3  test Dice" in done.stdout
+    assert (workdir / "supervised" / "seed3" / "summary.json").stat().st_mtime_ns == kept
+
+
+def test_bad_sweeps(scans, tmp_path):
+    overrides = TINY | {"data.root": str(scans / "scans")}
+
+    def plan(text, overrides=overrides):
+        path = tmp_path / "sweep.py"
+        path.write_text(text)
+        return sweep.plan("configs/segthor.py", overrides, str(path), tmp_path / "runs", 1)
+
+    rows = "def get_sweep(config):\n    return {'a': ('method=cgs', %s)}"
+    for text, message in (
+        ("", "defines no get_sweep"),
+        (rows.replace("'a'", "'a/b'") % {}, "'a/b' can not be the name of a folder"),
+        (rows % {"method.taw": 1}, "a: there is no config field method.taw"),
+        (rows % {"data.size": "big"}, "a: data.size='big'"),
+        (rows.replace("=cgs", ":cgs") % {}, "a: config argument 'method:cgs': write"),
+        (rows.replace("=cgs", "=cgx") % {}, "unknown method 'cgx'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plan(text)
+    with pytest.raises(UserError, match="no such file"):
+        sweep.plan("configs/segthor.py", {}, str(tmp_path / "none.py"), tmp_path, 1)
+    names, (run,) = plan(rows % {"method.lambda_max": 1.5}, overrides | {"method.tau": 0.8})
+    assert (run.config.method.tau, run.config.method.lambda_max) == (0.8, 1.5)
+    assert "--config.method.lambda_max=1.5" in run.command
+    assert "configs/segthor.py:method=cgs" in run.command
+    with pytest.raises(UserError, match="--shard 0/2: write 1/4 to 4/4"):
+        sweep.shard("0/2", [run])
+
+
+def test_notebook_runs(swept, tmp_path, monkeypatch):
+    """From top to bottom, with all its pictures."""
+    monkeypatch.setenv("CGS_SWEEP", str(swept[0]))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    path = REPOSITORY / "notebooks" / "ablation.ipynb"
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:
+        cell.pop("outputs", None)
+        if cell.cell_type == "code":
+            cell.outputs = []
+    folder = {"metadata": {"path": str(pathlib.Path(path).parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
+    outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+    assert sum("image/png" in out.get("data", {}) for out in outputs) == 6
+    assert not [out for out in outputs if out.output_type == "error"]
