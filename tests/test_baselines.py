@@ -108,6 +108,26 @@ def test_pyramid_perturbs_its_maps_in_training_only():
     assert (coarse == coarse[:, :, :1, :, :1]).all()  # a pixel of 1/8 is 8 x 8
 
 
+def test_ict_blends_images_and_what_the_teacher_says():
+    config = tiny("ict", **{"model.dropout": (0.0,) * 3})
+    method, seen = train.make_method(config), []
+    image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
+    views = {"labelled": {"image": image, "label": jnp.zeros((2, 16, 16), jnp.uint8)}}
+    views["unlabelled"] = {"weak": jnp.stack([jnp.zeros((16, 16, 1)), jnp.ones((16, 16, 1))])}
+    method.student = lambda params, stats, labelled, unlabelled, key: (
+        seen.append(unlabelled) or (Outputs(labelled, None), Outputs(unlabelled, None), {})
+    )
+    probs = jnp.array([[0.9, 0.1], [0.2, 0.8]])[:, None, None] * jnp.ones((2, 16, 16, 2))
+    method.teacher = lambda state, image, key: (Outputs(jnp.log(probs), None), {})
+    (pair,) = method.passes({}, TrainState(0, {}, {}, None, {}), views, jax.random.key(1)).pairs
+    (blended,) = seen
+    share = 1 - blended[0, 0, 0, 0], blended[1, 0, 0, 0]  # of each image itself
+    assert 0 < share[0] != share[1] < 1
+    for i in (0, 1):
+        expected = share[i] * probs[i] + (1 - share[i]) * probs[1 - i]
+        np.testing.assert_allclose(jnp.exp(pair.teacher.generalist[i]), expected, rtol=1e-3)
+
+
 def test_perturbed_stream_loses_half_of_the_channels():
     x = jnp.ones((64, 2, 2, 2 * 32))  # two pixels packed
     y = np.asarray(unet.drop_channels(x, 2, jax.random.key(0))).reshape(64, 2, 2, 2, 32)

@@ -321,6 +321,7 @@ def test_cutmix_boxes_are_boxes_of_the_right_size():
                 ("cgs:unimatch", {}),
                 ("ad_mt", {"ramp": 1 / 3}),
                 ("urpc", {}),
+                ("ict", {}),
                 ("cgs", {"teacher": "eval"}),
             )
         ),
