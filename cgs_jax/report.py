@@ -40,7 +40,7 @@ def write(
         "errors": plots.ERRORS,
         "curves": _svg(figure) if figure else None,
         "summary": {split: summary[split] for split in ("test", "val")},
-        "shown": [_slices(shown, config.data.slicing) for shown in cases],
+        "shown": [slices(shown, config.data.slicing) for shown in cases],
         "config": config.to_dict(),
     }
     # Inside <script>, "</" would end it.
@@ -58,7 +58,7 @@ def _uri(kind, file):
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _slices(shown, slicing):
+def slices(shown, slicing):
     """All panels of the slices that hold an organ, or were thought to, as one picture each."""
     there = np.flatnonzero((np.asarray(shown.truth) | shown.label).any((1, 2)))
     first, last = (there[0], there[-1]) if len(there) else (0, len(shown.truth) - 1)

@@ -1,0 +1,81 @@
+"""report.html: what is in it, and what a browser makes of it."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from cgs_jax import plots, report
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def data_of(text):
+    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_report_holds_everything(trained):
+    workdir, printed = trained
+    assert str(workdir / "report.html") in printed
+    text = (workdir / "report.html").read_text()
+    outside = re.findall(r"https?://[^\"' ]+|(?:src|href)=\"(?!data:)[^\"]*", text)
+    assert not outside
+    data, summary = data_of(text), json.loads((workdir / "summary.json").read_text())
+    assert data["summary"]["test"] == summary["test"]
+    assert data["config"] == json.loads((workdir / "config.json").read_text())
+    assert data["curves"].startswith("data:image/svg+xml;base64,")
+    assert {shown["case"] for shown in data["shown"]} == {"Patient_06", "Patient_07"}
+    dice = [shown["dice"] for shown in data["shown"]]
+    assert dice == sorted(dice)
+    assert float(data["facts"]["training and validation"].split()[0]) > 0
+    assert "cores" in data["facts"]["hardware"]
+
+
+def test_slices_of_a_case():
+    truth = np.zeros((60, 40, 600), np.uint8)
+    truth[5:50, 5:10, 5:10] = 1
+    truth[30, 5:30, 5:30] = 2
+    shown = plots.Shown("</script><b>", 50.0, np.uint16(truth) + 1, truth, np.roll(truth, 3, 0))
+    slices = report.slices(shown, "stored")
+    numbers = slices["numbers"]
+    assert (numbers[0], numbers[-1], len(numbers)) == (5, 52, report.SLICES)
+    assert abs(numbers[slices["start"]] - 30) <= 1
+    assert len(slices["pictures"]) == report.SLICES
+    image, overlay, prediction, error = plots.panels(shown, 5, "stored")
+    assert image.shape == (40, 600, 3)
+    assert (overlay != image).any(-1).sum() == 25
+    assert (prediction == image).all()  # it begins three slices later
+    np.testing.assert_array_equal((error != image).any(-1), truth[5] == 1)  # missed
+    turned = plots.panels(shown, 5, "axial")[1]
+    np.testing.assert_array_equal(turned, overlay[::-1, ::-1])
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs chromium")
+def test_report_in_a_browser(trained, tmp_path):
+    """No errors; the slider changes the picture and the heading sorts."""
+    use = """<script>
+      const slider = document.querySelector("input[type=range]");
+      const picture = document.querySelector("img.strip"), before = picture.src;
+      slider.value = slider.value === "0" ? 1 : 0;
+      slider.dispatchEvent(new Event("input"));
+      const column = "#cases td:nth-child(3)";
+      const cells = () => [...document.querySelectorAll(column)].map(c => +c.innerText);
+      const heading = document.querySelectorAll("#cases th")[2];
+      const up = heading.click() || cells(), down = heading.click() || cells();
+      const moved = picture.src !== before;
+      document.body.innerText = "RESULT " + JSON.stringify({ moved, up, down });
+    </script>"""
+    page = tmp_path / "report.html"
+    page.write_text((trained[0] / "report.html").read_text().replace("</body>", use + "</body>"))
+    line = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    line += ["--virtual-time-budget=5000", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
+    done = subprocess.run([*line, page.as_uri()], capture_output=True, text=True, timeout=120)
+    result = json.loads(re.search(r"RESULT (\{.*\})", done.stdout)[1])
+    assert result["moved"]
+    assert len(result["up"]) == 8
+    assert result["up"] == sorted(result["up"])
+    assert result["down"] == sorted(result["down"], reverse=True)
+    assert "CONSOLE" not in done.stderr
