@@ -26,7 +26,7 @@ from cgs_jax.cli import cli
 from cgs_jax.compare import read_summary
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
-from cgs_jax.writers import folder, read_lines, say, to_json, write_text
+from cgs_jax.writers import is_remote, read_lines, say, to_json, write_text
 
 
 class Run(NamedTuple):
@@ -202,7 +202,9 @@ if __name__ == "__main__":
 
     def _main(_):
         jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
-        flag, workdir = flags.FLAGS["config"], folder(_WORKDIR.value)
+        flag, workdir = flags.FLAGS["config"], pathlib.Path(_WORKDIR.value)
+        if is_remote(_WORKDIR.value):
+            raise UserError("--workdir of a sweep is a local or mounted folder")
         name, overrides = config_flags.get_config_filename(flag), flag.override_values
         rows, runs = plan(name, overrides, _SWEEP.value, workdir, _SEEDS.value)
         mine = shard(_SHARD.value, _of_rows(_ROWS.value, rows, runs))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import TINY, command, config_of, start
 
-from cgs_jax import compare, main, predict
+from cgs_jax import compare, ensemble, main, predict
 from cgs_jax.errors import UserError
 from configs import nnunet
 
@@ -58,6 +58,27 @@ def test_specialists_can_predict(trained, scans):
     summary = main.run(config_of(scans, total_steps=0, inference="specialists"), workdir)
     assert summary["inference"] == "specialists"
     main.run(config_of(scans, total_steps=0), workdir)
+
+
+def test_runs_score_together(trained, scans, tmp_path):
+    """A run with itself is the run; other data or cases are an error."""
+    workdir, _ = trained
+    summary = json.loads((workdir / "summary.json").read_text())
+    both = ensemble.score([workdir, workdir], "generalist", "vote")
+    assert both["test"]["cases"] == summary["test"]["cases"]
+    heads = ensemble.score([workdir], "both", "average")
+    assert heads["test"]["cases"] != summary["test"]["cases"]
+    for file, change, message in (
+        ("splits.json", lambda text: text["test"].pop(), "other validation or test cases"),
+        ("config.json", lambda text: text["data"].update(normalise=[0, 1]), "data.normalise"),
+    ):
+        other = tmp_path / file
+        shutil.copytree(workdir, other)
+        text = json.loads((other / file).read_text())
+        change(text)
+        (other / file).write_text(json.dumps(text))
+        with pytest.raises(UserError, match=message):
+            ensemble.score([workdir, other], "generalist", "average")
 
 
 @pytest.mark.slow
