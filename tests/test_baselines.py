@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy import ndimage
 from steps import tiny, tiny_batch
 
@@ -126,6 +127,43 @@ def test_ict_blends_images_and_what_the_teacher_says():
     for i in (0, 1):
         expected = share[i] * probs[i] + (1 - share[i]) * probs[1 - i]
         np.testing.assert_allclose(jnp.exp(pair.teacher.generalist[i]), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("mean_teacher", 1), ("ua_mt", 1), ("ict", 1), ("fixmatch", 1), ("cps", 2), ("urpc", 1),
+        ("unimatch", 3), ("bcp", 1), ("ad_mt", 1), ("cgs:bcp", 1), ("cgs:urpc", 1), ("cgs:cps", 2),
+    ],
+)  # fmt: skip
+def test_every_term_has_a_gradient_where_it_counts(name, pairs):
+    """At the student's outputs; where a mask leaves pixels out, not there."""
+    method = train.make_method(tiny(name))
+    if "tau" in method.config.method:
+        method.config.method.tau = 0.4
+    keys = jax.random.split(jax.random.key(0), 6 * pairs)
+    where = jnp.arange(8)[None, :, None] < jnp.full((2, 1, 8), 5)
+
+    def outputs(keys):
+        shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3), (2, 2, 8, 8, 3)
+        return Outputs(*(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)))
+
+    students = [outputs(keys[6 * i : 6 * i + 3]) for i in range(pairs)]
+    teachers = [outputs(keys[6 * i + 3 : 6 * i + 6]) for i in range(pairs)]
+    masked = "bcp" in name or name == "ua_mt"
+
+    def terms(students):
+        made = map(base.Pair, students, teachers, [where if masked else None] * pairs)
+        return method.unsupervised(list(made), jnp.asarray(30))[0]
+
+    quick = {"xla_backend_optimization_level": 0}
+    gradients = jax.jit(jax.jacrev(terms), compiler_options=quick)(students)
+    for which, of_students in gradients.items():
+        gradient = jax.tree.leaves(of_students)
+        assert any(jnp.abs(g).max() > 0 for g in gradient), which
+        assert all(jnp.isfinite(g).all() for g in gradient), which
+        if masked:
+            assert all((g[..., 5:, :, :] == 0).all() for g in gradient), which
 
 
 def test_perturbed_stream_loses_half_of_the_channels():

@@ -78,7 +78,7 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
             "unknown data set 'lits'; there are: acdc, nnunet, segthor, synapse",
         ),
         ({"method.plan": "quick"}, "unknown --config.method.plan 'quick'; there are: full, lean"),
-        ({"inference": "both"}, "unknown inference 'both'"),
+        ({"inference": "nobody"}, "unknown inference 'nobody'; there are: both, generalist"),
         ({"data.size": 18}, "data.size=18 does not divide by 4"),
         ({"batch.unlabelled": 0}, "batch.unlabelled must be at least 1"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
@@ -97,7 +97,7 @@ def test_bad_options(trained, scans, fields, message):
 def test_workdir_without_a_whole_run(trained, scans, tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         main.run(config_of(scans, total_steps=0), tmp_path / "nothing")
-    with pytest.raises(UserError, match="data.labelled=9, but only 2 patients"):
+    with pytest.raises(UserError, match="data.labelled=9, but only 3 patients"):
         main.run(config_of(scans, **{"data.labelled": 9}), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()  # so the mended command can use it
     shutil.copytree(trained[0], tmp_path / "damaged")

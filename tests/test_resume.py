@@ -151,10 +151,13 @@ def test_logs_of_a_run_in_a_bucket(tmp_path, monkeypatch):
         with contextlib.closing(writers.Writer(tmp_path, begun)) as writer:
             writer.write(begun + 10, {"loss": 1.0})
             assert len(writers.read_lines(tmp_path / "metrics.jsonl")) == there
-            writer.publish()
+            writer.publish(begun + 10)
             writer.write(begun + 20, {"loss": 2.0})
     steps = [line["step"] for line in writers.read_lines(tmp_path / "metrics.jsonl")]
     assert steps == [10, 20, 30]
+    times = writers.read_lines(tmp_path / "times.jsonl")
+    assert [line["step"] for line in times if "seconds" in line] == [10, 20]
+    assert sum("hardware" in line for line in times) == 2
     assert any((tmp_path / "tensorboard").iterdir())
 
 
