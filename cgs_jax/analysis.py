@@ -27,8 +27,9 @@ class Sweep(NamedTuple):
       runs: a line a run: row, seed, workdir, method, steps, best (step), val (Dice), minutes,
         hardware.
       curves: a line a line of metrics.jsonl, with row and seed.
-      cases: a line an organ of a case: row, seed, split, case, patient, organ, voxels (true size),
-        dice, jaccard, hd95, asd.
+      cases: a line an organ of a case: row, seed, split ('val', 'test' of the best checkpoint,
+        'last_val', 'last_test' of the last), case, patient, organ, voxels (true size), dice,
+        jaccard, hd95, asd.
     """
 
     runs: pd.DataFrame
@@ -70,8 +71,11 @@ def load(folder: pathlib.Path | str) -> Sweep:
             | {"minutes": minutes, "hardware": hardware}
         )
         curves += [key | line for line in read_lines(workdir / "metrics.jsonl")]
-        for split in ("val", "test"):
-            for case, organs in summary[split]["cases"].items():
+        last = summary.get("last", {})  # older runs have scored the best only
+        for split, scored in {**summary, **{f"last_{k}": v for k, v in last.items()}}.items():
+            if split.removeprefix("last_") not in ("val", "test"):
+                continue
+            for case, organs in scored["cases"].items():
                 who = {"split": split, "case": case, "patient": patient(case, config.data.patient)}
                 for organ, scores in organs.items():
                     values = {

@@ -53,7 +53,7 @@ def restore_run(
     config.combine = combine or config.combine
     method = train.make_method(config)
     checkpoints = Checkpoints(workdir, read_only=True)
-    state, _ = train.restore_best(config, method, checkpoints, workdir, sharding.local_mesh())
+    state = train.restore_best(config, method, checkpoints, workdir, sharding.local_mesh())
     checkpoints.close()
     return method, state
 

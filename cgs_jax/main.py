@@ -51,27 +51,36 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
 
 
 def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
-    """Scores the best checkpoint on validation and test volumes; writes summary and report."""
-    state, step = train.restore_best(config, method, checkpoints, workdir, mesh)
-    predict = evaluate.make_predict(method)(state)
-    summary = {"checkpoint": "best", "step": step, "inference": config.inference}
-    summary["combine"] = config.combine
-    for split in ("val", "test"):
-        cases = getattr(prepared.splits, split)
-        results = evaluate.evaluate(predict, prepared, cases, config, surface=True)
-        summary[split] = evaluate.summarise(results)
+    """Scores the best and the last checkpoint on validation and test volumes; writes summary, and
+    report and pictures of the best."""
+    predict_with = evaluate.make_predict(method)
+
+    def score(state):
+        scored = {"step": int(state.step)}
+        for split in ("val", "test"):
+            cases = getattr(prepared.splits, split)
+            results = evaluate.evaluate(predict_with(state), prepared, cases, config, surface=True)
+            scored[split] = evaluate.summarise(results)
+        return scored
+
+    state = train.restore_best(config, method, checkpoints, workdir, mesh)
+    summary = {"inference": config.inference, "combine": config.combine, **score(state)}
+    summary["last"] = {name: summary[name] for name in ("step", "val", "test")}
+    if checkpoints.latest != summary["step"]:
+        summary["last"] = score(checkpoints.restore_latest(state))
     if distributed.is_first():
         write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
-        ranked = evaluate.ranked(results)
+        ranked = evaluate.ranked(summary["test"]["cases"])
         telling = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
-        shown = evaluate.show(predict, prepared, telling, config)
+        shown = evaluate.show(predict_with(state), prepared, telling, config)
         figure = plots.overlays(shown, config.data.classes, config.data.slicing)
         plots.save(figure, workdir / "overlays.png", dpi=110)
         figure = plots.curves(read_lines(workdir / "metrics.jsonl"), config.data.classes)
         if figure:  # else metrics.jsonl was not kept
             plots.save(figure, workdir / "curves.png", dpi=120)
         report.write(workdir, config, summary, shown)
-    say(f"\ntest, best validation checkpoint (step {step}), {len(results)} cases")
+    count = len(summary["test"]["cases"])
+    say(f"\ntest, best validation checkpoint (step {summary['step']}), {count} cases")
     say(evaluate.table(summary["test"]))
     for name in ("summary.json", "curves.png", "overlays.png", "report.html"):
         say(str(workdir / name))

@@ -28,8 +28,8 @@ def write(
     data = {
         "title": f"{run_config.name_of(config)} on {config.data.name}",
         "facts": {
-            "test Dice": f"{100 * summary['test']['mean']['dice']:.2f} %",
-            "checkpoint": f"step {summary['step']} of {config.total_steps}, best on validation",
+            "test Dice, best checkpoint on validation": _dice(summary),
+            "test Dice, last checkpoint": _dice(summary["last"]),
             "seed": config.seed,
             "training and validation": f"{minutes:.1f} minutes",
             "hardware": hardware,
@@ -46,6 +46,10 @@ def write(
     # Inside <script>, "</" would end it.
     text = TEMPLATE.read_text().replace("{{DATA}}", to_json(data).replace("</", "<\\/"))
     write_text(workdir / "report.html", text)
+
+
+def _dice(scored):
+    return f"{100 * scored['test']['mean']['dice']:.2f} % (step {scored['step']})"
 
 
 def _svg(figure):

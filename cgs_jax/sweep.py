@@ -17,6 +17,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import pandas as pd
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -27,6 +28,9 @@ from cgs_jax.compare import read_summary
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
 from cgs_jax.writers import is_remote, read_lines, say, to_json, write_text
+
+METRICS = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD voxels", "asd": "ASD voxels"}
+SPLITS = {"test": "test, best checkpoint on validation", "last_test": "test, last checkpoint"}
 
 
 class Run(NamedTuple):
@@ -167,13 +171,21 @@ def _train(run, bar):
 
 
 def write_tables(workdir: pathlib.Path) -> str:
-    """Writes table.csv, .md and .tex of the finished runs; returns the one in Markdown."""
-    table = analysis.table(analysis.load(workdir).cases)
-    text = analysis.as_text(table)
-    write_text(workdir / "table.csv", table.to_csv())
-    write_text(workdir / "table.md", analysis.markdown(text))
-    write_text(workdir / "table.tex", analysis.latex(text))
-    return analysis.markdown(text)
+    """Writes table.csv, .md and .tex of the finished runs; returns the part on the test Dice."""
+    cases = analysis.load(workdir).cases
+    tables = {
+        f"{name}, {split}": analysis.table(cases, metric, which)
+        for which, split in SPLITS.items()
+        for metric, name in METRICS.items()
+        if which in set(cases.split)
+    }
+    texts = {title: analysis.as_text(table) for title, table in tables.items()}
+    markdown = {title: f"{title}\n\n{analysis.markdown(text)}" for title, text in texts.items()}
+    latex = [f"% {title}\n{analysis.latex(text)}" for title, text in texts.items()]
+    write_text(workdir / "table.csv", pd.concat(tables, names=["score", "row"]).to_csv())
+    write_text(workdir / "table.md", "\n".join(markdown.values()))
+    write_text(workdir / "table.tex", "\n".join(latex))
+    return next(iter(markdown.values()))
 
 
 def _of_rows(wanted: list[str], rows: list[str], runs: list[Run]) -> list[Run]:
@@ -215,7 +227,7 @@ if __name__ == "__main__":
         finally:
             finished = sum(run.finished() for run in runs)
             if finished:
-                say(f"\ntest Dice %, {finished} of {len(runs)} runs\n\n{write_tables(workdir)}")
+                say(f"\n{finished} of {len(runs)} runs: {write_tables(workdir)}")
                 say("\n".join(str(workdir / f"table.{kind}") for kind in ("md", "csv", "tex")))
 
     cli(_main)

@@ -277,13 +277,13 @@ def _validates(step: int, config: ConfigDict) -> bool:
 
 def restore_best(
     config: ConfigDict, method: Method, checkpoints: Checkpoints, workdir: pathlib.Path, mesh: Mesh
-) -> tuple[TrainState, int]:
-    """The state with the best validation Dice, and its step."""
+) -> TrainState:
+    """The state with the best validation Dice."""
     optimizer, _ = optim.make_optimizer(config)
     state = checkpoints.restore_best(abstract_state(method, optimizer, config, mesh))
     if state is None:
         raise UserError(f"{workdir} holds no validated checkpoint; train first")
-    return state, int(state.step)
+    return state
 
 
 def validate(predict: evaluate.Predict, prepared: Prepared, config: ConfigDict) -> dict[str, float]:

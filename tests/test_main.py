@@ -29,6 +29,8 @@ def test_outputs_of_a_run(trained):
     assert [line["step"] for line in lines if "loss" in line] == list(range(5, 201, 5))
     validation = {line["step"]: line["val/dice"] for line in lines if "val/dice" in line}
     assert list(validation) == list(range(20, 201, 20))
+    assert summary["last"]["step"] == 200
+    assert set(summary["last"]["test"]["cases"]) == {"Patient_06", "Patient_07"}
     assert summary["step"] in [s for s, v in validation.items() if v == max(validation.values())]
     kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
     assert kept == {180, 200, summary["step"]}  # the latest two and the best
