@@ -15,9 +15,8 @@ from cgs_jax import run_config
 from cgs_jax.compare import read_summary
 from cgs_jax.data.case_lists import patient
 from cgs_jax.errors import UserError
-from cgs_jax.writers import read_lines
-
-PERCENT = ("dice", "jaccard")
+from cgs_jax.metrics import OVERLAP
+from cgs_jax.writers import read_lines, spent
 
 
 class Sweep(NamedTuple):
@@ -30,11 +29,13 @@ class Sweep(NamedTuple):
       cases: a line an organ of a case: row, seed, split ('val', 'test' of the best checkpoint,
         'last_val', 'last_test' of the last), case, patient, organ, voxels (true size), dice,
         jaccard, hd95, asd.
+      first: the row that others are held against, finished or not.
     """
 
     runs: pd.DataFrame
     curves: pd.DataFrame
     cases: pd.DataFrame
+    first: str
 
 
 def load(folder: pathlib.Path | str) -> Sweep:
@@ -45,15 +46,14 @@ def load(folder: pathlib.Path | str) -> Sweep:
     """
     folder = pathlib.Path(folder)
     found = sorted(path.parent for path in folder.rglob("summary.json"))
+    name = lambda workdir: str(workdir.relative_to(folder))  # noqa: E731
+    rows, order = [name(workdir) for workdir in found], folder / "sweep.json"
+    if order.exists():
+        name = lambda workdir: str(workdir.parent.relative_to(folder))  # noqa: E731
+        rows = json.loads(order.read_text())["rows"]
+        found = [workdir for row in rows for workdir in found if name(workdir) == row]
     if not found:
         raise UserError(f"no finished run in {folder}")
-    order = folder / "sweep.json"
-    rows = json.loads(order.read_text())["rows"] if order.exists() else []
-    name = lambda workdir: str(workdir.parent.relative_to(folder))  # noqa: E731
-    if order.exists():
-        found = [workdir for row in rows for workdir in found if name(workdir) == row]
-    else:
-        name = lambda workdir: str(workdir.relative_to(folder))  # noqa: E731
     runs, curves, cases = [], [], []
     for workdir in found:
         config, _ = run_config.load(workdir)
@@ -79,10 +79,10 @@ def load(folder: pathlib.Path | str) -> Sweep:
                 who = {"split": split, "case": case, "patient": patient(case, config.data.patient)}
                 for organ, scores in organs.items():
                     values = {
-                        k: number(v) * (100 if k in PERCENT else 1) for k, v in scores.items()
+                        k: number(v) * (100 if k in OVERLAP else 1) for k, v in scores.items()
                     }
                     cases.append(key | who | {"organ": organ} | values)
-    return Sweep(*map(pd.DataFrame, (runs, curves, cases)))
+    return Sweep(*map(pd.DataFrame, (runs, curves, cases)), rows[0])
 
 
 def number(value: float | None) -> float:
@@ -90,64 +90,51 @@ def number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def spent(workdir: pathlib.Path) -> tuple[float, str]:
-    """Minutes of training, validation included, over all starts of a run; the last one's hardware.
-
-    What a kill lost since the validation before is not counted.
-    """
-    total, here, hardware = 0.0, 0.0, ""
-    for line in read_lines(workdir / "times.jsonl"):
-        if "hardware" in line:
-            total, here, hardware = total + here, 0.0, line["hardware"]
-        else:
-            here = line["seconds"]
-    return (total + here) / 60, hardware
-
-
 def scores(cases: pd.DataFrame, metric: str = "dice", split: str = "test") -> pd.DataFrame:
     """A line a row and seed, a column an organ, and their 'mean'; undefined cases are left out."""
     cases = cases[cases.split == split]
-    by_organ = cases.pivot_table(metric, ["row", "seed"], "organ", sort=False)
+    by_organ = cases.groupby(["row", "seed", "organ"], sort=False)[metric].mean()
+    by_organ = by_organ.unstack("organ", sort=False)
     return by_organ.assign(mean=by_organ.mean(axis=1))
 
 
 def differences(
-    cases: pd.DataFrame, metric: str = "dice", split: str = "test", first: str | None = None
+    cases: pd.DataFrame, first: str, metric: str = "dice", split: str = "test"
 ) -> pd.DataFrame:
-    """By row: how far its mean over organs is above that of row `first` in the same case and seed,
-    with a 95 % bootstrap interval over the patients: columns difference, low, high.
+    """By row: how far it is above row `first` in the same organ, case and seed, on average, with a
+    95 % bootstrap interval over the patients: columns difference, low, high.
 
-    A patient's cases go together. Seeds are averaged: the interval is not about them.
+    What either leaves undefined is left out. A patient's cases and organs go together. Seeds are
+    averaged: the interval is not about them.
     """
     cases = cases[cases.split == split]
-    first = first or cases.row.iloc[0]
-    keys = ["row", "seed", "patient", "case"]
-    means = cases.groupby(keys, sort=False)[metric].mean().unstack("row")
+    keys = ["row", "seed", "patient", "case", "organ"]
+    values = cases.set_index(keys)[metric].unstack("row", sort=False)
     lines = {}
-    for row in means.columns:
-        if row == first:
-            continue
-        pairs = (means[row] - means[first]).dropna().groupby("patient").mean().to_numpy()
+    for row in values.columns.drop(first) if first in values else ():
+        gains = (values[row] - values[first]).dropna().groupby("patient").mean().to_numpy()
         low, high = np.nan, np.nan
-        if len(pairs) > 1:
-            done = stats.bootstrap((pairs,), np.mean, method="percentile", rng=0)
+        if len(gains) > 1:
+            done = stats.bootstrap((gains,), np.mean, method="percentile", rng=0)
             low, high = done.confidence_interval
-        mean = pairs.mean() if len(pairs) else np.nan
+        mean = gains.mean() if len(gains) else np.nan
         lines[row] = {"difference": mean, "low": low, "high": high}
     return pd.DataFrame.from_dict(lines, "index", columns=["difference", "low", "high"])
 
 
-def table(cases: pd.DataFrame, metric: str = "dice", split: str = "test") -> pd.DataFrame:
+def table(
+    cases: pd.DataFrame, first: str, metric: str = "dice", split: str = "test"
+) -> pd.DataFrame:
     """A line a row: seeds, mean and sd over the seeds by organ and of all, and `differences`."""
     by_seed = scores(cases, metric, split)
     groups = by_seed.groupby("row", sort=False)
     parts = {"seeds": groups.size()}
     for organ in by_seed.columns:
         parts |= {organ: groups[organ].mean(), f"{organ} sd": groups[organ].std(ddof=1)}
-    return pd.DataFrame(parts).join(differences(cases, metric, split))
+    return pd.DataFrame(parts).join(differences(cases, first, metric, split))
 
 
-def as_text(table: pd.DataFrame) -> pd.DataFrame:
+def as_text(table: pd.DataFrame, first: str) -> pd.DataFrame:
     """The same as readers want it: '79.1 ± 0.4', '+3.2 [1.0, 5.1]'."""
     organs = [c for c in table.columns if f"{c} sd" in table.columns]
 
@@ -158,12 +145,13 @@ def as_text(table: pd.DataFrame) -> pd.DataFrame:
     def gain(row):
         if np.isnan(row["difference"]):
             return ""
-        return f"{row['difference']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}]"
+        interval = "" if np.isnan(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
+        return f"{row['difference']:+.2f}{interval}"
 
     lines = {
         name: {"seeds": str(int(row["seeds"]))}
         | {organ: spread(row, organ) for organ in organs}
-        | {f"against {table.index[0]}": gain(row)}
+        | {f"against {first}": gain(row)}
         for name, row in table.iterrows()
     }
     return pd.DataFrame.from_dict(lines, "index")

@@ -118,7 +118,7 @@ def cutmix_keep(key: jax.Array, batch: int, size: int, probability: float = 1.0)
     keep = jax.vmap(one)(jax.random.split(key, batch))
     if probability == 1:
         return keep
-    without = jax.random.uniform(jax.random.fold_in(key, 0), (batch, 1, 1)) >= probability
+    without = jax.random.uniform(jax.random.fold_in(key, batch), (batch, 1, 1)) >= probability
     return keep | without
 
 

@@ -40,7 +40,7 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
     Returns what the JSON holds: times in ms, rates per second, bytes and FLOPs per step.
     """
     prepare.dataset(config)
-    config.total_steps = max(config.total_steps, 10_000)
+    steps, config.total_steps = config.total_steps, max(config.total_steps, 10_000)
     method, mesh = train.make_method(config), sharding.make_mesh(config)
     device = mesh.devices.flat[0]
     result: dict[str, Any] = {
@@ -49,6 +49,7 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
         | {k: config.model[k] for k in ("channels", "dtype", "lanes")},
         "device": f"{mesh.size} x {device.device_kind}",
         "jax": jax.__version__,
+        "total_steps": steps,
     }
     train_step = None
     with data(config) as prepared:
@@ -288,6 +289,8 @@ def report(result: dict[str, Any]) -> str:
             f"bytes         {step['bytes'] / 1e9:.2f} GB a step by XLA, "
             f"{step['bytes'] / step['ms'] / 1e6:.0f} GB/s; "
             f"doubling an array does {peak['bytes_per_s'] / 1e9:.0f}",
+            f"training      {result['total_steps']} steps take "
+            f"{result['total_steps'] * step['ms'] / 3.6e6:.2f} h, without validation",
             f"memory floor  {step['floor_bytes'] / 1e9:.2f} GB through convolutions = "
             f"{floor_ms:.2f} ms; the step takes {step['ms'] / floor_ms:.1f} times that",
             f"peak memory   {result['peak_bytes'] / 1e9:.2f} GB; the step's own arrays "

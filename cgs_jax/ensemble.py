@@ -15,12 +15,11 @@ from cgs_jax import evaluate, run_config, sharding, train
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.cli import cli, output_file
 from cgs_jax.data import prepare
+from cgs_jax.data.case_lists import Splits
 from cgs_jax.errors import UserError
 from cgs_jax.methods.base import Method
 from cgs_jax.train_state import TrainState
 from cgs_jax.writers import folder, say, to_json, write_text
-
-ALIKE = ("name", "classes", "size", "normalise", "slicing")  # fields of data
 
 
 def restore(
@@ -38,7 +37,7 @@ def restore(
         method, state = restore_run(workdir, inference, combine)
         methods.append(method)
         states.append(state)
-        for field in ALIKE:
+        for field in prepare.OPTIONS:
             if method.config.data[field] != methods[0].config.data[field]:
                 raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field}")
     return methods[0].config, evaluate.make_predict(*methods)(*states)
@@ -58,6 +57,12 @@ def restore_run(
     return method, state
 
 
+def scans(config: ConfigDict, splits: Splits, root: str = "", cache: str = "") -> prepare.Prepared:
+    """The prepared scans of a run; `root` and `cache` say where they are now, if elsewhere."""
+    config.data.root, config.data.cache = root or config.data.root, cache or config.data.cache
+    return prepare.prepare(config, splits)
+
+
 def score(
     workdirs: Sequence[pathlib.Path], inference: str, combine: str, root: str = "", cache: str = ""
 ) -> dict[str, Any]:
@@ -71,8 +76,7 @@ def score(
         if (set(other.val), set(other.test)) != (set(splits[0].val), set(splits[0].test)):
             raise UserError(f"{workdir} and {workdirs[0]} have other validation or test cases")
     config, predict = restore(workdirs, inference, combine)
-    config.data.root, config.data.cache = root or config.data.root, cache or config.data.cache
-    prepared = prepare.prepare(config, splits[0])
+    prepared = scans(config, splits[0], root, cache)
     summary = {"runs": list(map(str, workdirs)), "inference": inference, "combine": combine}
     for split in ("val", "test"):
         cases = getattr(prepared.splits, split)

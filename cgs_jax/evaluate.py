@@ -142,9 +142,10 @@ def _score(label, truth, i, spacing, surface):
 
 
 def ranked(results: Results) -> list[tuple[str, float]]:
-    """Cases and their mean Dice in %, worst first; undefined ones before."""
+    """Cases and their mean Dice in %, worst first; those without any organ only if all are."""
     dice = {c: 100 * mean(s["dice"] for s in organs.values()) for c, organs in results.items()}
-    return sorted(dice.items(), key=lambda pair: (not np.isnan(pair[1]), pair[1]))
+    defined = [(case, value) for case, value in dice.items() if not np.isnan(value)]
+    return sorted(defined, key=lambda pair: pair[1]) or list(dice.items())
 
 
 def show(

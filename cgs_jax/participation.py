@@ -48,7 +48,7 @@ def participation(
     pixels = np.array([np.sum(label == k) for k in range(1, len(organs) + 1)])
     supervision = pixels / pixels.sum()
     shares = {"supervision": (supervision, (supervision + 1 / len(organs)) / 2)}
-    shares["gradient"] = tuple(_by_organ(np.asarray(g), label, organs) for g in found)
+    shares["gradient"] = tuple(by_organ(np.asarray(g), label, organs) for g in found)
     return pd.DataFrame(
         [
             {"organ": organ, "measure": measure, "without": float(a), "with": float(b)}
@@ -81,7 +81,8 @@ def gradients(
     return [jnp.sum(jnp.abs(jax.grad(loss)(nothing, heads)), -1) for heads in ("generalist", "")]
 
 
-def _by_organ(gradient, label, organs):
+def by_organ(gradient: np.ndarray, label: jax.Array, organs: tuple[str, ...]) -> np.ndarray:
+    """Shares of the organs in a gradient [B, H, W]."""
     sums = np.array([gradient[label == k].sum() for k in range(1, len(organs) + 1)])
     return sums / sums.sum()
 

@@ -52,7 +52,9 @@ def make_measure(
 
     Precision: of the pixels taught as the organ those that are. Coverage: of the organ's pixels
     those that teach anything. Measured in evaluation mode on `config.pseudo_slices` slices, spread
-    evenly over those unlabelled training cases that have labels; {} where there are none.
+    evenly over those unlabelled training cases that have labels; {} where there are none. Masks
+    and label cleaning of a method's own (UA-MT, BCP) are not applied, and one without `tau` counts
+    as sure everywhere.
     """
     rows = streams(prepared)["unlabelled"] if method.unlabelled else np.zeros(0, int)
     labelled = set(prepared.rows(prepared.splits.labelled))

@@ -10,9 +10,9 @@ from matplotlib.colors import to_hex
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cgs_jax import analysis, plots, run_config
+from cgs_jax import plots, run_config
 from cgs_jax.data.volume import resize
-from cgs_jax.writers import read_lines, to_json, write_text
+from cgs_jax.writers import read_lines, spent, to_json, write_text
 
 SLICES, WIDTH = 24, 256  # at most, of a case and in pixels: a report stays below some megabytes
 TEMPLATE = pathlib.Path(__file__).with_name("report.html")
@@ -23,7 +23,7 @@ def write(
 ) -> None:
     """Writes the report of a tested run; `cases` are shown slice by slice."""
     lines = read_lines(workdir / "metrics.jsonl")
-    minutes, hardware = analysis.spent(workdir)
+    minutes, hardware = spent(workdir)
     figure = plots.curves(lines, config.data.classes)
     data = {
         "title": f"{run_config.name_of(config)} on {config.data.name}",
@@ -33,7 +33,6 @@ def write(
             "seed": config.seed,
             "training and validation": f"{minutes:.1f} minutes",
             "hardware": hardware,
-            "jax": next((x["jax"] for x in read_lines(workdir / "times.jsonl") if "jax" in x), ""),
             "folder": str(workdir),
         },
         "organs": {organ: to_hex(plots.colour(i)) for i, organ in enumerate(config.data.classes)},
@@ -43,8 +42,8 @@ def write(
         "shown": [slices(shown, config.data.slicing) for shown in cases],
         "config": config.to_dict(),
     }
-    # Inside <script>, "</" would end it.
-    text = TEMPLATE.read_text().replace("{{DATA}}", to_json(data).replace("</", "<\\/"))
+    # Inside <script>, "</script>" would end it and "<!--" hide its end.
+    text = TEMPLATE.read_text().replace("{{DATA}}", to_json(data).replace("<", "\\u003c"))
     write_text(workdir / "report.html", text)
 
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from cgs_jax import distributed
 from cgs_jax.data.case_lists import Splits
 from cgs_jax.errors import UserError
+from cgs_jax.methods.cgs import TERMS
 from cgs_jax.writers import is_remote, to_json, write_text
 
 # What may differ between two starts of one run: places, devices, and how to look at it. Not
@@ -34,9 +35,9 @@ FREE = (
 BEFORE = {"model.dtype": "float32", "model.lanes": 0, "model.head_classes": 3}
 BEFORE |= {"model.head_depth": 1}
 BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0, "combine": "average"}
-BEFORE |= {"pseudo_slices": 64}
+BEFORE |= {"pseudo_slices": 64, "data.split_seed": 0}
 BEFORE_CGS = {"method.teacher": "train", "method.cutmix": 1.0, "method.ihed": True}
-BEFORE_CGS |= {"method.terms": tuple(f"{a}_from_{b}" for a in "GS" for b in "gse")}
+BEFORE_CGS |= {"method.terms": TERMS}
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ from cgs_jax.cli import cli
 from cgs_jax.compare import read_summary
 from cgs_jax.data import prepare
 from cgs_jax.errors import UserError
-from cgs_jax.writers import is_remote, read_lines, say, to_json, write_text
+from cgs_jax.writers import is_remote, read_lines, say, spent, to_json, write_text
 
 METRICS = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD voxels", "asd": "ASD voxels"}
 SPLITS = {"test": "test, best checkpoint on validation", "last_test": "test, last checkpoint"}
@@ -43,7 +43,7 @@ class Run(NamedTuple):
 
     def finished(self) -> bool:
         """Whether it has been trained and tested."""
-        return (self.workdir / "report.html").exists()  # what a run writes last
+        return all((self.workdir / name).exists() for name in train.RESULTS)
 
     def step(self) -> int:
         """How far it is."""
@@ -58,7 +58,8 @@ def plan(
 
     Args:
       config_file: as given to --config, 'configs/acdc.py:labelled=7'.
-      overrides: fields from the command line; those of a method hold for rows that have them.
+      overrides: fields from the command line, which knows those of its method; these hold for the
+        rows that have them, too.
       sweep_file: defines get_sweep(config) -> {row: (arguments of the config file, fields)}; the
         fields come last.
 
@@ -68,14 +69,9 @@ def plan(
     """
     path, _, arguments = config_file.partition(":")
     default = _config(path, arguments, overrides, {}, "the command line")
-    module = _module(sweep_file)
-    if not hasattr(module, "get_sweep"):
-        raise UserError(f"--sweep {sweep_file} defines no get_sweep(config)")
-    rows, runs = module.get_sweep(default), []
+    rows, runs = _rows(sweep_file, default), []
     for seed in range(default.seed, default.seed + seeds):
         for row, (more, fields) in rows.items():
-            if not re.fullmatch(r"[\w.+-]+", row):
-                raise UserError(f"{sweep_file}: {row!r} can not be the name of a folder")
             together = ",".join(filter(None, (arguments, more)))
             config = _config(path, together, overrides, fields | {"seed": seed}, row)
             run = workdir / row / f"seed{seed}"
@@ -95,10 +91,27 @@ def plan(
     return list(rows), runs
 
 
+def _rows(path, config):
+    try:
+        rows = dict(_module(path).get_sweep(config))
+        for row, (arguments, fields) in rows.items():
+            if not re.fullmatch(r"\w[\w.+-]*", row):
+                raise ValueError(f"{row!r} can not be the name of a folder")
+            if not isinstance(arguments, str) or not isinstance(fields, dict):
+                raise ValueError(f"{row!r} is not (arguments, fields)")
+    except UserError:
+        raise
+    except Exception as error:  # it is the user's code
+        raise UserError(f"--sweep {path}: {type(error).__name__}: {error}") from error
+    if not rows:
+        raise UserError(f"--sweep {path} has no rows")
+    return rows
+
+
 def _module(path):
     spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    if not spec or not pathlib.Path(path).exists():
-        raise UserError(f"no such file: {path}")
+    if not spec or not pathlib.Path(path).is_file():
+        raise UserError(f"no Python file {path}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -138,7 +151,7 @@ def train_all(runs: list[Run]) -> None:
                 failed.append(f"{run.name} ({error})")
                 say(f"{i}/{len(runs)} {run.name}  {error}")
                 continue
-            minutes, _ = analysis.spent(run.workdir)
+            minutes, _ = spent(run.workdir)
             dice = 100 * analysis.number(read_summary(run.workdir)["test"]["mean"]["dice"])
             say(f"{i}/{len(runs)} {run.name}  test Dice {dice:.2f}  {minutes:.1f} min")
     if failed:
@@ -166,20 +179,22 @@ def _train(run, bar):
     bar.update(run.config.total_steps - seen if run.finished() else -seen)
     if run.finished() and process.returncode == 0:
         return ""
+    if process.returncode < 0:
+        return f"killed by signal {-process.returncode}; see {path}"
     lines = path.read_bytes()[begun:].decode(errors="replace").strip().splitlines()
     return f"{lines[-1] if lines else 'no output'}; see {path}"
 
 
 def write_tables(workdir: pathlib.Path) -> str:
     """Writes table.csv, .md and .tex of the finished runs; returns the part on the test Dice."""
-    cases = analysis.load(workdir).cases
+    *_, cases, first = analysis.load(workdir)
     tables = {
-        f"{name}, {split}": analysis.table(cases, metric, which)
+        f"{name}, {split}": analysis.table(cases, first, metric, which)
         for which, split in SPLITS.items()
         for metric, name in METRICS.items()
         if which in set(cases.split)
     }
-    texts = {title: analysis.as_text(table) for title, table in tables.items()}
+    texts = {title: analysis.as_text(table, first) for title, table in tables.items()}
     markdown = {title: f"{title}\n\n{analysis.markdown(text)}" for title, text in texts.items()}
     latex = [f"% {title}\n{analysis.latex(text)}" for title, text in texts.items()]
     write_text(workdir / "table.csv", pd.concat(tables, names=["score", "row"]).to_csv())

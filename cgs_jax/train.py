@@ -27,6 +27,7 @@ from cgs_jax.modules import load_by_name
 from cgs_jax.train_state import TrainState
 from cgs_jax.writers import Writer, say
 
+RESULTS = ("summary.json", "report.html")  # what a finished run has, written in this order
 CHOICES = {
     "inference": ("both", "generalist", "specialists"),
     "combine": ("average", "confidence", "vote"),
@@ -42,6 +43,8 @@ def make_method(config: ConfigDict) -> Method:
       UserError: an option has a value that can not be.
     """
     levels = len(config.model.channels)
+    if levels < 2:
+        raise UserError("model.channels needs at least 2 levels")
     if config.data.size % 2 ** (levels - 1):
         raise UserError(f"data.size={config.data.size} does not divide by {2 ** (levels - 1)}")
     if len(config.model.dropout) != levels:
@@ -73,6 +76,8 @@ def make_method(config: ConfigDict) -> Method:
 def start_from_weights(method: Method, config: ConfigDict) -> None:
     """Lets `method` start from the PyTorch-named weights of `config.model.weights`, if any."""
     if config.model.weights:
+        if method.specialists and config.model.head_depth != 1:
+            raise UserError("model.weights: PyTorch's specialists have model.head_depth=1")
         image = jnp.zeros((1, config.data.size, config.data.size, 1))
         variables = jax.jit(method.network.init)(jax.random.key(0), image)
         weights = torch_weights.read(config.model.weights)
@@ -190,7 +195,8 @@ def train(
     if start >= config.total_steps:
         return True
     if distributed.is_first():
-        (workdir / "summary.json").unlink(missing_ok=True)  # it would be of a state before the end
+        for name in RESULTS:  # they would be of a state before the end
+            (workdir / name).unlink(missing_ok=True)
 
     batches = device_batches(config, method, prepared, mesh, start)
     train_step = make_train_step(method, optimizer, config, mesh)
@@ -214,6 +220,7 @@ def train(
             if not np.isfinite(optax.tree.norm(state.params)):
                 raise _diverged("a parameter is not finite", step, checkpoints)
             if not validates:
+                writer.publish(step)
                 checkpoints.save(state)
                 return False
             scores = validate(predict(state), prepared, config) | measure(state)

@@ -56,7 +56,8 @@ def is_remote(path: pathlib.Path) -> bool:
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all: a kill leaves the old one."""
-    unfinished = path.with_name(f"unfinished_{path.name}")
+    # Several processes may write the same, such as the table of a sweep.
+    unfinished = path.with_name(f"unfinished_{platform.node()}_{os.getpid()}_{path.name}")
     unfinished.write_text(text)
     unfinished.replace(path)
 
@@ -70,6 +71,19 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return lines
+
+
+def spent(workdir: pathlib.Path) -> tuple[float, str]:
+    """Minutes of training, validation included, over all starts of a run; the last one's hardware
+    and jax. What a kill lost since the validation before is not counted."""
+    total, here, hardware = 0.0, 0.0, ""
+    for line in read_lines(workdir / "times.jsonl"):
+        if "hardware" in line:
+            total, here = total + here, 0.0
+            hardware = f"{line['hardware']}, jax {line['jax']}"
+        else:
+            here = line["seconds"]
+    return (total + here) / 60, hardware
 
 
 def say(text: str) -> None:

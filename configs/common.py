@@ -74,6 +74,7 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.cache = ""  # prepared data; '' means ROOT/cgs_cache
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
     config.data.splits = ""  # folder of train.txt, val.txt, test.txt; '': published, else random
+    config.data.split_seed = 0  # of random splits
     config.data.val_fraction = 0.1  # of the patients, where no list says
     config.data.test_fraction = 0.2
     config.data.patient = r"(.+?)(?:_(?:frame|time|visit|phase)\d+)?$"  # of a case name, by regex

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from steps import tiny
 
-from cgs_jax import evaluate, train
+from cgs_jax import augment, evaluate, train
 from cgs_jax import pseudo_labels as pl
 from cgs_jax.errors import UserError
 from cgs_jax.methods import base, cgs
@@ -28,14 +28,19 @@ def test_binary_specialists_by_hand():
 
 
 def plain_heads(params, stats, x, depth, train):
-    """The specialists one after the other, as anyone would write them."""
-    logits = []
+    """The specialists one after the other, as anyone would write them; and what batch norm saw."""
+    logits, seen = [], {}
     for k in range(len(params["conv2_bias"])):
         h = x
         for i in range(1, depth + 1):
             name, bn = ("conv1", "bn") if i == 1 else (f"hidden{i}", f"bn{i}")
             h = h @ params[f"{name}_kernel"][k, 0, 0] + params[f"{name}_bias"][k]
-            mean, var = (h.mean((0, 1, 2)), h.var((0, 1, 2))) if train else stats[bn]
+            mean, var = h.mean((0, 1, 2)), h.var((0, 1, 2))
+            means, variances = seen.setdefault(bn, ([], []))
+            means.append(mean)
+            variances.append(var)
+            if not train:
+                mean, var = stats[bn]["mean"][k], stats[bn]["var"][k]
             h = (h - mean) / jnp.sqrt(var + 1e-5)
             h = h * params[bn]["scale"][k] + params[bn]["bias"][k]
             h = jnp.where(h > 0, h, 0.01 * h)
@@ -43,12 +48,15 @@ def plain_heads(params, stats, x, depth, train):
         numbers = ("NHWC", "HWIO", "NHWC")
         y = jax.lax.conv_general_dilated(h, kernel, (1, 1), "SAME", dimension_numbers=numbers)
         logits.append(y + bias)
-    return jnp.stack(logits)
+    return jnp.stack(logits), {bn: tuple(map(jnp.stack, pair)) for bn, pair in seen.items()}
 
 
-@pytest.mark.parametrize(("depth", "classes", "lanes"), [(0, 3, 1), (2, 2, 1), (3, 3, 16)])
-def test_depth_and_classes_of_the_heads(depth, classes, lanes):
-    """Packed or not, in groups of four or one by one: the same logits."""
+@pytest.mark.parametrize(
+    ("depth", "classes", "lanes", "train"),
+    [(0, 3, 1, True), (2, 2, 1, True), (3, 3, 16, True), (2, 3, 1, False)],
+)
+def test_depth_and_classes_of_the_heads(depth, classes, lanes, train):
+    """Packed or not, in groups of four or one by one: the same logits, and running statistics."""
     fields = {"model.head_depth": depth, "model.head_classes": classes, "model.lanes": lanes}
     config = tiny(**fields)
     config.data.classes = tuple("abcde")  # a group of four, and one
@@ -58,22 +66,31 @@ def test_depth_and_classes_of_the_heads(depth, classes, lanes):
     params = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), variables["params"]
     )
+    stats = jax.tree.map(
+        lambda x: x + 0.2 * jax.random.uniform(jax.random.key(4), x.shape), variables["batch_stats"]
+    )
     apply = jax.jit(
         lambda v: network.apply(
             v,
             image,
-            train=True,
+            train=train,
             rngs={"dropout": jax.random.key(3)},
-            mutable=["batch_stats"],
+            mutable=["batch_stats", "intermediates"],
             capture_intermediates=lambda m, _: m.name == "backbone",
         )
     )
-    out, state = apply({"params": params, "batch_stats": variables["batch_stats"]})
+    out, state = apply({"params": params, "batch_stats": stats})
     x, pack = state["intermediates"]["backbone"]["__call__"][0][-1]
     x = packed.unpack_pixels(x, int(pack))
-    expected = plain_heads(params["specialists"], None, x, depth, train=True)
+    known = stats.get("specialists", {})
+    expected, seen = plain_heads(params["specialists"], known, x, depth, train)
     assert out.specialists.shape == (5, 2, 16, 16, classes)
     np.testing.assert_allclose(out.specialists, expected, atol=2e-4)
+    for name, (mean, var) in seen.items() if train else ():
+        after, before = state["batch_stats"]["specialists"][name], known[name]
+        for field, value in (("mean", mean), ("var", var)):
+            moved = before[field] + 0.1 * (value - before[field])
+            np.testing.assert_allclose(after[field], moved, atol=1e-4)
 
 
 def teacher_and_student():
@@ -129,6 +146,20 @@ def test_combining_predictions_by_hand():
     assert combine(jnp.array([0, 1]), "vote") == 0  # named once each, equally likely: the first
 
 
+def test_several_methods_predict_together():
+    class Says:
+        config = tiny(combine="average")
+
+        def predict(self, state, image):
+            return jnp.broadcast_to(state, (1, *image.shape[:3], 3))
+
+    first, second = jnp.array([0.6, 0.4, 0.0]), jnp.array([0.0, 0.5, 0.5])
+    predict = evaluate.make_predict(Says(), Says())(first, second)
+    slices = np.zeros((3, 16, 16), np.uint16)
+    assert set(np.unique(predict(slices))) == {1}
+    assert predict(slices).shape == slices.shape
+
+
 def test_both_kinds_of_heads_predict():
     method = train.make_method(tiny(inference="both"))
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
@@ -150,4 +181,6 @@ def test_cutmix_with_a_probability():
     views = {"labelled": {"image": jnp.zeros((2, 16, 16, 1)), "label": jnp.zeros((2, 16, 16))}}
     views["unlabelled"] = {"image": jnp.zeros((2, 16, 16, 1))}
     assert bool(method.views(views, jax.random.key(0))["keep"].all())
+    keep = augment.cutmix_keep(jax.random.key(0), 200, 16, 0.3)
+    assert 0.2 < np.mean(~keep.all((1, 2))) < 0.4
     assert set(cgs.TERMS) == set(tiny().method.terms)

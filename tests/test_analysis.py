@@ -35,20 +35,23 @@ def test_table_by_hand():
             ("third", 0): {"p1_1": [50, 70], "p1_2": [60, nan], "p2_1": [10, 20]},
         }
     )
-    table = analysis.table(frame)
+    table = analysis.table(frame, "base")
     assert list(table.index) == ["base", "other", "third"]
     assert list(table.seeds) == [2, 2, 1]
     np.testing.assert_allclose(table.loc["base", ["a", "b", "mean"]].astype(float), [41, 46, 43.5])
     np.testing.assert_allclose(table.loc["base", "a sd"], np.sqrt(2))
     np.testing.assert_allclose(table.loc["other", ["a", "a sd"]].astype(float), [45, 0])
-    # by patient: the mean of cases 1 (+10, +8) and 2 (0, -2), and +5, +3
-    np.testing.assert_allclose(table.loc["other", "difference"], (4 + 4) / 2)
+    # by patient: a and b of one case and a of the other, in two seeds; and those of one case
+    gains = np.mean([10, 10, 0, 8, 8, -2]), np.mean([5, 5, 3, 3])
+    np.testing.assert_allclose(table.loc["other", "difference"], np.mean(gains))
     assert table.loc["third", "difference"] == 0  # in seed 0, which both have
     assert np.isnan(table.loc["base", "difference"])
-    text = analysis.as_text(table)
+    text = analysis.as_text(table, "base")
     assert text.loc["base", "a"] == "41.00 ± 1.41"
     assert text.loc["third", "a"] == "40.00"
-    assert text.loc["other", "against base"] == "+4.00 [+4.00, +4.00]"
+    assert text.loc["other", "against base"] == "+4.83 [+4.00, +5.67]"
+    missing = analysis.as_text(analysis.table(frame, "not trained yet"), "not trained yet")
+    assert set(missing["against not trained yet"]) == {""}
     assert "| other | 2 | 45.00 ± 0.00 |" in analysis.markdown(text)
     assert r"other & 2 & 45.00 $\pm$ 0.00" in analysis.latex(text)
 
@@ -61,10 +64,24 @@ def test_bootstrap_interval_is_over_patients():
         for frame in (1, 2):  # the second scan of a patient adds no information
             values["base", 0][f"{i:02d}_{frame}"] = [50, 50]
             values["other", 0][f"{i:02d}_{frame}"] = [50 + gain, 50 + gain]
-    found = analysis.differences(cases(values)).loc["other"]
+    found = analysis.differences(cases(values), "base").loc["other"]
     half = 1.96 * gains.std() / np.sqrt(20)
     np.testing.assert_allclose(found.difference, gains.mean())
-    np.testing.assert_allclose([found.low, found.high], gains.mean() + [-half, half], atol=0.35)
+    np.testing.assert_allclose([found.low, found.high], gains.mean() + [-half, half], atol=0.1)
+
+
+def test_what_one_leaves_undefined_is_no_loss():
+    """Where an organ is absent, one row says nothing (nan) and the other a few voxels (0)."""
+    nan = float("nan")
+    frame = cases(
+        {
+            ("base", 0): {"p1_1": [90, nan], "p2_1": [80, 70]},
+            ("other", 0): {"p1_1": [90, 0], "p2_1": [80, 70]},
+        }
+    )
+    assert analysis.differences(frame, "base").loc["other"].tolist() == [0, 0, 0]
+    nothing = frame.assign(dice=frame.dice.where(frame.organ == "a"))
+    assert np.isnan(analysis.table(nothing, "base").loc["base", "b"])
 
 
 def test_pseudo_label_quality_by_hand():
@@ -173,5 +190,9 @@ def test_participation_by_hand():
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-7)
     assert np.abs(found[1] - found[0]).max() > 1e-4
 
+    shares = np.array([[[1.0, 2.0], [3.0, 4.0]]]), np.array([[[5.0, 1.0], [1.0, 3.0]]])
+    of_organs = jnp.array([[[0, 1], [1, 2]]])
+    organs = [participation.by_organ(g, of_organs, ("a", "b")).tolist() for g in shares]
+    assert organs == [[5 / 9, 4 / 9], [2 / 5, 3 / 5]]
     frame = pd.DataFrame({"organ": ["a", "b"], "without": [0.9, 0.1], "with": [0.95, 0.3]})
     assert participation.keeps_bound(frame).tolist() == [False, True]

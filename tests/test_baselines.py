@@ -11,6 +11,7 @@ from cgs_jax import augment, evaluate, train
 from cgs_jax import pseudo_labels as pl
 from cgs_jax.methods import ad_mt, base, cgs
 from cgs_jax.models import Outputs, build, unet
+from cgs_jax.models.heads import Pyramid
 from cgs_jax.train_state import TrainState
 
 
@@ -107,6 +108,24 @@ def test_pyramid_perturbs_its_maps_in_training_only():
         assert jnp.abs(one.pyramid[i] - other.pyramid[i]).max() > 0, i
     coarse = np.asarray(one.pyramid[2]).reshape(2, 2, 8, 2, 8, 3)
     assert (coarse == coarse[:, :, :1, :, :1]).all()  # a pixel of 1/8 is 8 x 8
+
+
+def test_perturbations_of_the_pyramid():
+    """Noise of 30 %; the most active pixels of each slice left out; half of the values dropped."""
+    perturb = Pyramid(3)._perturb
+    x = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3), minval=1.0, maxval=2.0)
+    noisy = perturb(x, 1, jax.random.key(1)) / x
+    assert 0.7 <= noisy.min() < 0.75
+    assert 1.25 < noisy.max() <= 1.3
+    np.testing.assert_allclose(noisy[0], noisy[3], rtol=1e-5)  # one for the batch
+    active = np.asarray(x).mean(-1)
+    kept = np.asarray(perturb(x, 2, jax.random.key(2))).any(-1)
+    for activity, keep in zip(active, kept, strict=True):
+        assert 0 < keep.sum() < keep.size
+        assert activity[keep].max() < activity[~keep].min()
+        assert 0.7 * activity.max() <= activity[~keep].min() <= activity.max()
+    dropped = np.asarray(perturb(x, 3, jax.random.key(3)) / x)
+    assert set(dropped.round(5).ravel()) == {0, 2}
 
 
 def test_ict_blends_images_and_what_the_teacher_says():
@@ -287,6 +306,17 @@ def test_cps_each_network_has_its_own_terms():
     first, second = jax.jit(jax.grad(second_term), compiler_options=quick)(params).values()
     assert max(jax.tree.leaves(jax.tree.map(lambda g: float(jnp.abs(g).max()), first))) == 0
     assert max(jax.tree.leaves(jax.tree.map(lambda g: float(jnp.abs(g).max()), second))) > 0
+
+
+def test_shares_of_pixels_stay_shares():
+    """Two pairs, as of CPS: the mean over both."""
+    method = train.make_method(tiny("cgs:cps"))
+    shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3)
+    outputs = Outputs(*(5 * jax.random.normal(jax.random.key(0), shape) for shape in shapes))
+    _, one = method.unsupervised([base.Pair(outputs, outputs)], 0)
+    _, two = method.unsupervised([base.Pair(outputs, outputs)] * 2, 0)
+    for name, value in one.items():
+        np.testing.assert_allclose(two[name], value, rtol=1e-6)
 
 
 def test_cgs_adds_its_terms_to_those_of_the_method_below():

@@ -135,7 +135,12 @@ def test_two_processes_in_one_workdir(trained, scans):
         ("supervised", {}, "method.base=supervised: CGS lies over methods"),
         ("nonsense", {}, "unknown method 'nonsense'; there are: ad_mt, bcp"),
         ("fixmatch", {"method.plan": "full"}, "method.plan is for CGS without base"),
-        ("bcp", {"method.pretrain": 1.0}, "method.pretrain is a share of total_steps"),
+        (
+            "bcp",
+            {"method.pretrain": 9000.0},
+            "method.pretrain=9000.0: it is a share of total_steps",
+        ),
+        ("urpc", {"model.channels": (4, 8), "model.dropout": (0.1, 0.1)}, "at least 3 levels"),
         ("bcp", {"batch.labelled": 3}, "must be the same even number"),
     ],
 )

@@ -39,7 +39,8 @@ def test_sweep_shards_and_table(swept, scans):
     for row, done in zip(ROWS, printed, strict=True):
         assert f"1/1 {row} seed 3  test Dice" in done.stdout
     assert "| supervised |" in printed[0].stdout
-    runs, curves, cases = analysis.load(workdir)
+    runs, curves, cases, first = analysis.load(workdir)
+    assert first == "supervised"
     assert list(zip(runs.row, runs.seed, strict=True)) == [(row, 3) for row in ROWS]
     assert set(curves[curves.row == "cgs"].step) == {5, 10}
     assert "pseudo/ihed/precision" in curves
@@ -84,7 +85,12 @@ def test_bad_sweeps(scans, tmp_path):
 
     rows = "def get_sweep(config):\n    return {'a': ('method=cgs', %s)}"
     for text, message in (
-        ("", "defines no get_sweep"),
+        ("", "AttributeError: module 'sweep' has no attribute 'get_sweep'"),
+        ("def get_sweep(config) return", "SyntaxError"),
+        ("def get_sweep(config): return {}", "has no rows"),
+        ("def get_sweep(config): return {'a': 'method=cgs'}", "sweep.py: ValueError"),
+        ("def get_sweep(config): return {'a': ('method=cgs', None)}", "'a' is not"),
+        (rows.replace("'a'", "'..'") % {}, "can not be the name of a folder"),
         (rows.replace("'a'", "'a/b'") % {}, "'a/b' can not be the name of a folder"),
         (rows % {"method.taw": 1}, "a: there is no config field method.taw"),
         (rows % {"data.size": "big"}, "a: data.size='big'"),
@@ -93,7 +99,7 @@ def test_bad_sweeps(scans, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             plan(text)
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(UserError, match="no Python file .*none.py"):
         sweep.plan("configs/segthor.py", {}, str(tmp_path / "none.py"), tmp_path, 1)
     names, (run,) = plan(rows % {"method.lambda_max": 1.5}, overrides | {"method.tau": 0.8})
     assert (run.config.method.tau, run.config.method.lambda_max) == (0.8, 1.5)
@@ -101,6 +107,17 @@ def test_bad_sweeps(scans, tmp_path):
     assert "configs/segthor.py:method=cgs" in run.command
     with pytest.raises(UserError, match="--shard 0/2: write 1/4 to 4/4"):
         sweep.shard("0/2", [run])
+
+
+@pytest.mark.parametrize("name", ["ablation", "plugin", "paper"])
+def test_rows_of_the_shipped_sweeps_are_comparable(name, tmp_path):
+    """Same data, steps, schedule and slices for all."""
+    _, runs = sweep.plan("configs/acdc.py", {}, f"configs/sweeps/{name}.py", tmp_path, 1)
+    for run in runs:
+        assert run.config.total_steps == 30_000
+        assert sum(run.config.batch.values()) == 24
+        for part in ("data", "optimizer", "augment"):
+            assert run.config[part].to_dict() == runs[0].config[part].to_dict()
 
 
 def test_notebook_runs(swept, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from cgs_jax.modules import load_by_name
 VERSION = 1  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
 NO_LABEL = 255
+OPTIONS = ("name", "size", "normalise", "slicing", "classes")  # of data, that the arrays depend on
 
 
 class Prepared:
@@ -83,7 +84,7 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
     """
     module, data = dataset(config), config.data
     cases = module.find(data)
-    splits = splits or case_lists.split(cases, data, config.seed)
+    splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.check(splits, cases, data)
     cache = pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
     folder = cache / f"{data.name}_{data.size}_{_fingerprint(cases, splits, data)}"
@@ -99,7 +100,7 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
 
 
 def _fingerprint(cases: dict[str, Case], splits: case_lists.Splits, data: ConfigDict) -> str:
-    options = {k: data[k] for k in ("name", "size", "normalise", "slicing", "classes")}
+    options = {k: data[k] for k in OPTIONS}
     files = [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for name in sorted({*splits.train, *splits.val, *splits.test})

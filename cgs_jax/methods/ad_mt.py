@@ -22,6 +22,7 @@ class Method(base.Method):
 
     def __init__(self, config):
         super().__init__(config)
+        self.ramp = base.steps_of(config, "ramp")
         self.second = second_is_active(config.seed, config.total_steps)
 
     def init(self, key, image):
@@ -72,9 +73,7 @@ class Method(base.Method):
         return teacher["params"], teacher["model_state"]
 
     def weight(self, step):
-        options = self.config.method
-        steps = round(options.ramp * self.config.total_steps)
-        return losses.gaussian_ramp(step, steps, options.lambda_max)
+        return losses.gaussian_ramp(step, self.ramp, self.config.method.lambda_max)
 
     def after_update(self, state):
         """The teacher whose turn it was follows the student, batch statistics included."""

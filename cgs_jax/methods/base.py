@@ -216,6 +216,14 @@ class WithTeacher(Method):
         return outputs, state.extra | {"model_state": model_state}
 
 
+def steps_of(config: ConfigDict, field: str) -> int:
+    """Steps that a share of `config.total_steps` makes up."""
+    share = config.method[field]
+    if not 0 <= share <= 1:
+        raise UserError(f"method.{field}={share}: it is a share of total_steps, between 0 and 1")
+    return round(share * config.total_steps)
+
+
 def join(labelled: jax.Array, unlabelled: jax.Array) -> jax.Array:
     """Both batches as one, dealt in turn: so each device's rows of both stay on that device."""
     groups = math.gcd(len(labelled), len(unlabelled))

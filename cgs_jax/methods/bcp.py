@@ -25,10 +25,8 @@ class Method(base.WithTeacher):
         super().__init__(config)
         if config.batch.labelled % 2 or config.batch.labelled != config.batch.unlabelled:
             raise UserError("bcp: batch.labelled and batch.unlabelled must be the same even number")
-        if not 0 <= config.method.pretrain < 1:
-            raise UserError("bcp: method.pretrain is a share of total_steps, from 0 to below 1")
         # One step at least, for the teacher to start as the student.
-        self.pretrain = max(1, round(config.method.pretrain * config.total_steps))
+        self.pretrain = max(1, base.steps_of(config, "pretrain"))
 
     def views(self, batch, key):
         """As the base class, and 'keep' [B, H, W], False inside the box of this step."""

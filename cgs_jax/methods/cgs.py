@@ -115,14 +115,16 @@ class Consistency:
 
     def unsupervised(self, pairs, step):
         terms, coverage = super().unsupervised(pairs, step)
+        shares = sum(pair.share for pair in pairs)
         for student, teacher, where, share in pairs:
             pseudo = teacher
             if not isinstance(teacher, pl.PseudoLabels):
                 pseudo = pl.from_teacher(teacher, self.config.method.tau)
             if not self.config.method.ihed:
                 pseudo = pseudo._replace(consistent=jnp.ones_like(pseudo.consistent))
-            parts = consistency_losses(student, pseudo, where, self.config.method.terms)
-            more, covered = ({k: share * v for k, v in part.items()} for part in parts)
+            more, covered = consistency_losses(student, pseudo, where, self.config.method.terms)
+            more = {name: share * term for name, term in more.items()}
+            covered = {name: share / shares * part for name, part in covered.items()}
             terms, coverage = base.add([terms, more]), base.add([coverage, covered])
         return terms, coverage
 

@@ -13,6 +13,10 @@ from cgs_jax.methods import base
 class Method(base.WithTeacher):
     """The student predicts."""
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.begin = base.steps_of(config, "begin") if "begin" in config.method else 0
+
     def passes(self, params, state, views, key):
         k_student, k_noise, k_teacher = jax.random.split(key, 3)
         image, label = views["labelled"]["image"], views["labelled"]["label"]
@@ -27,7 +31,7 @@ class Method(base.WithTeacher):
     def unsupervised(self, pairs, step):
         ((student, teacher, *_),) = pairs
         error = squared_error(student.generalist, teacher.generalist)
-        begun = step >= round(self.config.method.begin * self.config.total_steps)
+        begun = step >= self.begin
         return {"unsup/mse": begun * jnp.mean(error)}, {}
 
 

@@ -7,6 +7,7 @@ a scale that is far from the mean at a pixel weighs less there.
 import jax
 import jax.numpy as jnp
 
+from cgs_jax.errors import UserError
 from cgs_jax.methods import base
 from cgs_jax.models import build
 
@@ -16,6 +17,8 @@ class Method(base.Method):
 
     def __init__(self, config):
         super().__init__(config)
+        if len(config.model.channels) < 3:
+            raise UserError("urpc: model.channels needs at least 3 levels")
         self.network = build(config, self.specialists, pyramid=True)
 
     def passes(self, params, state, views, key):
