@@ -20,5 +20,7 @@ def get_sweep(config):
         "cgs": ("method=cgs", {}),
         "cgs_without_ihed": ("method=cgs", {"method.ihed": False}),
         "cgs_without_cross": ("method=cgs", {"method.terms": ("G_from_g", "S_from_s")}),
+        # as much unsupervised loss as without cross-consistency: two terms of six
+        "cgs_lambda_0.67": ("method=cgs", {"method.lambda_max": 2 / 3}),
         "cgs_binary": ("method=cgs", {"model.head_classes": 2}),
     }
