@@ -62,3 +62,18 @@ def test_usage(script):
     wrong = run("bash", f"launch/{script}", "nonsense")
     assert wrong.returncode == 1
     assert script in wrong.stdout + wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "error: no folder "),
+        (["/nowhere"], "error: no folder /nowhere"),
+        ([".", "--seeds"], "error: --seeds needs a value"),
+    ],
+)
+def test_reproduce_acdc_says_what_it_needs(options, message):
+    done = run("bash", LAUNCH / "reproduce_acdc.sh", *options)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
