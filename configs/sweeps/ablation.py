@@ -14,8 +14,15 @@ def get_sweep(config):
     """
     slices = config.batch.labelled + config.batch.unlabelled  # as many a step for all
     labelled_only = {"batch.labelled": slices, "batch.unlabelled": 0}
+    few = {"batch.labelled": config.batch.labelled, "batch.unlabelled": 0}
     return {
         "supervised": ("method=supervised", labelled_only),
+        # what the others see of labels, and specialists as auxiliary heads: two controls
+        "supervised_fewer_slices": ("method=supervised", few),
+        "supervised_with_heads": (
+            "method=supervised",
+            labelled_only | {"method.specialists": True},
+        ),
         **{name: (f"method={name}", {}) for name in OTHERS},
         "cgs": ("method=cgs", {}),
         "cgs_without_ihed": ("method=cgs", {"method.ihed": False}),
