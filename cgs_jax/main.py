@@ -56,23 +56,24 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
     predict_with = evaluate.make_predict(method)
 
     def score(state):
-        scored = {"step": int(state.step)}
+        predict, scored = predict_with(state), {"step": int(state.step)}
         for split in ("val", "test"):
             cases = getattr(prepared.splits, split)
-            results = evaluate.evaluate(predict_with(state), prepared, cases, config, surface=True)
+            results = evaluate.evaluate(predict, prepared, cases, config, surface=True)
             scored[split] = evaluate.summarise(results)
-        return scored
+        return predict, scored
 
     state = train.restore_best(config, method, checkpoints, workdir, mesh)
-    summary = {"inference": config.inference, "combine": config.combine, **score(state)}
-    summary["last"] = {name: summary[name] for name in ("step", "val", "test")}
-    if checkpoints.latest != summary["step"]:
-        summary["last"] = score(checkpoints.restore_latest(state))
+    predict, best = score(state)
+    last = best
+    if checkpoints.latest != best["step"]:
+        _, last = score(checkpoints.restore_latest(state))
+    summary = {"inference": config.inference, "combine": config.combine, **best, "last": last}
     if distributed.is_first():
         write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
         ranked = evaluate.ranked(summary["test"]["cases"])
         telling = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
-        shown = evaluate.show(predict_with(state), prepared, telling, config)
+        shown = evaluate.show(predict, prepared, telling, config)
         figure = plots.overlays(shown, config.data.classes, config.data.slicing)
         plots.save(figure, workdir / "overlays.png", dpi=110)
         figure = plots.curves(read_lines(workdir / "metrics.jsonl"), config.data.classes)
