@@ -78,11 +78,7 @@ def score(
     config, predict = restore(workdirs, inference, combine)
     prepared = scans(config, splits[0], root, cache)
     summary = {"runs": list(map(str, workdirs)), "inference": inference, "combine": combine}
-    for split in ("val", "test"):
-        cases = getattr(prepared.splits, split)
-        results = evaluate.evaluate(predict, prepared, cases, config, surface=True)
-        summary[split] = evaluate.summarise(results)
-    return summary
+    return summary | evaluate.score(predict, prepared, config)
 
 
 if __name__ == "__main__":

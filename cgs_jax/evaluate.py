@@ -135,6 +135,15 @@ def evaluate(
     return {case: scored[case] for case in everyone}
 
 
+def score(predict: Predict, prepared: Prepared, config: Any) -> dict[str, Any]:
+    """Summaries of all metrics: {'val': ..., 'test': ...}."""
+    splits = {"val": prepared.splits.val, "test": prepared.splits.test}
+    return {
+        name: summarise(evaluate(predict, prepared, cases, config, surface=True))
+        for name, cases in splits.items()
+    }
+
+
 def _score(label, truth, i, spacing, surface):
     masks = label == i, truth == i
     scores = metrics.score(*masks, spacing) if surface else metrics.overlap(*masks)

@@ -56,12 +56,8 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
     predict_with = evaluate.make_predict(method)
 
     def score(state):
-        predict, scored = predict_with(state), {"step": int(state.step)}
-        for split in ("val", "test"):
-            cases = getattr(prepared.splits, split)
-            results = evaluate.evaluate(predict, prepared, cases, config, surface=True)
-            scored[split] = evaluate.summarise(results)
-        return predict, scored
+        predict = predict_with(state)
+        return predict, {"step": int(state.step)} | evaluate.score(predict, prepared, config)
 
     state = train.restore_best(config, method, checkpoints, workdir, mesh)
     predict, best = score(state)
