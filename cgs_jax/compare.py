@@ -1,4 +1,4 @@
-"""Runs side by side: test Dice by organ.
+"""Runs side by side: test Dice by organ, or validation Dice where one has no other.
 
 python -m cgs_jax.compare RUN RUN ...
 """
@@ -8,6 +8,7 @@ import pathlib
 import sys
 from typing import Any
 
+from cgs_jax import evaluate
 from cgs_jax.errors import UserError
 from cgs_jax.writers import folder
 
@@ -22,8 +23,10 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def compare(workdirs: list[pathlib.Path]) -> str:
-    """Table of test Dice (%), an organ a line, a run a column; the last column is last - first."""
-    tests = [read_summary(workdir)["test"] for workdir in workdirs]
+    """Table of Dice (%), an organ a line, a run a column; the last column is last - first."""
+    summaries = [read_summary(workdir) for workdir in workdirs]
+    split = min(map(evaluate.final_split, summaries), key=("val", "test").index)
+    tests = [summary[split] for summary in summaries]
     rows = {
         organ: [test["organs"][organ]["dice"]["mean"] for test in tests]
         for organ in tests[0]["organs"]
@@ -40,7 +43,7 @@ def compare(workdirs: list[pathlib.Path]) -> str:
         cells = [f"{v:>{width}.2f}" for v in numbers[: len(tests)]]
         cells += [f"{v:>+{width}.2f}" for v in numbers[len(tests) :]]
         lines.append(f"{organ:<{label}}" + "".join(cells))
-    return "test Dice %, best validation checkpoint\n" + "\n".join(lines)
+    return f"{evaluate.SPLITS[split]} Dice %, best validation checkpoint\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

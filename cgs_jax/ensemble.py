@@ -66,7 +66,7 @@ def scans(config: ConfigDict, splits: Splits, root: str = "", cache: str = "") -
 def score(
     workdirs: Sequence[pathlib.Path], inference: str, combine: str, root: str = "", cache: str = ""
 ) -> dict[str, Any]:
-    """Summaries of validation and test cases, as in summary.json.
+    """Summaries of validation and, if the first run scores them, test cases, as in summary.json.
 
     Raises:
       UserError: as `restore`, or the runs have been trained or validated on other cases.
@@ -97,8 +97,9 @@ if __name__ == "__main__":
         workdirs = [folder(name) for name in _WORKDIRS.value]
         options = _INFERENCE.value, _COMBINE.value, _ROOT.value, _CACHE.value
         summary = score(workdirs, *options)
-        for split in ("val", "test"):
-            say(f"\n{split}, {len(workdirs)} run(s)\n{evaluate.table(summary[split])}")
+        for split, name in evaluate.SPLITS.items():
+            if split in summary:
+                say(f"\n{name}, {len(workdirs)} run(s)\n{evaluate.table(summary[split])}")
         if output:
             write_text(output, to_json(summary, indent=1) + "\n")
 

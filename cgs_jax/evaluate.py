@@ -16,6 +16,7 @@ from cgs_jax.data.prepare import LEVELS, Prepared
 from cgs_jax.data.volume import resize
 from cgs_jax.methods.base import Method
 
+SPLITS = {"val": "validation", "test": "test"}
 Predict = Callable[[np.ndarray], np.ndarray]
 Results = dict[str, dict[str, dict[str, float]]]  # case -> organ -> metric -> value
 
@@ -136,12 +137,19 @@ def evaluate(
 
 
 def score(predict: Predict, prepared: Prepared, config: Any) -> dict[str, Any]:
-    """Summaries of all metrics: {'val': ..., 'test': ...}."""
-    splits = {"val": prepared.splits.val, "test": prepared.splits.test}
+    """Summaries of all metrics: {'val': ..., 'test': ...}, or the first alone."""
+    splits = {"val": prepared.splits.val}
+    if config.test:
+        splits["test"] = prepared.splits.test
     return {
         name: summarise(evaluate(predict, prepared, cases, config, surface=True))
         for name, cases in splits.items()
     }
+
+
+def final_split(summary: dict[str, Any]) -> str:
+    """'test', or 'val' where the test cases were not to be scored."""
+    return "test" if "test" in summary else "val"
 
 
 def _score(label, truth, i, spacing, surface):

@@ -65,9 +65,10 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
     if checkpoints.latest != best["step"]:
         _, last = score(checkpoints.restore_latest(state))
     summary = {"inference": config.inference, "combine": config.combine, **best, "last": last}
+    split = evaluate.final_split(summary)
     if distributed.is_first():
         write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
-        ranked = evaluate.ranked(summary["test"]["cases"])
+        ranked = evaluate.ranked(summary[split]["cases"])
         telling = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
         shown = evaluate.show(predict, prepared, telling, config)
         figure = plots.overlays(shown, config.data.classes, config.data.slicing)
@@ -76,9 +77,10 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
         if figure:  # else metrics.jsonl was not kept
             plots.save(figure, workdir / "curves.png", dpi=120)
         report.write(workdir, config, summary, shown)
-    count = len(summary["test"]["cases"])
-    say(f"\ntest, best validation checkpoint (step {summary['step']}), {count} cases")
-    say(evaluate.table(summary["test"]))
+    name = evaluate.SPLITS[split]
+    count = len(summary[split]["cases"])
+    say(f"\n{name}, best validation checkpoint (step {summary['step']}), {count} cases")
+    say(evaluate.table(summary[split]))
     for name in ("summary.json", "curves.png", "overlays.png", "report.html"):
         say(str(workdir / name))
     return summary

@@ -10,7 +10,7 @@ from matplotlib.colors import to_hex
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cgs_jax import plots, run_config
+from cgs_jax import evaluate, plots, run_config
 from cgs_jax.data.volume import resize
 from cgs_jax.writers import read_lines, spent, to_json, write_text
 
@@ -25,11 +25,13 @@ def write(
     lines = read_lines(workdir / "metrics.jsonl")
     minutes, hardware = spent(workdir)
     figure = plots.curves(lines, config.data.classes)
+    split = evaluate.final_split(summary)
+    name = evaluate.SPLITS[split]
     data = {
         "title": f"{run_config.name_of(config)} on {config.data.name}",
         "facts": {
-            "test Dice, best checkpoint on validation": _dice(summary),
-            "test Dice, last checkpoint": _dice(summary["last"]),
+            f"{name} Dice, best checkpoint on validation": _dice(summary, split),
+            f"{name} Dice, last checkpoint": _dice(summary["last"], split),
             "seed": config.seed,
             "training and validation": f"{minutes:.1f} minutes",
             "hardware": hardware,
@@ -38,7 +40,8 @@ def write(
         "organs": {organ: to_hex(plots.colour(i)) for i, organ in enumerate(config.data.classes)},
         "errors": plots.ERRORS,
         "curves": _svg(figure) if figure else None,
-        "summary": {split: summary[split] for split in ("test", "val")},
+        "summary": {s: summary[s] for s in ("test", "val") if s in summary},
+        "final": split,
         "shown": [slices(shown, config.data.slicing) for shown in cases],
         "config": config.to_dict(),
     }
@@ -47,8 +50,8 @@ def write(
     write_text(workdir / "report.html", text)
 
 
-def _dice(scored):
-    return f"{100 * scored['test']['mean']['dice']:.2f} % (step {scored['step']})"
+def _dice(scored, split):
+    return f"{100 * scored[split]['mean']['dice']:.2f} % (step {scored['step']})"
 
 
 def _svg(figure):

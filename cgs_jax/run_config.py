@@ -24,6 +24,7 @@ FREE = (
     "log_every",
     "eval_batch",
     "pseudo_slices",
+    "test",
     "inference",
     "combine",
     "model.lanes",
@@ -35,7 +36,7 @@ FREE = (
 BEFORE = {"model.dtype": "float32", "model.lanes": 0, "model.head_classes": 3}
 BEFORE |= {"model.head_depth": 1}
 BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0, "combine": "average"}
-BEFORE |= {"pseudo_slices": 64, "data.split_seed": 0}
+BEFORE |= {"pseudo_slices": 64, "test": True, "data.split_seed": 0}
 BEFORE_CGS = {"method.teacher": "train", "method.cutmix": 1.0, "method.ihed": True}
 BEFORE_CGS |= {"method.terms": TERMS}
 

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from cgs_jax import analysis, run_config, train
+from cgs_jax import analysis, evaluate, run_config, train
 from cgs_jax.cli import cli
 from cgs_jax.compare import read_summary
 from cgs_jax.data import prepare
@@ -30,7 +30,12 @@ from cgs_jax.errors import UserError
 from cgs_jax.writers import is_remote, read_lines, say, spent, to_json, write_text
 
 METRICS = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD voxels", "asd": "ASD voxels"}
-SPLITS = {"test": "test, best checkpoint on validation", "last_test": "test, last checkpoint"}
+SPLITS = {
+    "test": "test, best checkpoint on validation",
+    "last_test": "test, last checkpoint",
+    "val": "validation, best checkpoint",
+    "last_val": "validation, last checkpoint",
+}
 
 
 class Run(NamedTuple):
@@ -152,8 +157,11 @@ def train_all(runs: list[Run]) -> None:
                 say(f"{i}/{len(runs)} {run.name}  {error}")
                 continue
             minutes, _ = spent(run.workdir)
-            dice = 100 * analysis.number(read_summary(run.workdir)["test"]["mean"]["dice"])
-            say(f"{i}/{len(runs)} {run.name}  test Dice {dice:.2f}  {minutes:.1f} min")
+            summary = read_summary(run.workdir)
+            split = evaluate.final_split(summary)
+            dice = 100 * analysis.number(summary[split]["mean"]["dice"])
+            name = evaluate.SPLITS[split]
+            say(f"{i}/{len(runs)} {run.name}  {name} Dice {dice:.2f}  {minutes:.1f} min")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed: " + "; ".join(failed))
 
@@ -186,7 +194,7 @@ def _train(run, bar):
 
 
 def write_tables(workdir: pathlib.Path) -> str:
-    """Writes table.csv, .md and .tex of the finished runs; returns the part on the test Dice."""
+    """Writes table.csv, .md and .tex of the finished runs; returns the first."""
     *_, cases, first = analysis.load(workdir)
     tables = {
         f"{name}, {split}": analysis.table(cases, first, metric, which)

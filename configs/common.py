@@ -32,6 +32,7 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.eval_batch = 32  # slices
     # slices of training cases with withheld labels, to measure pseudo-labels on; 0: none
     config.pseudo_slices = 64
+    config.test = True  # score the test cases, too; False while a recipe is being chosen
 
     config.batch = ConfigDict()
     config.batch.labelled = 12  # slices a step, over all devices
