@@ -37,7 +37,10 @@ BEFORE = {"model.dtype": "float32", "model.lanes": 0, "model.head_classes": 3}
 BEFORE |= {"model.head_depth": 1}
 BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0, "combine": "average"}
 BEFORE |= {"pseudo_slices": 64, "test": True, "data.split_seed": 0}
-BEFORE_CGS = {"method.teacher": "train", "method.cutmix": 1.0, "method.ihed": True}
+BEFORE |= {"optimizer.schedule": "poly", "augment.blur": 0.0, "augment.gamma": 0.0}
+BEFORE |= {"augment.scale": 0.0, "augment.elastic": 0.0, "augment.labelled_jitter": 0.0}
+BEFORE_CGS = {"method.copy_paste": 0.0, "method.begin": 0.0, "method.soft": 0.0}
+BEFORE_CGS |= {"method.teacher": "train", "method.cutmix": 1.0, "method.ihed": True}
 BEFORE_CGS |= {"method.terms": TERMS}
 
 

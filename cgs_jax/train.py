@@ -33,6 +33,7 @@ CHOICES = {
     "combine": ("average", "confidence", "vote"),
     "model.dtype": ("float32", "bfloat16"),
     "model.head_classes": (2, 3),
+    "optimizer.schedule": ("cosine", "poly"),
 }
 
 

@@ -57,7 +57,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.optimizer.lr = 0.01
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.power = 0.9  # lr (1 - t/T)^power
+    config.optimizer.schedule = "poly"  # lr (1 - t/T)^power; or 'cosine'
+    config.optimizer.power = 0.9
 
     config.augment = ConfigDict()
     # probability of a mirror image (rot90^k, then a flip); 0 where left and right differ
@@ -66,6 +67,11 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.augment.degrees = 20.0
     config.augment.jitter = 0.8  # probability of brightness and contrast in the strong view
     config.augment.strength = 0.5  # each factor is uniform in 1 +- strength
+    config.augment.blur = 0.0  # probability of Gaussian blur in the strong view
+    config.augment.gamma = 0.0  # in the strong view intensities to the power of 2^(+- gamma)
+    config.augment.scale = 0.0  # weak view enlarged by a factor uniform in 1 +- scale
+    config.augment.elastic = 0.0  # furthest that elastic deformation moves a pixel, of the size
+    config.augment.labelled_jitter = 0.0  # probability of jitter in labelled images
 
     config.inference = "generalist"  # or 'specialists': their merged scores; or 'both'
     config.combine = "average"  # of several predictions; or 'confidence', the surest, or 'vote'

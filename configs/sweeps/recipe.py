@@ -1,0 +1,31 @@
+"""CGS by the paper's recipe, and with one thing changed at a time. Choose on validation cases:
+
+python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/recipe.py \
+    --workdir runs/recipe --seeds 3 --config.test=False --config.data.root=FOLDER
+"""
+
+
+def get_sweep(config):
+    """Row -> (arguments of the config file, fields that differ); all are held against the first."""
+    changes = {
+        "paper": {},
+        "lambda_0.67": {"method.lambda_max": 2 / 3},
+        "tau_0.95": {"method.tau": 0.95},
+        "lambda_0.1": {"method.lambda_max": 0.1},
+        "teacher_eval": {"method.teacher": "eval"},
+        "ema_0.999": {"method.ema_decay": 0.999},
+        "strength_0.8": {"augment.strength": 0.8},
+        "gamma_blur": {"augment.gamma": 0.5, "augment.blur": 0.5},
+        "scale": {"augment.scale": 0.2},
+        "elastic": {"augment.elastic": 0.05},
+        "labelled_jitter": {"augment.labelled_jitter": 0.5},
+        "copy_paste": {"method.copy_paste": 0.5},
+        "cosine": {"optimizer.schedule": "cosine"},
+        "warm_start": {"method.begin": 0.1},
+        "soft": {"method.soft": 1.0},
+        "plan_full": {"method.plan": "full"},
+        "width_32": {"model.channels": (32, 64, 128, 256, 512)},
+    }
+    return {name: ("method=cgs", fields) for name, fields in changes.items()} | {
+        "two_teachers": ("method=cgs,base=ad_mt", {"method.tau": 0.9, "method.lambda_max": 2.0})
+    }
