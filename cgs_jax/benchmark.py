@@ -231,7 +231,7 @@ def time_evaluation(
     size, batch = config.data.size, config.eval_batch
     predict(np.zeros((batch, size, size), np.uint16))
     started = time.perf_counter()
-    for _ in evaluate.segment(predict, stacks, size, batch):
+    for _ in evaluate.segment(predict, stacks, config):
         pass
     predicted = time.perf_counter()
     evaluate.evaluate(predict, prepared, cases, config, surface=True)

@@ -1,11 +1,11 @@
-"""Scores one trained run by other heads, or several runs together.
+"""Scores a trained run by other heads or options of prediction, or several runs together.
 
 python -m cgs_jax.ensemble --workdir RUN [--workdir RUN ...] [--inference both] [--combine vote] \
-    [--root FOLDER] [--cache FOLDER] [--output FILE.json]
+    [--upsample linear] [--largest_component] [--root FOLDER] [--cache FOLDER] [--output FILE.json]
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -23,18 +23,18 @@ from cgs_jax.writers import folder, say, to_json, write_text
 
 
 def restore(
-    workdirs: Sequence[pathlib.Path], inference: str | None = None, combine: str | None = None
+    workdirs: Sequence[pathlib.Path], options: Mapping[str, Any]
 ) -> tuple[ConfigDict, evaluate.Predict]:
     """The best checkpoints of `workdirs`, predicting together: the first's config, and labels.
 
-    `inference` and `combine` replace the runs' own.
+    `options`, such as {'combine': 'vote'}, replace the runs' own.
 
     Raises:
       UserError: no run, no validated checkpoint, or runs on different data.
     """
     methods, states = [], []
     for workdir in workdirs:
-        method, state = restore_run(workdir, inference, combine)
+        method, state = restore_run(workdir, options)
         methods.append(method)
         states.append(state)
         for field in prepare.OPTIONS:
@@ -44,12 +44,11 @@ def restore(
 
 
 def restore_run(
-    workdir: pathlib.Path, inference: str | None = None, combine: str | None = None
+    workdir: pathlib.Path, options: Mapping[str, Any] | None = None
 ) -> tuple[Method, TrainState]:
     """One run and its best checkpoint, on the devices of this process."""
     config, _ = run_config.load(workdir)
-    config.inference = inference or config.inference
-    config.combine = combine or config.combine
+    config.update(options or {})
     method = train.make_method(config)
     checkpoints = Checkpoints(workdir, read_only=True)
     state = train.restore_best(config, method, checkpoints, workdir, sharding.local_mesh())
@@ -63,8 +62,23 @@ def scans(config: ConfigDict, splits: Splits, root: str = "", cache: str = "") -
     return prepare.prepare(config, splits)
 
 
+def define_flags() -> Callable[[], dict[str, Any]]:
+    """Flags that say how runs predict. Returns what reads those that were given."""
+    for name, what in {
+        "inference": "which heads decide",
+        "combine": "how several predictions become one",
+        "upsample": "labels or probabilities to the scan's grid",
+    }.items():
+        flags.DEFINE_enum(name, None, train.CHOICES[name], f"{what}; default: the run's")
+    flags.DEFINE_boolean(
+        "largest_component", None, "keep only the largest piece of an organ; default: the run's"
+    )
+    names = ("inference", "combine", "upsample", "largest_component")
+    return lambda: {n: flags.FLAGS[n].value for n in names if flags.FLAGS[n].value is not None}
+
+
 def score(
-    workdirs: Sequence[pathlib.Path], inference: str, combine: str, root: str = "", cache: str = ""
+    workdirs: Sequence[pathlib.Path], options: Mapping[str, Any], root: str = "", cache: str = ""
 ) -> dict[str, Any]:
     """Summaries of validation and, if the first run scores them, test cases, as in summary.json.
 
@@ -75,18 +89,15 @@ def score(
     for workdir, other in zip(workdirs, splits, strict=True):
         if (set(other.val), set(other.test)) != (set(splits[0].val), set(splits[0].test)):
             raise UserError(f"{workdir} and {workdirs[0]} have other validation or test cases")
-    config, predict = restore(workdirs, inference, combine)
+    config, predict = restore(workdirs, options)
     prepared = scans(config, splits[0], root, cache)
-    summary = {"runs": list(map(str, workdirs)), "inference": inference, "combine": combine}
+    summary = {"runs": list(map(str, workdirs)), **evaluate.how(config)}
     return summary | evaluate.score(predict, prepared, config)
 
 
 if __name__ == "__main__":
     _WORKDIRS = flags.DEFINE_multi_string("workdir", None, "folder of a trained run; repeat it")
-    _INFERENCE = flags.DEFINE_enum("inference", "generalist", train.CHOICES["inference"], "heads")
-    _COMBINE = flags.DEFINE_enum(
-        "combine", "average", train.CHOICES["combine"], "how several predictions become one"
-    )
+    _options = define_flags()
     _ROOT = flags.DEFINE_string("root", "", "folder of the data set; default: the first run's")
     _CACHE = flags.DEFINE_string("cache", "", "prepared data; default: the first run's")
     _OUTPUT = flags.DEFINE_string("output", None, "JSON file for all scores")
@@ -95,8 +106,7 @@ if __name__ == "__main__":
     def _main(_):
         output = output_file(_OUTPUT.value)
         workdirs = [folder(name) for name in _WORKDIRS.value]
-        options = _INFERENCE.value, _COMBINE.value, _ROOT.value, _CACHE.value
-        summary = score(workdirs, *options)
+        summary = score(workdirs, _options(), _ROOT.value, _CACHE.value)
         for split, name in evaluate.SPLITS.items():
             if split in summary:
                 say(f"\n{name}, {len(workdirs)} run(s)\n{evaluate.table(summary[split])}")

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from cgs_jax import distributed, metrics, plots, sharding
 from cgs_jax.data.prepare import LEVELS, Prepared
-from cgs_jax.data.volume import resize
+from cgs_jax.data.volume import largest_components, likeliest, resize
 from cgs_jax.methods.base import Method
 
 SPLITS = {"val": "validation", "test": "test"}
+# uint16 [B, size, size] -> uint8 labels or, where they are interpolated, scores [B, size, size, C]
 Predict = Callable[[np.ndarray], np.ndarray]
 Results = dict[str, dict[str, dict[str, float]]]  # case -> organ -> metric -> value
 
@@ -27,32 +28,34 @@ def to_image(slices: jax.Array) -> jax.Array:
 
 
 def combine(probs: jax.Array, how: str) -> jax.Array:
-    """Labels uint8 [B, H, W] of several predictions [M, B, H, W, C].
+    """Scores [B, H, W, C] of several predictions [M, B, H, W, C]; the highest names the class.
 
     'average' of the probabilities; 'confidence': at each pixel the surest prediction decides;
     'vote': the most named class, of equally often named ones the likelier.
     """
     if how == "confidence":
         surest = jnp.argmax(jnp.max(probs, -1), 0)[None, ..., None]
-        scores = jnp.take_along_axis(probs, surest, 0)[0]
-    else:
-        scores = jnp.mean(probs, 0)
-        if how == "vote":
-            scores += jnp.sum(jax.nn.one_hot(jnp.argmax(probs, -1), probs.shape[-1]), 0)
-    return jnp.argmax(scores, -1).astype(jnp.uint8)
+        return jnp.take_along_axis(probs, surest, 0)[0]
+    scores = jnp.mean(probs, 0)
+    if how == "vote":
+        scores += jnp.sum(jax.nn.one_hot(jnp.argmax(probs, -1), probs.shape[-1]), 0)
+    return scores
 
 
 def make_predict(*methods: Method) -> Callable[..., Predict]:
-    """Compiles states -> (uint16 [B, size, size] -> uint8 labels) for this process's devices.
+    """Compiles states -> `Predict` for this process's devices.
 
     The predictions of several methods, a state each, are combined as the first's config says.
     """
-    mesh, how = sharding.local_mesh(), methods[0].config.combine
+    mesh, config = sharding.local_mesh(), methods[0].config
 
     def predict(states, slices):
         image = to_image(slices)
         probs = [m.predict(state, image) for m, state in zip(methods, states, strict=True)]
-        return combine(jnp.concatenate(probs), how)
+        scores = combine(jnp.concatenate(probs), config.combine)
+        if config.upsample == "linear":
+            return scores
+        return jnp.argmax(scores, -1).astype(jnp.uint8)
 
     compiled = sharding.jit(predict, mesh)
 
@@ -68,34 +71,34 @@ def make_predict(*methods: Method) -> Callable[..., Predict]:
     return with_states
 
 
-def segment(
-    predict: Predict, stacks: Iterable[np.ndarray], size: int, batch: int
-) -> Iterator[np.ndarray]:
+def segment(predict: Predict, stacks: Iterable[np.ndarray], config: Any) -> Iterator[np.ndarray]:
     """Segments volumes, slices of all of them batched to one fixed shape.
 
     Args:
-      predict: uint16 [batch, size, size] -> uint8 labels.
+      predict: as `config.upsample` says.
       stacks: uint16 [D, H, W], each on its own grid.
 
     Yields:
       uint8 labels [D, H, W] on the same grids, in order.
     """
-    shapes = deque()
+    size, batch = config.data.size, config.eval_batch
+    on_grid = {"linear": likeliest, "nearest": resize}[config.upsample]
+    shapes, done = deque(), deque()
     todo = np.empty((0, size, size), np.uint16)
-    done = np.empty((0, size, size), np.uint8)
 
     def run(count):
-        nonlocal todo, done
+        nonlocal todo
         part, todo = todo[:count], todo[count:]
         padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0)))
-        done = np.concatenate([done, predict(padded)[: len(part)]])
+        done.extend(predict(padded)[: len(part)])
 
     def finished():
-        nonlocal done
         while shapes and len(done) >= shapes[0][0]:
             depth, height, width = shapes.popleft()
-            label, done = done[:depth], done[depth:]
-            yield resize(label, height, width)
+            label = on_grid(np.stack([done.popleft() for _ in range(depth)]), height, width)
+            if config.largest_component:
+                label = largest_components(label, len(config.data.classes))
+            yield label
 
     for stack in stacks:
         shapes.append(stack.shape)
@@ -115,7 +118,7 @@ def evaluate(
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
     volumes = [prepared.volume(case) for case in cases]
     stacks = (volume.image for volume in volumes)
-    labels = segment(predict, stacks, config.data.size, config.eval_batch)
+    labels = segment(predict, stacks, config)
     labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
     futures = {}
     # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
@@ -147,6 +150,13 @@ def score(predict: Predict, prepared: Prepared, config: Any) -> dict[str, Any]:
     }
 
 
+def how(config: Any) -> dict[str, Any]:
+    """The options that say how a trained network predicts."""
+    return {
+        name: config[name] for name in ("inference", "combine", "upsample", "largest_component")
+    }
+
+
 def final_split(summary: dict[str, Any]) -> str:
     """'test', or 'val' where the test cases were not to be scored."""
     return "test" if "test" in summary else "val"
@@ -171,7 +181,7 @@ def show(
     """Cases with their Dice, predicted again to be looked at."""
     volumes = [prepared.volume(case) for case, _ in cases]
     stacks = (volume.image for volume in volumes)
-    labels = segment(predict, stacks, config.data.size, config.eval_batch)
+    labels = segment(predict, stacks, config)
     return [
         plots.Shown(*case, volume.image, volume.label, label)
         for case, volume, label in zip(cases, volumes, labels, strict=True)

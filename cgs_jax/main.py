@@ -64,7 +64,7 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
     last = best
     if checkpoints.latest != best["step"]:
         _, last = score(checkpoints.restore_latest(state))
-    summary = {"inference": config.inference, "combine": config.combine, **best, "last": last}
+    summary = {**evaluate.how(config), **best, "last": last}
     split = evaluate.final_split(summary)
     if distributed.is_first():
         write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")

@@ -5,6 +5,7 @@ python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +17,6 @@ from cgs_jax.cli import cli
 from cgs_jax.data.prepare import quantise
 from cgs_jax.data.volume import Scan, finite, normalise, read_nifti
 from cgs_jax.errors import UserError
-from cgs_jax.train import CHOICES
 from cgs_jax.writers import folder, say
 
 
@@ -25,19 +25,18 @@ def predict(
     source: pathlib.Path,
     output: pathlib.Path,
     overwrite: bool = False,
-    inference: str | None = None,
-    combine: str | None = None,
+    **options: Any,
 ) -> list[pathlib.Path]:
     """Writes one label map (uint8) for every scan, with its grid and header, under its name.
 
-    `inference` and `combine` replace the run's own. Returns the files written.
+    `options` such as inference='both' replace the run's own. Returns the files written.
 
     Raises:
       UserError: no run, no scans, a file that would be overwritten; or, after all others are
         written, a scan that can not be read.
     """
     files = find(source, output, overwrite)
-    config, predict = ensemble.restore(workdirs, inference, combine)
+    config, predict = ensemble.restore(workdirs, options)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,7 +56,7 @@ def predict(
             yield quantise(image)
 
     written = []
-    for label in evaluate.segment(predict, stacks(), config.data.size, config.eval_batch):
+    for label in evaluate.segment(predict, stacks(), config):
         path, scan = waiting.pop(0)
         write(scan, label, output / path.name)
         written.append(output / path.name)
@@ -107,19 +106,13 @@ if __name__ == "__main__":
     _INPUT = flags.DEFINE_string("input", None, "a NIfTI file, or a folder of them")
     _OUTPUT = flags.DEFINE_string("output", None, "folder for the label maps")
     _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace label maps that are there")
-    _INFERENCE = flags.DEFINE_enum(
-        "inference", None, CHOICES["inference"], "which heads decide; default: the run's"
-    )
-    _COMBINE = flags.DEFINE_enum(
-        "combine", None, CHOICES["combine"], "how several predictions become one; likewise"
-    )
+    _options = ensemble.define_flags()
     flags.mark_flags_as_required(["workdir", "input", "output"])
 
     def _main(_):
         workdirs = [folder(name) for name in _WORKDIRS.value]
         scans, labels = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
-        options = _OVERWRITE.value, _INFERENCE.value, _COMBINE.value
-        for path in predict(workdirs, scans, labels, *options):
+        for path in predict(workdirs, scans, labels, _OVERWRITE.value, **_options()):
             say(str(path))
 
     cli(_main)

@@ -27,6 +27,8 @@ FREE = (
     "test",
     "inference",
     "combine",
+    "upsample",
+    "largest_component",
     "model.lanes",
     "mesh.data",
     "mesh.space",
@@ -36,6 +38,7 @@ FREE = (
 BEFORE = {"model.dtype": "float32", "model.lanes": 0, "model.head_classes": 3}
 BEFORE |= {"model.head_depth": 1}
 BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0, "combine": "average"}
+BEFORE |= {"upsample": "nearest", "largest_component": False}
 BEFORE |= {"pseudo_slices": 64, "test": True, "data.split_seed": 0}
 BEFORE |= {"optimizer.schedule": "poly", "augment.blur": 0.0, "augment.gamma": 0.0}
 BEFORE |= {"augment.scale": 0.0, "augment.elastic": 0.0, "augment.labelled_jitter": 0.0}

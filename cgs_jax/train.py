@@ -31,6 +31,7 @@ RESULTS = ("summary.json", "report.html")  # what a finished run has, written in
 CHOICES = {
     "inference": ("both", "generalist", "specialists"),
     "combine": ("average", "confidence", "vote"),
+    "upsample": ("linear", "nearest"),
     "model.dtype": ("float32", "bfloat16"),
     "model.head_classes": (2, 3),
     "optimizer.schedule": ("cosine", "poly"),

@@ -75,6 +75,9 @@ def get_config(method: str, base: str = "") -> ConfigDict:
 
     config.inference = "generalist"  # or 'specialists': their merged scores; or 'both'
     config.combine = "average"  # of several predictions; or 'confidence', the surest, or 'vote'
+    # to the grid of the scan: labels by 'nearest' neighbour; or 'linear', of the probabilities
+    config.upsample = "nearest"
+    config.largest_component = False  # keep only the largest piece of every organ of a scan
     config.method = ConfigDict({"name": method})
     config.data = ConfigDict()
     config.data.root = "data"  # folder of the data set

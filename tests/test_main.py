@@ -66,9 +66,9 @@ def test_runs_score_together(trained, scans, tmp_path):
     """A run with itself is the run; other data or cases are an error."""
     workdir, _ = trained
     summary = json.loads((workdir / "summary.json").read_text())
-    both = ensemble.score([workdir, workdir], "generalist", "vote")
+    both = ensemble.score([workdir, workdir], {"combine": "vote"})
     assert both["test"]["cases"] == summary["test"]["cases"]
-    heads = ensemble.score([workdir], "both", "average")
+    heads = ensemble.score([workdir], {"inference": "both"})
     assert heads["test"]["cases"] != summary["test"]["cases"]
     for file, change, message in (
         ("splits.json", lambda text: text["test"].pop(), "other validation or test cases"),
@@ -80,7 +80,7 @@ def test_runs_score_together(trained, scans, tmp_path):
         change(text)
         (other / file).write_text(json.dumps(text))
         with pytest.raises(UserError, match=message):
-            ensemble.score([workdir, other], "generalist", "average")
+            ensemble.score([workdir, other], {})
 
 
 @pytest.mark.slow

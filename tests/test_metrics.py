@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from scipy import ndimage
 
 from cgs_jax import evaluate, metrics
-from cgs_jax.data.volume import resize
+from cgs_jax.data.volume import largest_components, likeliest, resize
 
 
 def cube(at, shape=(12, 12, 12), edge=4):
@@ -66,6 +68,12 @@ def test_summary_counts_undefined_and_leaves_them_out():
     assert "(1 undefined)" in evaluate.table(summary)
 
 
+def options(**fields):
+    data = {"size": 16, "classes": ("a", "b", "c")}
+    fields = {"upsample": "nearest", "largest_component": False} | fields
+    return ConfigDict({"data": data, "eval_batch": 4} | fields)
+
+
 def test_segment_returns_every_volume_on_its_own_grid():
     """Slices of several volumes share batches; each comes back whole, in order, resized."""
     rng = np.random.default_rng(0)
@@ -77,7 +85,7 @@ def test_segment_returns_every_volume_on_its_own_grid():
         batches.append(slices.shape)
         return slices.astype(np.uint8)
 
-    labels = list(evaluate.segment(predict, iter(stacks), 16, 4))
+    labels = list(evaluate.segment(predict, iter(stacks), options()))
     assert set(batches) == {(4, 16, 16)}
     assert len(batches) == 4  # 13 slices
     for stack, label in zip(stacks, labels, strict=True):
@@ -86,10 +94,51 @@ def test_segment_returns_every_volume_on_its_own_grid():
 
 
 def test_resize_is_scipys_nearest_zoom():
-    from scipy import ndimage
-
     stack = np.random.default_rng(0).integers(0, 9, (2, 13, 37))
     for height, width in ((16, 16), (7, 64), (13, 37)):
         zoom = (1, height / 13, width / 37)
         expected = ndimage.zoom(stack, zoom, order=0)
         np.testing.assert_array_equal(resize(stack, height, width), expected)
+
+
+def test_probabilities_are_interpolated_as_scipy_does():
+    probs = np.random.default_rng(0).dirichlet([1, 1, 1, 1], (2, 16, 16)).astype(np.float32)
+    for height, width in ((40, 23), (16, 16), (9, 64)):
+        zoom = (1, height / 16, width / 16, 1)
+        expected = ndimage.zoom(probs, zoom, order=1).argmax(-1)
+        labels = likeliest(probs, height, width)
+        assert labels.shape == expected.shape
+        assert np.mean(labels != expected) < 0.001  # ties up to rounding
+    np.testing.assert_array_equal(likeliest(probs, 16, 16), probs.argmax(-1))
+
+
+def test_largest_component_of_every_organ():
+    """A piece goes on through slices, not over corners."""
+    labels = np.zeros((3, 6, 6), np.uint8)
+    labels[0, 0, :3] = 1  # three voxels in a slice
+    labels[:, 5, 5] = 1  # three, and one more below
+    labels[2, 5, 4] = 1
+    labels[0, 1, 3] = 1  # touches the first by a corner
+    labels[1, 0, 0] = 3
+    kept = largest_components(labels, 3)
+    expected = np.zeros_like(labels)
+    expected[:, 5, 5] = expected[2, 5, 4] = 1
+    expected[1, 0, 0] = 3
+    np.testing.assert_array_equal(kept, expected)
+
+
+def test_segment_interpolates_and_cleans():
+    labels = np.zeros((5, 16, 16), np.uint16)
+    labels[:, 2:9, 2:9], labels[4, 13:, 13:] = 2, 2
+
+    def predict(slices):
+        return np.eye(4, dtype=np.float32)[slices]
+
+    stack = resize(labels, 30, 20)
+    (label,) = evaluate.segment(predict, [stack], options(upsample="linear"))
+    np.testing.assert_array_equal(label, likeliest(predict(resize(stack, 16, 16)), 30, 20))
+    assert label[4, -1, -1] == 2
+    cleaned = options(upsample="linear", largest_component=True)
+    (label,) = evaluate.segment(predict, [stack], cleaned)
+    assert label[4, -1, -1] == 0
+    assert label[4, 8, 8] == 2

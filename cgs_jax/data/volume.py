@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
+from scipy import ndimage
 
 from cgs_jax.errors import UserError
 
@@ -201,3 +202,30 @@ def resize(stack: np.ndarray, height: int, width: int) -> np.ndarray:
         for old, new in zip(stack.shape[1:], (height, width), strict=True)
     )
     return stack[:, rows[:, None], columns]
+
+
+def likeliest(probs: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Labels uint8 [D, height, width] of class probabilities [D, H, W, C], which are interpolated
+    linearly, on corner-aligned grids too."""
+    rows, columns = (
+        _between(old, new) for old, new in zip(probs.shape[1:3], (height, width), strict=True)
+    )
+    planes = (rows @ np.moveaxis(p, -1, 0) @ columns.T for p in probs)
+    return np.stack([np.argmax(p, 0) for p in planes]).astype(np.uint8)
+
+
+def _between(old, new):
+    """Shares of `old` samples in each of `new`: [new, old]."""
+    at = np.arange(new) * ((old - 1) / max(new - 1, 1))
+    return np.maximum(1 - abs(at[:, None] - np.arange(old)), 0, dtype=np.float32)
+
+
+def largest_components(labels: np.ndarray, num_targets: int) -> np.ndarray:
+    """[D, H, W] with only the largest piece, connected through faces of voxels, of each target."""
+    kept = np.zeros_like(labels)
+    for target in range(1, num_targets + 1):
+        pieces, _ = ndimage.label(labels == target)
+        sizes = np.bincount(pieces.ravel())
+        sizes[0] = 0  # all else
+        kept[(pieces == sizes.argmax()) & (labels == target)] = target
+    return kept
