@@ -290,7 +290,7 @@ def report(result: dict[str, Any]) -> str:
             f"{step['bytes'] / step['ms'] / 1e6:.0f} GB/s; "
             f"doubling an array does {peak['bytes_per_s'] / 1e9:.0f}",
             f"training      {result['total_steps']} steps take "
-            f"{result['total_steps'] * step['ms'] / 3.6e6:.2f} h, without validation",
+            f"{result['total_steps'] * step['ms'] / 3.6e6:.3g} h, without validation",
             f"memory floor  {step['floor_bytes'] / 1e9:.2f} GB through convolutions = "
             f"{floor_ms:.2f} ms; the step takes {step['ms'] / floor_ms:.1f} times that",
             f"peak memory   {result['peak_bytes'] / 1e9:.2f} GB; the step's own arrays "

@@ -73,16 +73,15 @@ def plan(
         otherwise.
     """
     path, _, arguments = config_file.partition(":")
-    default = _config(path, arguments, overrides, {}, "the command line")
+    default, _ = _config(path, arguments, overrides, {}, "the command line")
     rows, runs = _rows(sweep_file, default), []
     for seed in range(default.seed, default.seed + seeds):
         for row, (more, fields) in rows.items():
             together = ",".join(filter(None, (arguments, more)))
-            config = _config(path, together, overrides, fields | {"seed": seed}, row)
+            config, plain = _config(path, together, overrides, fields | {"seed": seed}, row)
             run = workdir / row / f"seed{seed}"
             command = [sys.executable, "-m", "cgs_jax.main", "--workdir", str(run), "--config"]
             command += [f"{path}:{together}" if together else path]
-            plain = run_config.flatten(_module(path).get_config(together or None).to_dict())
             command += [
                 f"--config.{name}={value}"
                 for name, value in run_config.flatten(config.to_dict()).items()
@@ -123,20 +122,21 @@ def _module(path):
 
 
 def _config(path, arguments, overrides, fields, row):
+    """The config of a row, and the fields as its file alone has them."""
     try:
         config = _module(path).get_config(arguments or None)
     except ValueError as error:
         raise UserError(f"{row}: {error}") from None
-    known = run_config.flatten(config.to_dict())
-    shared = {k: v for k, v in overrides.items() if k in known or not k.startswith("method.")}
+    plain = run_config.flatten(config.to_dict())
+    shared = {k: v for k, v in overrides.items() if k in plain or not k.startswith("method.")}
     for name, value in (shared | fields).items():
-        if name not in known:
+        if name not in plain:
             raise UserError(f"{row}: there is no config field {name}")
         try:
             config.update_from_flattened_dict({name: value})
         except TypeError as error:
             raise UserError(f"{row}: {name}={value!r}: {error}") from None
-    return config
+    return config, plain
 
 
 def train_all(runs: list[Run]) -> None:

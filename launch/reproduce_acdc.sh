@@ -29,8 +29,10 @@ fields=()
 for option in "${options[@]}"; do
   case $option in --config.*) fields+=("$option") ;; esac
 done
-echo "== CGS on this device, for a start"
-.venv/bin/python -m cgs_jax.benchmark "${config[@]}" "${fields[@]}" --stages step --seconds 10
-echo "== $seeds runs of CGS, and $seeds of supervised at about 2/3 of that"
+echo "== a run of CGS on this device"
+measured=$(.venv/bin/python -m cgs_jax.benchmark "${config[@]}" "${fields[@]}" --stages step --seconds 10)
+echo "$measured"
+echo "$measured" | awk -v seeds="$seeds" '/^training/ {
+  printf "== all of it, %d seeds of CGS and of supervised: about %.3g h\n", seeds, seeds * $5 * 5 / 3 }'
 exec .venv/bin/python -m cgs_jax.sweep "${config[@]}" --sweep configs/sweeps/paper.py \
   --seeds "$seeds" --workdir "${workdir:-runs/acdc_$labelled}" "${options[@]}"
