@@ -29,9 +29,7 @@ def weak(
         x = jnp.where(swap[:, None, None], x.swapaxes(1, 2), x)
         x = jnp.where(rows[:, None, None], x[:, ::-1], x)
         x = jnp.where(columns[:, None, None], x[:, :, ::-1], x)
-        x = _rotate(x, turn, config.degrees)
-        x = _scale(jax.random.fold_in(key, 1), x, config.scale) if config.scale else x
-        return _elastic(jax.random.fold_in(key, 2), x, config.elastic) if config.elastic else x
+        return _rotate(x, turn, config.degrees)
 
     return move(image[..., 0])[..., None], None if label is None else move(label)
 
@@ -73,41 +71,6 @@ def _shift_rows(x: jax.Array, shift: jax.Array, furthest: int) -> jax.Array:
     return x[..., :width]
 
 
-def _scale(key, x, furthest):
-    """Enlarges [B, H, W] about a random place by a factor of 1 +- `furthest`, nearest neighbour.
-
-    Rows and columns are chosen by matrices of zeros and ones: no gather.
-    """
-    size = x.shape[1]
-    draws = jax.random.uniform(key, (3, len(x), 1))
-    factor = 1 + furthest * (2 * draws[0] - 1)
-    free = size - size / factor  # what lies outside, or room to spare where negative
-
-    def chosen(place):
-        start = (0.25 + 0.5 * place) * free  # not to its borders, where organs are not
-        source = jnp.floor(start + (jnp.arange(size) + 0.5) / factor)
-        return (source[..., None] == jnp.arange(size)).astype(jnp.float32)  # [B, new, old]
-
-    rows, columns = chosen(draws[1]), chosen(draws[2])
-    moved = jnp.einsum(
-        "bij,bjk,blk->bil", rows, x.astype(jnp.float32), columns, precision="highest"
-    )
-    return moved.astype(x.dtype)
-
-
-def _elastic(key, x, furthest):
-    """Smooth random displacement by up to `furthest` of the size, nearest neighbour."""
-    size = x.shape[1]
-    coarse = jax.random.uniform(key, (len(x), 2, 5, 5), minval=-1.0) * furthest * size
-    field = jax.image.resize(coarse, (len(x), 2, size, size), "cubic")
-    grid = jnp.stack(jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij"))
-
-    def one(x, field):
-        return jax.scipy.ndimage.map_coordinates(x, list(grid + field), order=0)
-
-    return jax.vmap(one)(x, field)
-
-
 def strong(key: jax.Array, image: jax.Array, config: ConfigDict) -> jax.Array:
     """Colour jitter of [B, H, W, 1] in [0, 1]: brightness and contrast in random order, clamped.
 
@@ -129,26 +92,9 @@ def strong(key: jax.Array, image: jax.Array, config: ConfigDict) -> jax.Array:
 
         order = jax.random.bernoulli(k_order)
         jittered = jnp.where(order, stretch(brighten(x)), brighten(stretch(x)))
-        x = jnp.where(jax.random.bernoulli(k_apply, config.jitter), jittered, x)
-        if config.gamma:
-            power = jax.random.uniform(jax.random.fold_in(key, 1), minval=-1.0) * config.gamma
-            x = (x + 1e-6) ** 2**power
-        if config.blur:
-            k_apply, k_sigma = jax.random.split(jax.random.fold_in(key, 2))
-            sigma = jax.random.uniform(k_sigma, minval=0.1, maxval=2.0) * len(x) / 256
-            apply = jax.random.bernoulli(k_apply, config.blur)
-            x = jnp.where(apply, _blur(x[..., 0], sigma)[..., None], x)
-        return x
+        return jnp.where(jax.random.bernoulli(k_apply, config.jitter), jittered, x)
 
     return jax.vmap(one)(jax.random.split(key, image.shape[0]), image)
-
-
-def _blur(x, sigma):
-    """Gaussian blur of [H, W]."""
-    place = jnp.arange(len(x))
-    kernel = jnp.exp(-0.5 * ((place[:, None] - place) / sigma) ** 2)
-    kernel /= jnp.sum(kernel, 1, keepdims=True)
-    return kernel @ x @ kernel.T
 
 
 def cutmix_keep(key: jax.Array, batch: int, size: int, probability: float = 1.0) -> jax.Array:

@@ -67,11 +67,6 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.augment.degrees = 20.0
     config.augment.jitter = 0.8  # probability of brightness and contrast in the strong view
     config.augment.strength = 0.5  # each factor is uniform in 1 +- strength
-    config.augment.blur = 0.0  # probability of Gaussian blur in the strong view
-    config.augment.gamma = 0.0  # in the strong view intensities to the power of 2^(+- gamma)
-    config.augment.scale = 0.0  # weak view enlarged by a factor uniform in 1 +- scale
-    config.augment.elastic = 0.0  # furthest that elastic deformation moves a pixel, of the size
-    config.augment.labelled_jitter = 0.0  # probability of jitter in labelled images
 
     config.inference = "generalist"  # or 'specialists': their merged scores; or 'both'
     config.combine = "average"  # of several predictions; or 'confidence', the surest, or 'vote'

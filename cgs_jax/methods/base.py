@@ -88,10 +88,6 @@ class Method:
         image, label = augment.weak(
             k_labelled, batch["labelled"]["image"], batch["labelled"]["label"], options
         )
-        if options.labelled_jitter:
-            k_jitter, k_apply = jax.random.split(jax.random.fold_in(k_labelled, 1))
-            apply = jax.random.bernoulli(k_apply, options.labelled_jitter, (len(image), 1, 1, 1))
-            image = jnp.where(apply, augment.strong(k_jitter, image, options), image)
         views = {"labelled": {"image": image, "label": label}}
         if "unlabelled" in batch:
             weak, _ = augment.weak(k_weak, batch["unlabelled"]["image"], None, options)
