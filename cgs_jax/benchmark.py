@@ -103,7 +103,8 @@ def time_step(
     state = train.init_state(method, optimizer, config, mesh)
     batches = list(itertools.islice(train.device_batches(config, method, prepared, mesh), 4))
     step = train.make_train_step(method, optimizer, config, mesh)
-    traced = step.trace(state, batches[0])
+    seed = train.seed_of(config)
+    traced = step.trace(state, batches[0], seed)
     floor = convolution_bytes(traced.jaxpr.jaxpr)
     started = time.perf_counter()
     compiled = traced.lower().compile()
@@ -114,7 +115,7 @@ def time_step(
         nonlocal state
         started = time.perf_counter()
         for i in range(count):
-            state, metrics = compiled(state, batches[i % len(batches)])
+            state, metrics = compiled(state, batches[i % len(batches)], seed)
         jax.block_until_ready(metrics)
         return (time.perf_counter() - started) / count
 

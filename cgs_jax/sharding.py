@@ -72,6 +72,11 @@ def jit(function: Callable, mesh: Mesh, **options: Any) -> Any:
     return jax.jit(function, compiler_options=compiler_options, **options)
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
 def batched(mesh: Mesh) -> NamedSharding:
     """The first axis is split over 'data'."""
     return NamedSharding(mesh, PartitionSpec("data"))
@@ -133,9 +138,8 @@ def localise(mesh: Mesh, tree: Any) -> Any:
 
     def whole(x: jax.Array) -> jax.Array:
         if not x.is_fully_replicated:
-            x = jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
-        sharding = NamedSharding(mesh, PartitionSpec())
+            x = jax.device_put(x, replicated(x.sharding.mesh))
         parts = [shard.data for shard in x.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+        return jax.make_array_from_single_device_arrays(x.shape, replicated(mesh), parts)
 
     return jax.tree.map(whole, tree)

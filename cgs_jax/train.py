@@ -105,8 +105,8 @@ def abstract_state(
 
 def abstract_inputs(
     method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
-) -> tuple[TrainState, Any]:
-    """Shapes and shardings of state and batch: the train step can be compiled from them alone."""
+) -> tuple[TrainState, Any, Any]:
+    """Shapes and shardings of state, batch and seed: the step can be compiled from them alone."""
     state = abstract_state(method, optimizer, config, mesh)
     batch = {}
     for name, count in stream_sizes(config, method).items():
@@ -114,7 +114,9 @@ def abstract_inputs(
         batch[name] = {"image": jax.ShapeDtypeStruct(shape, np.uint16)}
         if name == "labelled":
             batch[name]["label"] = jax.ShapeDtypeStruct(shape, np.uint8)
-    return state, sharding.abstract(batch, sharding.batched(mesh))
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    batch = sharding.abstract(batch, sharding.batched(mesh))
+    return state, batch, sharding.abstract(seed, sharding.replicated(mesh))
 
 
 def stream_sizes(config: ConfigDict, method: Method) -> dict[str, int]:
@@ -136,10 +138,11 @@ def _init(method, optimizer, config):
 def make_train_step(
     method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> Any:
-    """Compiles (state, batch) -> (state, metrics). The state is donated and keeps its shardings."""
+    """Compiles (state, batch, seed) -> (state, metrics). The state is donated and keeps its
+    shardings; `seed` is `seed_of(config)`, an argument so that seeds share the compiled program."""
 
-    def train_step(state, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    def train_step(state, batch, seed):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
         k_views, k_loss = jax.random.split(key)
         for stream in batch.values():
             stream["image"] = evaluate.to_image(stream["image"])
@@ -153,6 +156,11 @@ def make_train_step(
         return jax.lax.with_sharding_constraint(state, shardings), metrics
 
     return sharding.jit(train_step, mesh, donate_argnums=0)
+
+
+def seed_of(config: ConfigDict) -> np.uint32:
+    """Root of all random keys of the steps."""
+    return np.uint32(config.seed)
 
 
 def apply_gradients(
@@ -271,9 +279,9 @@ def steps(
 
     Only there the host waits for the device. The next step donates the yielded state.
     """
-    unlogged = []
+    unlogged, seed = [], seed_of(config)
     for step, batch in enumerate(batches, start + 1):
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, seed)
         unlogged.append(metrics)
         if stop.at(step) or step % config.log_every == 0 or _validates(step, config):
             yield step, state, _means(unlogged, step, checkpoints)

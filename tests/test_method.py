@@ -346,7 +346,7 @@ def test_step_learns_and_every_part_gets_gradient(name, options):
         del batch["unlabelled"]
     seen = []
     for _ in range(config.total_steps):
-        state, metrics = step(state, jax.tree.map(jnp.asarray, batch))
+        state, metrics = step(state, jax.tree.map(jnp.asarray, batch), train.seed_of(config))
         seen.append({k: float(v) for k, v in metrics.items()})
     supervised = [sum(v for k, v in row.items() if k.startswith("sup/")) for row in seen]
     assert np.mean(supervised[-5:]) < 0.6 * np.mean(supervised[:5])
@@ -380,16 +380,19 @@ def test_every_unsupervised_term_has_a_gradient():
 
 
 @pytest.mark.usefixtures("quickly_compiled")
-def test_keys_follow_the_step():
-    """The same step draws the same views, the next one others."""
+def test_keys_follow_seed_and_step():
+    """The same step draws the same views, the next one and another seed others; by one program."""
     config = tiny()
     method = train.make_method(config)
     optimizer, _ = optim.make_optimizer(config)
     step = train.make_train_step(method, optimizer, config, make_mesh(config))
     losses_seen = []
-    for count in (0, 0, 1):
+    for seed, count in ((0, 0), (0, 0), (0, 1), (1, 0)):
         state = train.init_state(method, optimizer, config, make_mesh(config))
         state = state.replace(step=jnp.asarray(count))
-        _, metrics = step(state, jax.tree.map(jnp.asarray, tiny_batch(config)))
+        batch = jax.tree.map(jnp.asarray, tiny_batch(config))
+        _, metrics = step(state, batch, np.uint32(seed))
         losses_seen.append(float(metrics["sup"]))
-    assert losses_seen[0] == losses_seen[1] != losses_seen[2]
+    assert losses_seen[0] == losses_seen[1]
+    assert len(set(losses_seen)) == 3
+    assert step._cache_size() == 1
