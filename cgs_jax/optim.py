@@ -10,10 +10,7 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     Weight decay is the coupled one of torch's SGD: it passes through the momentum.
     """
     o = config.optimizer
-    steps = max(config.total_steps, 1)
-    schedule = optax.polynomial_schedule(o.lr, 0.0, o.power, steps)
-    if o.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(o.lr, steps)
+    schedule = optax.polynomial_schedule(o.lr, 0.0, o.power, max(config.total_steps, 1))
     return sgd(schedule, o.momentum, o.weight_decay), schedule
 
 

@@ -58,7 +58,6 @@ class PseudoLabels(NamedTuple):
     specialists: jax.Array  # y_s [B, H, W]: argmax of the merged specialists
     votes: jax.Array  # z_k [K, B, H, W]: each specialist's own classes
     consistent: jax.Array  # M_d [B, H, W]: the IHED mask
-    soft: jax.Array  # [K + 1, B, H, W]: mean of the generalist's and the specialists' scores
 
 
 def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
@@ -66,25 +65,13 @@ def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
     generalist, sure = confident(teacher.generalist, tau)
     specialists = jax.nn.softmax(teacher.specialists.astype(jnp.float32))
     votes = _argmax(specialists)
-    merged = merge(specialists)
-    probs = jax.nn.softmax(teacher.generalist.astype(jnp.float32))
-    soft = (probs + merged / jnp.sum(merged, -1, keepdims=True)) / 2
     return PseudoLabels(
         generalist=generalist,
         confident=sure,
-        specialists=_argmax(merged),
+        specialists=_argmax(merge(specialists)),
         votes=votes,
         consistent=ihed_mask(votes, specialists.shape[-1]),
-        soft=jnp.moveaxis(soft, -1, 0),
     )
-
-
-def from_truth(label: jax.Array, num_targets: int, num_classes: int) -> PseudoLabels:
-    """What a teacher without error says of images with `label` [B, H, W]."""
-    everywhere = jnp.ones_like(label, bool)
-    votes = relabel(label, num_targets, num_classes)
-    soft = jax.nn.one_hot(label, num_targets + 1, axis=0)
-    return PseudoLabels(label, everywhere, label, votes, everywhere, soft)
 
 
 def confident(logits: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:

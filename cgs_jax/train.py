@@ -34,7 +34,6 @@ CHOICES = {
     "upsample": ("linear", "nearest"),
     "model.dtype": ("float32", "bfloat16"),
     "model.head_classes": (2, 3),
-    "optimizer.schedule": ("cosine", "poly"),
 }
 
 

@@ -16,4 +16,5 @@ def get_config(arg=None):
     config.data.patient = r"(patient\d+)"
     config.data.normalise = "minmax"
     config.data.slicing = "stored"  # short-axis stacks, as the literature reads them
+    config.largest_component = True  # a heart has one of each
     return config

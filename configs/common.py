@@ -57,8 +57,7 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.optimizer.lr = 0.01
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 1e-4
-    config.optimizer.schedule = "poly"  # lr (1 - t/T)^power; or 'cosine'
-    config.optimizer.power = 0.9
+    config.optimizer.power = 0.9  # lr (1 - t/T)^power
 
     config.augment = ConfigDict()
     # probability of a mirror image (rot90^k, then a flip); 0 where left and right differ
@@ -70,8 +69,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
 
     config.inference = "generalist"  # or 'specialists': their merged scores; or 'both'
     config.combine = "average"  # of several predictions; or 'confidence', the surest, or 'vote'
-    # to the grid of the scan: labels by 'nearest' neighbour; or 'linear', of the probabilities
-    config.upsample = "nearest"
+    # to the grid of the scan: probabilities, 'linear'; or labels, 'nearest', as the literature
+    config.upsample = "linear"
     config.largest_component = False  # keep only the largest piece of every organ of a scan
     config.method = ConfigDict({"name": method})
     config.data = ConfigDict()

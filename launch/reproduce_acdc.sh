@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The paper's ACDC table: supervised and CGS, 30,000 iterations at 256 x 256, Dice, Jaccard, 95HD and
-# ASD by organ over seeds, of the best and of the last checkpoint. FOLDER has SSL4MIS's h5 files.
+# The paper's ACDC table: supervised, CGS as in the paper and by our defaults, 30,000 iterations at
+# 256 x 256, Dice, Jaccard, 95HD and ASD by organ over seeds, of the best and of the last checkpoint.
+# FOLDER has SSL4MIS's h5 files.
 #   bash launch/reproduce_acdc.sh FOLDER [--labelled 3|7] [--seeds N] [--workdir DIR] [OPTION ...]
-# Goes on where it was stopped. OPTION goes to cgs_jax.sweep, such as --config.model.dtype=bfloat16.
+# Goes on where it was stopped. OPTION goes to cgs_jax.sweep, such as --config.model.dtype=bfloat16
+# or --rows=cgs_paper.
 set -euo pipefail
 usage="bash launch/reproduce_acdc.sh FOLDER [--labelled 3|7] [--seeds N] [--workdir DIR] [OPTION ...]"
 if [ $# -eq 0 ] || [ ! -d "$1" ]; then
@@ -33,6 +35,6 @@ echo "== a run of CGS on this device"
 measured=$(.venv/bin/python -m cgs_jax.benchmark "${config[@]}" "${fields[@]}" --stages step --seconds 10)
 echo "$measured"
 echo "$measured" | awk -v seeds="$seeds" '/^training/ {
-  printf "== all of it, %d seeds of CGS and of supervised: about %.3g h\n", seeds, seeds * $5 * 5 / 3 }'
+  printf "== all rows, %d seeds: about %.3g h and validation\n", seeds, seeds * $5 * 8 / 3 }'
 exec .venv/bin/python -m cgs_jax.sweep "${config[@]}" --sweep configs/sweeps/paper.py \
   --seeds "$seeds" --workdir "${workdir:-runs/acdc_$labelled}" "${options[@]}"

@@ -52,12 +52,6 @@ class Recipe(base.WithTeacher):
             labelled = views["labelled"]
             labelled["strong"] = augment.strong(k_strong, labelled["image"], self.config.augment)
         options = self.config.method
-        if options.copy_paste:
-            labelled = views["labelled"]
-            k_paste = jax.random.fold_in(key, 1)
-            labelled["strong"] = augment.strong(k_strong, labelled["image"], self.config.augment)
-            shape = (len(labelled["image"]), 1, 1)
-            views["paste"] = jax.random.bernoulli(k_paste, options.copy_paste, shape)
         views["keep"] = augment.cutmix_keep(
             k_keep, *views["unlabelled"]["weak"].shape[:2], options.cutmix
         )
@@ -76,14 +70,7 @@ class Recipe(base.WithTeacher):
         own = pl.from_teacher(teacher, self.config.method.tau)
         partner = jax.tree.map(lambda x: jnp.roll(x, 1, axis=-3), own)
         strong = unlabelled["strong"]
-        other = base.rolled(strong)
-        if self.config.method.copy_paste:
-            classes = self.config.model.head_classes
-            truth = pl.from_truth(views["labelled"]["label"], self.num_targets, classes)
-            paste = views["paste"]
-            other = jnp.where(paste[..., None], views["labelled"]["strong"], other)
-            partner = jax.tree.map(lambda a, b: jnp.where(paste, a, b), truth, partner)
-        strong = base.cutmix(views["keep"], strong, other)
+        strong = base.cutmix(views["keep"], strong, base.rolled(strong))
         labelled, mixed, model_state = self.student(
             params, state.model_state, image, strong, k_student
         )
@@ -115,13 +102,7 @@ class Consistency:
     """What CGS lays over the passes of a method: specialists, `consistency_losses`, its ramp."""
 
     specialists = True
-
-    def weight(self, step):
-        begin = base.steps_of(self.config, "begin")
-        ramp = losses.gaussian_ramp(
-            step - begin, self.config.total_steps - begin, self.config.method.lambda_max
-        )
-        return jnp.where(step < begin, 0.0, ramp)
+    weight = base.Method.weight
 
     def __init__(self, config):
         super().__init__(config)
@@ -143,8 +124,6 @@ class Consistency:
                 pseudo = pseudo._replace(consistent=jnp.ones_like(pseudo.consistent))
             more, covered = consistency_losses(student, pseudo, where, self.config.method.terms)
             more = {name: share * term for name, term in more.items()}
-            if self.config.method.soft:
-                more |= {"unsup/soft": self.config.method.soft * soft_loss(student, pseudo)}
             covered = {name: share / shares * part for name, part in covered.items()}
             terms, coverage = base.add([terms, more]), base.add([coverage, covered])
         return terms, coverage
@@ -203,13 +182,6 @@ def consistency_losses(
             terms |= {f"unsup/S_from_{name}_ce": ce, f"unsup/S_from_{name}_dice": dice}
         coverage[f"cover/{name}"] = jnp.mean(mask)
     return terms, coverage
-
-
-def soft_loss(student: Outputs, pseudo: pl.PseudoLabels) -> jax.Array:
-    """Cross-entropy of the generalist against soft labels where the specialists disagree."""
-    logits = jnp.moveaxis(student.generalist, -1, 0).astype(jnp.float32)
-    ce = -jnp.sum(pseudo.soft * jax.nn.log_softmax(logits, 0), 0)
-    return jnp.mean(jnp.where(pseudo.consistent, 0.0, ce))
 
 
 def mix_labels(keep: jax.Array, own: pl.PseudoLabels, partner: pl.PseudoLabels) -> pl.PseudoLabels:

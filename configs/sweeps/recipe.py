@@ -1,4 +1,4 @@
-"""CGS by the paper's recipe, and with one thing changed at a time. Choose on validation cases:
+"""CGS with one thing changed at a time, to be chosen on validation cases.
 
 python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/recipe.py \
     --workdir runs/recipe --seeds 3 --config.test=False --config.data.root=FOLDER
@@ -8,20 +8,21 @@ python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/swee
 def get_sweep(config):
     """Row -> (arguments of the config file, fields that differ); all are held against the first."""
     changes = {
-        "paper": {},
-        "lambda_0.67": {"method.lambda_max": 2 / 3},
+        "cgs": {},
+        "nearest": {"upsample": "nearest"},
+        "all_components": {"largest_component": False},
+        "size_224": {"data.size": 224},
+        "bfloat16": {"model.dtype": "bfloat16"},
         "tau_0.95": {"method.tau": 0.95},
+        "lambda_0.67": {"method.lambda_max": 2 / 3},
         "lambda_0.1": {"method.lambda_max": 0.1},
         "teacher_eval": {"method.teacher": "eval"},
         "ema_0.999": {"method.ema_decay": 0.999},
         "strength_0.8": {"augment.strength": 0.8},
-        "copy_paste": {"method.copy_paste": 0.5},
-        "cosine": {"optimizer.schedule": "cosine"},
-        "warm_start": {"method.begin": 0.1},
-        "soft": {"method.soft": 1.0},
         "plan_full": {"method.plan": "full"},
         "width_32": {"model.channels": (32, 64, 128, 256, 512)},
     }
-    return {name: ("method=cgs", fields) for name, fields in changes.items()} | {
-        "two_teachers": ("method=cgs,base=ad_mt", {"method.tau": 0.9, "method.lambda_max": 2.0})
-    }
+    # two teachers in turn, under tau and weight of CGS
+    two_teachers = {"method.tau": config.method.tau, "method.lambda_max": config.method.lambda_max}
+    rows = {name: ("method=cgs", fields) for name, fields in changes.items()}
+    return rows | {"two_teachers": ("method=cgs,base=ad_mt", two_teachers)}
