@@ -22,7 +22,5 @@ def get_sweep(config):
         "plan_full": {"method.plan": "full"},
         "width_32": {"model.channels": (32, 64, 128, 256, 512)},
     }
-    # two teachers in turn, under tau and weight of CGS
-    two_teachers = {"method.tau": config.method.tau, "method.lambda_max": config.method.lambda_max}
     rows = {name: ("method=cgs", fields) for name, fields in changes.items()}
-    return rows | {"two_teachers": ("method=cgs,base=ad_mt", two_teachers)}
+    return rows | {"two_teachers": ("method=cgs,base=ad_mt", {})}  # in turn
