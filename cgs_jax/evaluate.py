@@ -83,25 +83,26 @@ def segment(predict: Predict, stacks: Iterable[np.ndarray], config: Any) -> Iter
     """
     size, batch = config.data.size, config.eval_batch
     on_grid = {"linear": likeliest, "nearest": resize}[config.upsample]
-    shapes, done = deque(), deque()
+    depths, grids, done = deque(), deque(), deque()  # of volumes, of slices to do, labels of slices
     todo = np.empty((0, size, size), np.uint16)
 
     def run(count):
         nonlocal todo
         part, todo = todo[:count], todo[count:]
         padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0)))
-        done.extend(predict(padded)[: len(part)])
+        for predicted in predict(padded)[: len(part)]:
+            done.append(on_grid(predicted[None], *grids.popleft())[0])
 
     def finished():
-        while shapes and len(done) >= shapes[0][0]:
-            depth, height, width = shapes.popleft()
-            label = on_grid(np.stack([done.popleft() for _ in range(depth)]), height, width)
+        while depths and len(done) >= depths[0]:
+            label = np.stack([done.popleft() for _ in range(depths.popleft())])
             if config.largest_component:
                 label = largest_components(label, len(config.data.classes))
             yield label
 
     for stack in stacks:
-        shapes.append(stack.shape)
+        depths.append(len(stack))
+        grids.extend([stack.shape[1:]] * len(stack))
         todo = np.concatenate([todo, resize(stack, size, size)])
         while len(todo) >= batch:
             run(batch)
