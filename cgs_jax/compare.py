@@ -25,23 +25,23 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
 def compare(workdirs: list[pathlib.Path]) -> str:
     """Table of Dice (%), an organ a line, a run a column; the last column is last - first."""
     summaries = [read_summary(workdir) for workdir in workdirs]
-    split = min(map(evaluate.final_split, summaries), key=("val", "test").index)
-    tests = [summary[split] for summary in summaries]
+    split = "test" if all("test" in summary for summary in summaries) else "val"
+    scored = [summary[split] for summary in summaries]
     rows = {
-        organ: [test["organs"][organ]["dice"]["mean"] for test in tests]
-        for organ in tests[0]["organs"]
-        if all(organ in test["organs"] for test in tests)
+        organ: [each["organs"][organ]["dice"]["mean"] for each in scored]
+        for organ in scored[0]["organs"]
+        if all(organ in each["organs"] for each in scored)
     }
-    rows["mean"] = [test["mean"]["dice"] for test in tests]
-    head = [workdir.name for workdir in workdirs] + ["gain"] * (len(tests) > 1)
+    rows["mean"] = [each["mean"]["dice"] for each in scored]
+    head = [workdir.name for workdir in workdirs] + ["gain"] * (len(scored) > 1)
     width = max(11, *(len(name) + 2 for name in head))
     label = max(map(len, rows))
     lines = [" " * label + "".join(f"{name:>{width}}" for name in head)]
     for organ, values in rows.items():
         numbers = [float("nan") if v is None else 100 * v for v in values]
-        numbers += [numbers[-1] - numbers[0]] * (len(tests) > 1)
-        cells = [f"{v:>{width}.2f}" for v in numbers[: len(tests)]]
-        cells += [f"{v:>+{width}.2f}" for v in numbers[len(tests) :]]
+        numbers += [numbers[-1] - numbers[0]] * (len(scored) > 1)
+        cells = [f"{v:>{width}.2f}" for v in numbers[: len(scored)]]
+        cells += [f"{v:>+{width}.2f}" for v in numbers[len(scored) :]]
         lines.append(f"{organ:<{label}}" + "".join(cells))
     return f"{evaluate.SPLITS[split]} Dice %, best validation checkpoint\n" + "\n".join(lines)
 

@@ -25,9 +25,8 @@ from cgs_jax.writers import folder, say, to_json, write_text
 def restore(
     workdirs: Sequence[pathlib.Path], options: Mapping[str, Any]
 ) -> tuple[ConfigDict, evaluate.Predict]:
-    """The best checkpoints of `workdirs`, predicting together: the first's config, and labels.
-
-    `options`, such as {'combine': 'vote'}, replace the runs' own.
+    """The best checkpoints of `workdirs`, predicting together by the options of the first, which
+    `options` such as {'combine': 'vote'} replace: the first's config, and `Predict`.
 
     Raises:
       UserError: no run, no validated checkpoint, or runs on different data.
@@ -35,6 +34,7 @@ def restore(
     methods, states = [], []
     for workdir in workdirs:
         method, state = restore_run(workdir, options)
+        options = evaluate.prediction_options(method.config)
         methods.append(method)
         states.append(state)
         for field in prepare.OPTIONS:
@@ -48,7 +48,7 @@ def restore_run(
 ) -> tuple[Method, TrainState]:
     """One run and its best checkpoint, on the devices of this process."""
     config, _ = run_config.load(workdir)
-    config.update(options or {})
+    config.lock().update(options or {})
     method = train.make_method(config)
     checkpoints = Checkpoints(workdir, read_only=True)
     state = train.restore_best(config, method, checkpoints, workdir, sharding.local_mesh())
@@ -64,17 +64,18 @@ def scans(config: ConfigDict, splits: Splits, root: str = "", cache: str = "") -
 
 def define_flags() -> Callable[[], dict[str, Any]]:
     """Flags that say how runs predict. Returns what reads those that were given."""
+    default = "; default: the first run's"
     for name, what in {
         "inference": "which heads decide",
         "combine": "how several predictions become one",
-        "upsample": "labels or probabilities to the scan's grid",
+        "upsample": "probabilities or labels to the scan's grid",
     }.items():
-        flags.DEFINE_enum(name, None, train.CHOICES[name], f"{what}; default: the run's")
+        flags.DEFINE_enum(name, None, train.CHOICES[name], what + default)
     flags.DEFINE_boolean(
-        "largest_component", None, "keep only the largest piece of an organ; default: the run's"
+        "largest_component", None, "keep only the largest piece of an organ" + default
     )
-    names = ("inference", "combine", "upsample", "largest_component")
-    return lambda: {n: flags.FLAGS[n].value for n in names if flags.FLAGS[n].value is not None}
+    given = lambda: {name: flags.FLAGS[name].value for name in run_config.PREDICTION}  # noqa: E731
+    return lambda: {name: value for name, value in given().items() if value is not None}
 
 
 def score(
@@ -91,7 +92,7 @@ def score(
             raise UserError(f"{workdir} and {workdirs[0]} have other validation or test cases")
     config, predict = restore(workdirs, options)
     prepared = scans(config, splits[0], root, cache)
-    summary = {"runs": list(map(str, workdirs)), **evaluate.how(config)}
+    summary = {"runs": list(map(str, workdirs)), **evaluate.prediction_options(config)}
     return summary | evaluate.score(predict, prepared, config)
 
 

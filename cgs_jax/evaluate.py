@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from cgs_jax import distributed, metrics, plots, sharding
+from cgs_jax import distributed, metrics, plots, run_config, sharding
 from cgs_jax.data.prepare import LEVELS, Prepared
-from cgs_jax.data.volume import largest_components, likeliest, resize
+from cgs_jax.data.volume import keep_largest, likeliest, resize
 from cgs_jax.methods.base import Method
 
 SPLITS = {"val": "validation", "test": "test"}
@@ -75,7 +75,7 @@ def segment(predict: Predict, stacks: Iterable[np.ndarray], config: Any) -> Iter
     """Segments volumes, slices of all of them batched to one fixed shape.
 
     Args:
-      predict: as `config.upsample` says.
+      predict: gives scores if `config.upsample` is 'linear', else labels.
       stacks: uint16 [D, H, W], each on its own grid.
 
     Yields:
@@ -97,7 +97,7 @@ def segment(predict: Predict, stacks: Iterable[np.ndarray], config: Any) -> Iter
         while depths and len(done) >= depths[0]:
             label = np.stack([done.popleft() for _ in range(depths.popleft())])
             if config.largest_component:
-                label = largest_components(label, len(config.data.classes))
+                label = keep_largest(label, len(config.data.classes))
             yield label
 
     for stack in stacks:
@@ -151,11 +151,9 @@ def score(predict: Predict, prepared: Prepared, config: Any) -> dict[str, Any]:
     }
 
 
-def how(config: Any) -> dict[str, Any]:
-    """The options that say how a trained network predicts."""
-    return {
-        name: config[name] for name in ("inference", "combine", "upsample", "largest_component")
-    }
+def prediction_options(config: Any) -> dict[str, Any]:
+    """Those fields of `config` that say how a trained network predicts."""
+    return {name: config[name] for name in run_config.PREDICTION}
 
 
 def final_split(summary: dict[str, Any]) -> str:

@@ -30,9 +30,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
     if only_evaluate:
         config.total_steps = run_config.load(workdir)[0].total_steps
     with run_config.locked(workdir), contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        finished = checkpoints.latest == config.total_steps
         if (workdir / "config.json").exists():
             saved, splits = run_config.load(workdir)  # a run keeps its cases
-            run_config.check_same(saved, config, workdir)
+            free = run_config.FREE + run_config.PREDICTION * finished
+            run_config.check_same(saved, config, workdir, free)
         elif checkpoints.latest:
             raise UserError(f"{workdir} holds checkpoints, but no config.json; choose another")
         with distributed.first_process_first():
@@ -41,7 +43,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
         options.data.root = options.data.cache = ""  # each host may have its own
         distributed.check_same("options", options.to_json())
         distributed.check_same("scans", (prepared.splits, prepared.images.shape))
-        if not splits and distributed.is_first():
+        if (finished or not splits) and distributed.is_first():
             run_config.save(config, prepared.splits, workdir)
         if not only_evaluate and not train.train(
             config, method, prepared, checkpoints, workdir, mesh
@@ -64,7 +66,7 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
     last = best
     if checkpoints.latest != best["step"]:
         _, last = score(checkpoints.restore_latest(state))
-    summary = {**evaluate.how(config), **best, "last": last}
+    summary = {**evaluate.prediction_options(config), **best, "last": last}
     split = evaluate.final_split(summary)
     if distributed.is_first():
         write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")

@@ -4,7 +4,7 @@ python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import nibabel as nib
@@ -25,18 +25,18 @@ def predict(
     source: pathlib.Path,
     output: pathlib.Path,
     overwrite: bool = False,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
 ) -> list[pathlib.Path]:
     """Writes one label map (uint8) for every scan, with its grid and header, under its name.
 
-    `options` such as inference='both' replace the run's own. Returns the files written.
+    `options` such as {'inference': 'both'} replace the run's own. Returns the files written.
 
     Raises:
       UserError: no run, no scans, a file that would be overwritten; or, after all others are
         written, a scan that can not be read.
     """
     files = find(source, output, overwrite)
-    config, predict = ensemble.restore(workdirs, options)
+    config, predict = ensemble.restore(workdirs, options or {})
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -112,7 +112,7 @@ if __name__ == "__main__":
     def _main(_):
         workdirs = [folder(name) for name in _WORKDIRS.value]
         scans, labels = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
-        for path in predict(workdirs, scans, labels, _OVERWRITE.value, **_options()):
+        for path in predict(workdirs, scans, labels, _OVERWRITE.value, _options()):
             say(str(path))
 
     cli(_main)

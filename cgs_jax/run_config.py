@@ -5,7 +5,7 @@ import fcntl
 import json
 import pathlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,6 +16,8 @@ from cgs_jax.errors import UserError
 from cgs_jax.methods.cgs import TERMS
 from cgs_jax.writers import is_remote, to_json, write_text
 
+# How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
+PREDICTION = ("inference", "combine", "upsample", "largest_component")
 # What may differ between two starts of one run: places, devices, and how to look at it. Not
 # eval_every: it decides which checkpoint is the best.
 FREE = (
@@ -25,10 +27,6 @@ FREE = (
     "eval_batch",
     "pseudo_slices",
     "test",
-    "inference",
-    "combine",
-    "upsample",
-    "largest_component",
     "model.lanes",
     "mesh.data",
     "mesh.space",
@@ -117,11 +115,14 @@ def name_of(config: ConfigDict) -> str:
     return config.method.name + (f" over {base}" if base else "")
 
 
-def check_same(saved: ConfigDict, config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises UserError where `config` would go on with a run that was trained otherwise."""
+def check_same(
+    saved: ConfigDict, config: ConfigDict, workdir: pathlib.Path, free: Sequence[str] = FREE
+) -> None:
+    """Raises UserError where `config` would go on with a run that was trained otherwise, `free`
+    fields aside."""
     saved, now = flatten(saved.to_dict()), flatten(config.to_dict())
     for name in sorted(saved.keys() | now.keys()):
-        if name not in FREE and saved.get(name) != now.get(name):
+        if name not in free and saved.get(name) != now.get(name):
             raise UserError(
                 f"{workdir} was trained with {name}={saved.get(name)}, now it is {now.get(name)}; "
                 "give back the old value or choose another --workdir"

@@ -47,8 +47,10 @@ class Run(NamedTuple):
     command: list[str]
 
     def finished(self) -> bool:
-        """Whether it has been trained and tested."""
-        return all((self.workdir / name).exists() for name in train.RESULTS)
+        """Whether it has been trained and, if it is to be, tested."""
+        if not all((self.workdir / name).exists() for name in train.RESULTS):
+            return False
+        return not self.config.test or "test" in read_summary(self.workdir)
 
     def step(self) -> int:
         """How far it is."""
@@ -194,7 +196,7 @@ def _train(run, bar):
 
 
 def write_tables(workdir: pathlib.Path) -> str:
-    """Writes table.csv, .md and .tex of the finished runs; returns the first."""
+    """Writes table.csv, .md and .tex of the finished runs; returns the first that has all rows."""
     *_, cases, first = analysis.load(workdir)
     tables = {
         f"{name}, {split}": analysis.table(cases, first, metric, which)
@@ -208,7 +210,7 @@ def write_tables(workdir: pathlib.Path) -> str:
     write_text(workdir / "table.csv", pd.concat(tables, names=["score", "row"]).to_csv())
     write_text(workdir / "table.md", "\n".join(markdown.values()))
     write_text(workdir / "table.tex", "\n".join(latex))
-    return next(iter(markdown.values()))
+    return markdown[max(tables, key=lambda title: len(tables[title]))]
 
 
 def _of_rows(wanted: list[str], rows: list[str], runs: list[Run]) -> list[Run]:

@@ -138,7 +138,8 @@ def make_train_step(
     method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> Any:
     """Compiles (state, batch, seed) -> (state, metrics). The state is donated and keeps its
-    shardings; `seed` is `seed_of(config)`, an argument so that seeds share the compiled program."""
+    shardings; `seed` is `seed_of(config)`, an argument so that seeds share the compiled program
+    (but AD-MT's, whose teachers take turns by the seed)."""
 
     def train_step(state, batch, seed):
         key = jax.random.fold_in(jax.random.key(seed), state.step)

@@ -69,7 +69,7 @@ def get_config(method: str, base: str = "") -> ConfigDict:
 
     config.inference = "generalist"  # or 'specialists': their merged scores; or 'both'
     config.combine = "average"  # of several predictions; or 'confidence', the surest, or 'vote'
-    # to the grid of the scan: probabilities, 'linear'; or labels, 'nearest', as the literature
+    # back to the grid of the scan: probabilities, 'linear'; or labels, 'nearest', as the literature
     config.upsample = "linear"
     config.largest_component = False  # keep only the largest piece of every organ of a scan
     config.method = ConfigDict({"name": method})

@@ -151,7 +151,7 @@ def test_combining_predictions_by_hand():
 
 def test_several_methods_predict_together():
     class Says:
-        config = tiny(combine="average")
+        config = tiny(combine="average", upsample="nearest")
 
         def predict(self, state, image):
             return jnp.broadcast_to(state, (1, *image.shape[:3], 3))

@@ -53,7 +53,7 @@ def test_stopped_before_the_first_validation(scans, tmp_path, monkeypatch):
 
 
 def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
-    def no_trachea(predict, stacks, size, batch):
+    def no_trachea(predict, stacks, config):
         for stack in stacks:
             yield np.full(stack.shape, 2, np.uint8)
 

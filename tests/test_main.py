@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import TINY, command, config_of, start
 
-from cgs_jax import compare, ensemble, main, predict
+from cgs_jax import analysis, compare, ensemble, main, predict, run_config, sweep
 from cgs_jax.errors import UserError
 from configs import nnunet
 
@@ -51,8 +51,11 @@ def test_run_from_before_a_field_was_there(trained, scans, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "old")
     text = json.loads((workdir / "config.json").read_text())
     del text["model"]["dtype"], text["model"]["lanes"], text["mesh"]
+    del text["test"], text["upsample"], text["largest_component"]
     (workdir / "config.json").write_text(json.dumps(text))
-    assert main.run(config_of(scans, total_steps=0), workdir)["step"]
+    config, _ = run_config.load(workdir)
+    assert (config.test, config.upsample, config.largest_component) == (True, "nearest", False)
+    assert main.run(config_of(scans, total_steps=0), workdir)["upsample"] == "linear"
 
 
 def test_specialists_can_predict(trained, scans):
@@ -66,8 +69,9 @@ def test_runs_score_together(trained, scans, tmp_path):
     """A run with itself is the run; other data or cases are an error."""
     workdir, _ = trained
     summary = json.loads((workdir / "summary.json").read_text())
-    both = ensemble.score([workdir, workdir], {"combine": "vote"})
-    assert both["test"]["cases"] == summary["test"]["cases"]
+    nearest = {"upsample": "nearest"}
+    both = ensemble.score([workdir, workdir], nearest | {"combine": "vote"})
+    assert both["test"]["cases"] == ensemble.score([workdir], nearest)["test"]["cases"]
     heads = ensemble.score([workdir], {"inference": "both"})
     assert heads["test"]["cases"] != summary["test"]["cases"]
     for file, change, message in (
@@ -81,6 +85,37 @@ def test_runs_score_together(trained, scans, tmp_path):
         (other / file).write_text(json.dumps(text))
         with pytest.raises(UserError, match=message):
             ensemble.score([workdir, other], {})
+
+
+def test_test_cases_wait_until_a_recipe_is_chosen(trained, scans, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "runs" / "cgs")
+    tested = json.loads((workdir / "summary.json").read_text())
+    summary = main.run(config_of(scans, total_steps=0, test=False), workdir)
+    assert "test" not in summary
+    assert "test" not in summary["last"]
+    assert summary["val"] == tested["val"]
+    report = (workdir / "report.html").read_text()
+    assert '"final": "val"' in report
+    assert "Patient_06" not in report.split('"config"')[0]
+    compared = compare.compare([workdir, trained[0]])
+    assert compared.startswith("validation Dice %")
+    assert set(analysis.load(tmp_path / "runs").cases.split) == {"val", "last_val"}
+    assert sweep.write_tables(tmp_path / "runs").startswith("Dice %, validation, best")
+    assert "test" not in ensemble.score([workdir], {})
+    again = main.run(config_of(scans, total_steps=0), workdir)
+    assert again["test"] == tested["test"]
+    assert ensemble.score([workdir], {})["test"] == tested["test"]
+
+
+def test_prediction_options_of_the_command_line(trained, tmp_path):
+    options = ["--upsample", "nearest", "--largest_component", "--output", str(tmp_path / "s.json")]
+    line = command(None, trained[0], *options, program="ensemble")
+    done = start(line)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert (scores["upsample"], scores["largest_component"]) == ("nearest", True)
+    summary = json.loads((trained[0] / "summary.json").read_text())
+    assert scores["test"]["mean"] != summary["test"]["mean"]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from scipy import ndimage
 
 from cgs_jax import evaluate, metrics
-from cgs_jax.data.volume import largest_components, likeliest, resize
+from cgs_jax.data.volume import keep_largest, likeliest, resize
 
 
 def cube(at, shape=(12, 12, 12), edge=4):
@@ -120,7 +120,7 @@ def test_largest_component_of_every_organ():
     labels[2, 5, 4] = 1
     labels[0, 1, 3] = 1  # touches the first by a corner
     labels[1, 0, 0] = 3
-    kept = largest_components(labels, 3)
+    kept = keep_largest(labels, 3)
     expected = np.zeros_like(labels)
     expected[:, 5, 5] = expected[2, 5, 4] = 1
     expected[1, 0, 0] = 3

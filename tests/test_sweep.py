@@ -101,6 +101,7 @@ def test_bad_sweeps(scans, tmp_path):
             plan(text)
     with pytest.raises(UserError, match="no Python file .*none.py"):
         sweep.plan("configs/segthor.py", {}, str(tmp_path / "none.py"), tmp_path, 1)
+    assert len(sweep.plan("configs/acdc.py", {}, "configs/sweeps/recipe.py", tmp_path, 1)[1]) > 9
     names, (run,) = plan(rows % {"method.lambda_max": 1.5}, overrides | {"method.tau": 0.8})
     assert (run.config.method.tau, run.config.method.lambda_max) == (0.8, 1.5)
     assert "--config.method.lambda_max=1.5" in run.command

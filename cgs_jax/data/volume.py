@@ -1,4 +1,4 @@
-"""Reading volumes: NIfTI orientation and checks, intensities to [0, 1], nearest resizing."""
+"""Reading volumes: NIfTI orientation and checks, intensities to [0, 1], resizing, cleaning."""
 
 import functools
 import itertools
@@ -88,7 +88,7 @@ def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
         raise UserError(f"{path} is not a whole NIfTI file, get it again ({error})") from error
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    if array.ndim != 3:
+    if array.ndim != 3 or not array.size:
         raise UserError(f"{path} has shape {nifti.shape}; one 3D volume per file is read")
     if slicing == "stored":
         permutation, flipped = (2, 1, 0), ()
@@ -207,8 +207,8 @@ def resize(stack: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def likeliest(probs: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Labels uint8 [D, height, width] of class probabilities [D, H, W, C], which are interpolated
-    linearly, on corner-aligned grids too.
+    """Labels uint8 [D, height, width] of scores of classes [D, H, W, C], such as probabilities,
+    which are interpolated linearly, on corner-aligned grids too.
 
     Only where the four pixels around a place have different labels need they be interpolated.
     """
@@ -236,7 +236,7 @@ def _neighbours(old, new):
     return (below, 1 - share), (np.minimum(below + 1, old - 1), share)
 
 
-def largest_components(labels: np.ndarray, num_targets: int) -> np.ndarray:
+def keep_largest(labels: np.ndarray, num_targets: int) -> np.ndarray:
     """[D, H, W] with only the largest piece, connected through faces of voxels, of each target."""
     kept = np.zeros_like(labels)
     for target in range(1, num_targets + 1):

@@ -2,6 +2,9 @@
 
 python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/recipe.py \
     --workdir runs/recipe --seeds 3 --config.test=False --config.data.root=FOLDER
+
+What changes prediction alone needs no training: cgs_jax.ensemble --workdir runs/recipe/cgs/seed0
+--upsample nearest --nolargest_component.
 """
 
 
@@ -9,8 +12,6 @@ def get_sweep(config):
     """Row -> (arguments of the config file, fields that differ); all are held against the first."""
     changes = {
         "cgs": {},
-        "nearest": {"upsample": "nearest"},
-        "all_components": {"largest_component": False},
         "size_224": {"data.size": 224},
         "bfloat16": {"model.dtype": "bfloat16"},
         "tau_0.95": {"method.tau": 0.95},
