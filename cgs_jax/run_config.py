@@ -38,7 +38,8 @@ BEFORE |= {"model.head_depth": 1}
 BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0, "combine": "average"}
 BEFORE |= {"upsample": "nearest", "largest_component": False}
 BEFORE |= {"pseudo_slices": 64, "test": True, "data.split_seed": 0}
-BEFORE_CGS = {"method.teacher": "train", "method.cutmix": 1.0, "method.ihed": True}
+BEFORE_CGS = {"method.copy_paste": 0.0}
+BEFORE_CGS |= {"method.teacher": "train", "method.cutmix": 1.0, "method.ihed": True}
 BEFORE_CGS |= {"method.terms": TERMS}
 
 

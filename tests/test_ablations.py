@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import tiny
+from steps import tiny, tiny_batch
 
 from cgs_jax import augment, evaluate, train
 from cgs_jax import pseudo_labels as pl
@@ -177,6 +177,36 @@ def test_both_kinds_of_heads_predict():
     np.testing.assert_array_equal(jnp.argmax(probs[1], -1), jnp.argmax(merged, -1))
     with pytest.raises(UserError, match="inference=both: fixmatch trains no specialists"):
         train.make_method(tiny("fixmatch", inference="both"))
+
+
+def test_copy_paste_fills_the_boxes_with_labelled_images():
+    config = tiny(**{"method.copy_paste": 1.0, "batch.labelled": 2, "batch.unlabelled": 2})
+    method, plain = train.make_method(config), train.make_method(tiny())
+    batch = tiny_batch(config)
+    for stream in batch.values():
+        stream["image"] = evaluate.to_image(jnp.asarray(stream["image"].copy()))
+    params, model_state, extra = jax.jit(method.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 1)))
+    state = train.TrainState(jnp.asarray(0), params, model_state, None, extra)
+    views = method.views(batch, jax.random.key(2))
+    keep, label, seen = views["keep"], views["labelled"]["label"], []
+    for m in (method, plain):
+        run = m.student
+        m.student = lambda *args, run=run: seen.append(args[3]) or run(*args)
+    mine, others = (m.passes(params, state, views, jax.random.key(3)) for m in (method, plain))
+    boxes = views["labelled"]["strong"], views["unlabelled"]["strong"][::-1]
+    for image, box in zip(seen, boxes, strict=True):
+        expected = jnp.where(keep[..., None], views["unlabelled"]["strong"], box)
+        np.testing.assert_array_equal(image, expected)
+    truth = pl.PseudoLabels(label, True, label, pl.relabel(label, 2), True)
+    for got, outside, inside in zip(
+        mine.pairs[0].teacher, others.pairs[0].teacher, truth, strict=True
+    ):
+        np.testing.assert_array_equal(got, jnp.where(keep, outside, inside))
+    assert 0 < np.mean(keep) < 1
+    wrong = ({"batch.labelled": 4}, {"method.plan": "full"}, {"method.base": "fixmatch"})
+    for fields in wrong:
+        with pytest.raises(UserError, match="copy_paste"):
+            train.make_method(tiny(**{"method.copy_paste": 0.5} | fields))
 
 
 def test_cutmix_with_a_probability():

@@ -38,10 +38,17 @@ class Recipe(base.WithTeacher):
         if plan not in ("lean", "full"):
             raise UserError(f"unknown --config.method.plan {plan!r}; there are: full, lean")
         self.draws = 2 if plan == "full" else 1
+        if config.method.copy_paste and (
+            plan == "full" or config.batch.labelled != config.batch.unlabelled
+        ):
+            raise UserError(
+                "method.copy_paste is for plan=lean and as many labelled as unlabelled slices"
+            )
 
     def views(self, batch, key):
         """As the base class, and 'keep', the CutMix boxes; the full plan adds a strong view of the
-        labelled images and the second half of the batch as 'partner', with views of its own."""
+        labelled images and the second half of the batch as 'partner', with views of its own;
+        copy-paste that strong view and 'unpasted' [B, 1, 1], False where it fills the box."""
         k_own, k_partner, k_strong, k_keep = jax.random.split(key, 4)
         if self.config.method.plan == "lean":
             views = super().views(batch, k_own)
@@ -52,6 +59,12 @@ class Recipe(base.WithTeacher):
             labelled = views["labelled"]
             labelled["strong"] = augment.strong(k_strong, labelled["image"], self.config.augment)
         options = self.config.method
+        if options.copy_paste:
+            labelled = views["labelled"]
+            labelled["strong"] = augment.strong(k_strong, labelled["image"], self.config.augment)
+            shape = (len(labelled["image"]), 1, 1)
+            k_paste = jax.random.fold_in(key, 1)
+            views["unpasted"] = ~jax.random.bernoulli(k_paste, options.copy_paste, shape)
         views["keep"] = augment.cutmix_keep(
             k_keep, *views["unlabelled"]["weak"].shape[:2], options.cutmix
         )
@@ -70,7 +83,13 @@ class Recipe(base.WithTeacher):
         own = pl.from_teacher(teacher, self.config.method.tau)
         partner = jax.tree.map(lambda x: jnp.roll(x, 1, axis=-3), own)
         strong = unlabelled["strong"]
-        strong = base.cutmix(views["keep"], strong, base.rolled(strong))
+        other = base.rolled(strong)
+        if self.config.method.copy_paste:
+            pasted, classes = views["labelled"], self.config.model.head_classes
+            truth = pl.from_truth(pasted["label"], self.num_targets, classes)
+            other = base.cutmix(views["unpasted"], other, pasted["strong"])
+            partner = mix_labels(views["unpasted"], partner, truth)
+        strong = base.cutmix(views["keep"], strong, other)
         labelled, mixed, model_state = self.student(
             params, state.model_state, image, strong, k_student
         )
@@ -142,8 +161,8 @@ def Method(config: ConfigDict) -> base.Method:
             raise UserError(
                 f"method.base={name}: CGS lies over methods with unlabelled images only"
             )
-        if config.method.plan != "lean":
-            raise UserError("method.plan is for CGS without base")
+        if config.method.plan != "lean" or config.method.copy_paste:
+            raise UserError("method.plan and method.copy_paste are for CGS without base")
     return type("Method", (Consistency, under), {})(config)
 
 

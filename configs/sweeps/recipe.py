@@ -20,6 +20,7 @@ def get_sweep(config):
         "teacher_eval": {"method.teacher": "eval"},
         "ema_0.999": {"method.ema_decay": 0.999},
         "strength_0.8": {"augment.strength": 0.8},
+        "copy_paste": {"method.copy_paste": 0.5},
         "plan_full": {"method.plan": "full"},
         "width_32": {"model.channels": (32, 64, 128, 256, 512)},
     }
