@@ -161,8 +161,9 @@ def Method(config: ConfigDict) -> base.Method:
             raise UserError(
                 f"method.base={name}: CGS lies over methods with unlabelled images only"
             )
-        if config.method.plan != "lean" or config.method.copy_paste:
-            raise UserError("method.plan and method.copy_paste are for CGS without base")
+        for field, lean in (("plan", "lean"), ("copy_paste", 0)):
+            if config.method[field] != lean:
+                raise UserError(f"method.{field} is for CGS without base")
     return type("Method", (Consistency, under), {})(config)
 
 
