@@ -25,7 +25,7 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
 def compare(workdirs: list[pathlib.Path]) -> str:
     """Table of Dice (%), an organ a line, a run a column; the last column is last - first."""
     summaries = [read_summary(workdir) for workdir in workdirs]
-    split = "test" if all("test" in summary for summary in summaries) else "val"
+    split = evaluate.final_split(*summaries)
     scored = [summary[split] for summary in summaries]
     rows = {
         organ: [each["organs"][organ]["dice"]["mean"] for each in scored]

@@ -74,8 +74,12 @@ def define_flags() -> Callable[[], dict[str, Any]]:
     flags.DEFINE_boolean(
         "largest_component", None, "keep only the largest piece of an organ" + default
     )
-    given = lambda: {name: flags.FLAGS[name].value for name in run_config.PREDICTION}  # noqa: E731
-    return lambda: {name: value for name, value in given().items() if value is not None}
+
+    def given():
+        values = {name: flags.FLAGS[name].value for name in run_config.PREDICTION}
+        return {name: value for name, value in values.items() if value is not None}
+
+    return given
 
 
 def score(

@@ -156,9 +156,9 @@ def prediction_options(config: Any) -> dict[str, Any]:
     return {name: config[name] for name in run_config.PREDICTION}
 
 
-def final_split(summary: dict[str, Any]) -> str:
-    """'test', or 'val' where the test cases were not to be scored."""
-    return "test" if "test" in summary else "val"
+def final_split(*summaries: dict[str, Any]) -> str:
+    """'test', or 'val' where one of them was not to score the test cases."""
+    return "test" if all("test" in summary for summary in summaries) else "val"
 
 
 def _score(label, truth, i, spacing, surface):

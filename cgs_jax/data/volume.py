@@ -200,10 +200,15 @@ def resize(stack: np.ndarray, height: int, width: int) -> np.ndarray:
     This is `scipy.ndimage.zoom(order=0)`, which the literature uses for images and labels alike.
     """
     rows, columns = (
-        np.floor(np.arange(new) * ((old - 1) / max(new - 1, 1)) + 0.5).astype(int)
+        np.floor(_places(old, new) + 0.5).astype(int)
         for old, new in zip(stack.shape[1:], (height, width), strict=True)
     )
     return stack[:, rows[:, None], columns]
+
+
+def _places(old, new):
+    """Where `new` samples lie among `old` ones, the first and the last on each other."""
+    return np.arange(new) * ((old - 1) / max(new - 1, 1))
 
 
 def likeliest(probs: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -230,7 +235,7 @@ def likeliest(probs: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _neighbours(old, new):
     """Of each of `new` samples the two of `old` around it, and the share of each."""
-    at = np.arange(new) * ((old - 1) / max(new - 1, 1))
+    at = _places(old, new)
     below = np.floor(at).astype(int)
     share = (at - below).astype(np.float32)
     return (below, 1 - share), (np.minimum(below + 1, old - 1), share)
@@ -240,8 +245,9 @@ def keep_largest(labels: np.ndarray, num_targets: int) -> np.ndarray:
     """[D, H, W] with only the largest piece, connected through faces of voxels, of each target."""
     kept = np.zeros_like(labels)
     for target in range(1, num_targets + 1):
-        pieces, _ = ndimage.label(labels == target)
+        mask = labels == target
+        pieces, _ = ndimage.label(mask)
         sizes = np.bincount(pieces.ravel())
         sizes[0] = 0  # all else
-        kept[(pieces == sizes.argmax()) & (labels == target)] = target
+        kept[mask & (pieces == sizes.argmax())] = target
     return kept
