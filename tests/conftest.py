@@ -7,9 +7,11 @@ import jax
 import numpy as np
 import pytest
 import runs
+from layouts import lists
 
 from cgs_jax.data.phantom import write as write_phantoms
 from cgs_jax.sharding import COMPILER_OPTIONS
+from configs import segthor
 
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # for the programs that tests start
@@ -40,11 +42,27 @@ def scans(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scans")
     patients = {f"Patient_{i:02d}": i != 3 for i in range(1, 8)}
     write_phantoms(folder / "scans", patients, size=20, depth=5, seed=0)
-    (folder / "lists").mkdir()
     names = list(patients)
-    for name, part in (("train", names[:4]), ("val", names[4:5]), ("test", names[5:])):
-        (folder / "lists" / f"{name}.txt").write_text("\n".join(part))
+    lists(folder / "lists", train=names[:4], val=names[4:5], test=names[5:])
     return folder
+
+
+@pytest.fixture
+def thorax(tmp_path):
+    """Five phantom patients in SegTHOR's layout, one image-only, with lists of their own."""
+    root = tmp_path / "scans"
+    patients = {f"Patient_{i:02d}": i != 3 for i in range(1, 6)}
+    write_phantoms(root, patients, size=24, depth=6, seed=0)
+    config = segthor.get_config("labelled=2")
+    config.data.root, config.data.size = str(root), 16
+    config.data.splits = lists(
+        tmp_path / "lists",
+        train=["Patient_01", "Patient_02", "Patient_03"],
+        val=["Patient_04"],
+        test=["Patient_05"],
+    )
+    config.total_steps = 40
+    return config, root
 
 
 @pytest.fixture(scope="session")
