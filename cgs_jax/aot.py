@@ -55,6 +55,8 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     chip = topology.partition(":")[0]
     if chip not in CHIPS:
         raise UserError(f"unknown chip in --topology {topology!r}; there are: {', '.join(CHIPS)}")
+    # Only the compiler is used: a program that holds the lock of this host's chips may go on.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:

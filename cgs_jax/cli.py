@@ -24,7 +24,8 @@ def cli(main: Callable[[list[str]], None]) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # where nothing is there to be saved
+    for name in distributed.ENDINGS:  # where nothing is there to be saved
+        signal.signal(name, signal.default_int_handler)
     _quieten_libraries()
     app.define_help_flags()
     try:

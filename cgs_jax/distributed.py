@@ -19,6 +19,8 @@ from jax.experimental import multihost_utils
 from cgs_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends the job
+# What ends a process from outside: a closed terminal, too, unless nohup keeps that from it.
+ENDINGS = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
 
 
 def initialize(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -109,7 +111,8 @@ def leave(line: str) -> None:
 
 
 class Stop:
-    """Whether to stop, asked once a step: after SIGTERM or Ctrl-C, to any of the processes.
+    """Whether to stop, asked once a step: after SIGTERM, SIGHUP (a closed terminal; not with nohup)
+    or Ctrl-C, to any of the processes.
 
     All processes stop at the same step. A second Ctrl-C interrupts at once.
 
@@ -122,9 +125,9 @@ class Stop:
         self.asked = self.now = False
 
     def __enter__(self):
-        names = [signal.SIGINT]
-        if jax.process_count() == 1:  # else jax itself listens to SIGTERM and tells the others
-            names.append(signal.SIGTERM)
+        names = {signal.SIGINT, *ENDINGS}
+        if jax.process_count() > 1:  # jax itself listens to SIGTERM and tells the others
+            names.remove(signal.SIGTERM)
         self._before = {name: signal.signal(name, self._ask) for name in names}
         return self
 

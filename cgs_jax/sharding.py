@@ -4,6 +4,7 @@ The compiler propagates shardings from the inputs and exchanges the rows that co
 their neighbours.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,7 +32,11 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         )
     for name, size in config.batch.items():
         if size % data:
-            raise UserError(f"batch.{name}={size} does not divide by mesh.data, {data} devices")
+            space *= data // math.gcd(size, data)
+            raise UserError(
+                f"batch.{name}={size} does not divide by mesh.data, {data} devices; "
+                f"--config.mesh.space={space} has devices share images, too"
+            )
     coarsest = config.data.size // 2 ** (len(config.model.channels) - 1)
     if coarsest % space:
         raise UserError(

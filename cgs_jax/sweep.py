@@ -68,7 +68,7 @@ def plan(
       overrides: fields from the command line, which knows those of its method; these hold for the
         rows that have them, too.
       sweep_file: defines get_sweep(config) -> {row: (arguments of the config file, fields)}; the
-        fields come last.
+        fields come last, and a line says where one is not what `overrides` has.
 
     Raises:
       UserError: a file, a row or an option is wrong; or WORKDIR has runs that were trained
@@ -77,6 +77,10 @@ def plan(
     path, _, arguments = config_file.partition(":")
     default, _ = _config(path, arguments, overrides, {}, "the command line")
     rows, runs = _rows(sweep_file, default), []
+    for row, (_, fields) in rows.items():
+        for name in fields.keys() & overrides.keys():
+            if fields[name] != overrides[name]:
+                say(f"row {row}: {name} is {fields[name]}, not {overrides[name]}")
     for seed in range(default.seed, default.seed + seeds):
         for row, (more, fields) in rows.items():
             together = ",".join(filter(None, (arguments, more)))

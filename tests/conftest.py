@@ -10,11 +10,11 @@ import runs
 from layouts import lists
 
 from cgs_jax.data.phantom import write as write_phantoms
-from cgs_jax.sharding import COMPILER_OPTIONS
 from configs import segthor
 
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # for the programs that tests start
+os.environ["XLA_FLAGS"] = runs.XLA_FLAGS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, where installed, looks for TPUs otherwise
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
@@ -72,9 +72,3 @@ def trained(scans, tmp_path_factory):
     done = runs.start(runs.command(scans, workdir))
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
-
-
-@pytest.fixture
-def quickly_compiled(monkeypatch):
-    """Steps that run for milliseconds need no optimising."""
-    monkeypatch.setitem(COMPILER_OPTIONS["cpu"], "xla_backend_optimization_level", 0)

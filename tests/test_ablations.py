@@ -62,12 +62,13 @@ def test_depth_and_classes_of_the_heads(depth, classes, lanes, train):
     config.data.classes = tuple("abcde")  # a group of four, and one
     network = build(config, specialists=True)
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
-    variables = jax.jit(network.init)(jax.random.key(1), image)
+    variables = jax.device_get(jax.jit(network.init)(jax.random.key(1), image))
+    rng = np.random.default_rng(2)
     params = jax.tree.map(
-        lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), variables["params"]
+        lambda x: np.float32(x + 0.1 * rng.normal(size=x.shape)), variables["params"]
     )
     stats = jax.tree.map(
-        lambda x: x + 0.2 * jax.random.uniform(jax.random.key(4), x.shape), variables["batch_stats"]
+        lambda x: np.float32(x + 0.2 * rng.random(x.shape)), variables["batch_stats"]
     )
     apply = jax.jit(
         lambda v: network.apply(
@@ -83,7 +84,8 @@ def test_depth_and_classes_of_the_heads(depth, classes, lanes, train):
     x, pack = state["intermediates"]["backbone"]["__call__"][0][-1]
     x = packed.unpack_pixels(x, int(pack))
     known = stats.get("specialists", {})
-    expected, seen = plain_heads(params["specialists"], known, x, depth, train)
+    plain = jax.jit(lambda params, stats, x: plain_heads(params, stats, x, depth, train))
+    expected, seen = plain(params["specialists"], known, x)
     assert out.specialists.shape == (5, 2, 16, 16, classes)
     np.testing.assert_allclose(out.specialists, expected, atol=2e-4)
     for name, (mean, var) in seen.items() if train else ():
@@ -126,10 +128,11 @@ def test_teacher_in_evaluation_mode():
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
     params, model_state, extra = jax.jit(method.init)(jax.random.key(1), image[:1])
     state = train.TrainState(jnp.asarray(1000), params, model_state, None, extra)
-    (first, kept), (second, _) = (method.teacher(state, image, jax.random.key(k)) for k in (0, 1))
+    teacher = jax.jit(method.teacher)
+    (first, kept), (second, _) = (teacher(state, image, jax.random.key(k)) for k in (0, 1))
     np.testing.assert_array_equal(first.generalist, second.generalist)
     moved = state.replace(model_state=jax.tree.map(lambda x: x + 1, model_state), extra=kept)
-    after = method.after_update(moved).extra["model_state"]
+    after = jax.jit(method.after_update)(moved).extra["model_state"]
     gap = jax.tree.map(lambda a, b: np.abs(a - b - 0.01).max(), after, model_state)
     assert max(jax.tree.leaves(gap)) < 1e-6
 
@@ -168,10 +171,11 @@ def test_both_kinds_of_heads_predict():
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
     params, model_state, extra = jax.jit(method.init)(jax.random.key(1), image[:1])
     state = train.TrainState(jnp.asarray(0), params, model_state, None, extra)
-    probs = method.predict(state, image)
+    probs = jax.jit(method.predict)(state, image)
     assert probs.shape == (2, 2, 16, 16, 3)
     np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
-    outputs = method.network.apply({"params": extra["params"], **extra["model_state"]}, image)
+    variables = {"params": extra["params"], **extra["model_state"]}
+    outputs = jax.jit(method.network.apply)(variables, image)
     np.testing.assert_allclose(probs[0], jax.nn.softmax(outputs.generalist), rtol=1e-5)
     merged = pl.merge(jax.nn.softmax(outputs.specialists))
     np.testing.assert_array_equal(jnp.argmax(probs[1], -1), jnp.argmax(merged, -1))
@@ -185,22 +189,26 @@ def test_copy_paste_fills_the_boxes_with_labelled_images():
     batch = tiny_batch(config)
     for stream in batch.values():
         stream["image"] = evaluate.to_image(jnp.asarray(stream["image"].copy()))
-    params, model_state, extra = jax.jit(method.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 1)))
+    image = jnp.zeros((1, 16, 16, 1))
+    params, model_state, extra = jax.jit(method.init)(jax.random.key(1), image)
     state = train.TrainState(jnp.asarray(0), params, model_state, None, extra)
-    views = method.views(batch, jax.random.key(2))
-    keep, label, seen = views["keep"], views["labelled"]["label"], []
-    for m in (method, plain):
-        run = m.student
-        m.student = lambda *args, run=run: seen.append(args[3]) or run(*args)
-    mine, others = (m.passes(params, state, views, jax.random.key(3)) for m in (method, plain))
+    views = jax.jit(method.views)(batch, jax.random.key(2))
+    keep, label = views["keep"], views["labelled"]["label"]
+
+    def taught(method):
+        """The images that the student sees, and the pseudo-labels for them."""
+        seen, student = [], method.student
+        method.student = lambda *args: seen.append(args[3]) or student(*args)
+        passes = lambda key: method.passes(params, state, views, key)  # noqa: E731
+        return jax.jit(lambda key: (passes(key).pairs[0].teacher, *seen))(jax.random.key(3))
+
+    (mine, image), (others, plain_image) = taught(method), taught(plain)
     boxes = views["labelled"]["strong"], views["unlabelled"]["strong"][::-1]
-    for image, box in zip(seen, boxes, strict=True):
+    for seen, box in zip((image, plain_image), boxes, strict=True):
         expected = jnp.where(keep[..., None], views["unlabelled"]["strong"], box)
-        np.testing.assert_array_equal(image, expected)
+        np.testing.assert_array_equal(seen, expected)
     truth = pl.PseudoLabels(label, True, label, pl.relabel(label, 2), True)
-    for got, outside, inside in zip(
-        mine.pairs[0].teacher, others.pairs[0].teacher, truth, strict=True
-    ):
+    for got, outside, inside in zip(mine, others, truth, strict=True):
         np.testing.assert_array_equal(got, jnp.where(keep, outside, inside))
     assert 0 < np.mean(keep) < 1
     wrong = ({"batch.labelled": 4}, {"method.plan": "full"}, {"method.base": "fixmatch"})
@@ -213,7 +221,7 @@ def test_cutmix_with_a_probability():
     method = train.make_method(tiny(**{"method.cutmix": 0.0}))
     views = {"labelled": {"image": jnp.zeros((2, 16, 16, 1)), "label": jnp.zeros((2, 16, 16))}}
     views["unlabelled"] = {"image": jnp.zeros((2, 16, 16, 1))}
-    assert bool(method.views(views, jax.random.key(0))["keep"].all())
-    keep = augment.cutmix_keep(jax.random.key(0), 200, 16, 0.3)
+    assert bool(jax.jit(method.views)(views, jax.random.key(0))["keep"].all())
+    keep = jax.jit(lambda key: augment.cutmix_keep(key, 200, 16, 0.3))(jax.random.key(0))
     assert 0.2 < np.mean(~keep.all((1, 2))) < 0.4
     assert set(cgs.TERMS) == set(tiny().method.terms)

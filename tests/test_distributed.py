@@ -8,15 +8,16 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import before_the_end, begin, command, config_of, final_state, processes_with, start
+from runs import before_the_end, begin, command, config_of, saved_state, processes_with, start
 
 
 def assert_same_run(workdir, expected, scans):
     """Losses, state and scores of the last 20 steps agree.
 
     Sums over a batch come in another order, so each step differs in the last of float32's seven
-    digits; 20 steps of SGD let that grow: by the CPU to 1.02e-5 in one bias. Gradients are
-    differences of nearly equal sums, so the momentum shares fewer digits than the parameters.
+    digits, until a pixel between two pseudo-labels falls to the other side. What the devices get
+    wrong would be of the size of what these steps change; measured was a thousandth of that, of
+    the momentum a hundredth: gradients are differences of nearly equal sums.
     """
 
     def losses(folder):
@@ -28,11 +29,13 @@ def assert_same_run(workdir, expected, scans):
     for step, loss in theirs.items():
         if not any(0 < step - stop < 5 for stop in stops):  # else a mean since the stop
             np.testing.assert_allclose(ours[step], loss, rtol=1e-5)
-    ours, theirs = (final_state(folder, config_of(scans)) for folder in (workdir, expected))
-    for part, tolerance in (("params", 2e-5), ("extra", 2e-5), ("opt_state", 2e-3)):
-        pairs = zip(*(jax.tree.leaves(getattr(x, part)) for x in (ours, theirs)), strict=True)
-        for a, b in pairs:
-            assert np.max(np.abs(a - b)) <= tolerance * np.max(np.abs(b))
+    config = config_of(scans)
+    ours, theirs = (saved_state(folder, config) for folder in (workdir, expected))
+    before = saved_state(expected, config, 180)
+    for part, share in (("params", 5e-3), ("extra", 5e-3), ("opt_state", 2e-2)):
+        leaves = (jax.tree.leaves(getattr(state, part)) for state in (ours, theirs, before))
+        for a, b, start in zip(*leaves, strict=True):
+            assert np.linalg.norm(a - b) <= share * np.linalg.norm(b - start)
     tests = (json.loads((w / "summary.json").read_text())["test"] for w in (workdir, expected))
     scores, expected_scores = (test["cases"] for test in tests)
     assert scores.keys() == expected_scores.keys()
@@ -95,7 +98,7 @@ def test_two_processes_stop_together(by_two_processes, trained, scans, tmp_path,
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming {workdir} at step {saved}" in done.stdout
     if processes:
-        states = (final_state(folder, config_of(scans)) for folder in (workdir, by_two_processes))
+        states = (saved_state(folder, config_of(scans)) for folder in (workdir, by_two_processes))
         jax.tree.map(np.testing.assert_array_equal, *states)
     else:
         assert_same_run(workdir, trained[0], scans)
@@ -119,5 +122,5 @@ def test_loss_of_a_process_ends_the_job(request, trained, scans, tmp_path, victi
     if victim == "0":
         assert start(line, devices=2).returncode == 0
         undisturbed = request.getfixturevalue("by_two_processes")
-        states = (final_state(folder, config_of(scans)) for folder in (workdir, undisturbed))
+        states = (saved_state(folder, config_of(scans)) for folder in (workdir, undisturbed))
         jax.tree.map(np.testing.assert_array_equal, *states)

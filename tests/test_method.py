@@ -37,7 +37,8 @@ def test_masked_pixels_have_no_gradient():
     logits = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
     labels = jax.random.randint(jax.random.key(1), (2, 4, 4), 0, 3)
     mask = jnp.arange(32).reshape(2, 4, 4) % 3 == 0
-    gradient = jax.grad(lambda x: sum(losses.segmentation_loss(x, labels, mask)))(logits)
+    loss = lambda x: sum(losses.segmentation_loss(x, labels, mask))  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))(logits)
     touched = np.abs(gradient).max(-1) > 0
     np.testing.assert_array_equal(touched, mask)
 
@@ -142,10 +143,8 @@ def test_packed_network_computes_the_same():
             outputs, state = network.apply(variables, image, train=True, mutable=["batch_stats"])
             return sum(jnp.mean(jnp.sin(3 * x)) for x in jax.tree.leaves(outputs)), (outputs, state)
 
-        quick = {"xla_backend_optimization_level": 0}
-        trained = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=quick)
-        tested = jax.jit(network.apply, compiler_options=quick)
-        results.append((trained(variables["params"]), tested(variables, image)))
+        trained = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"])
+        results.append((trained, jax.jit(network.apply)(variables, image)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *results)
 
 
@@ -153,9 +152,10 @@ def test_packed_network_computes_the_same():
 def test_heads_compute_what_plain_layers_would(dtype):
     """The folded batch norm against one of hidden maps, of features with a large mean."""
     x = jax.random.normal(jax.random.key(0), (4, 32, 32, 4)) + 5
-    heads, key = Specialists(2), jax.random.key(1)
-    variables = heads.init(key, x, 1, True)
-    got, state = heads.apply(variables, x.astype(dtype), 1, True, mutable=["batch_stats"])
+    heads = Specialists(2)
+    variables = jax.jit(lambda key: heads.init(key, x, 1, True))(jax.random.key(1))
+    apply = lambda v, x: heads.apply(v, x, 1, True, mutable=["batch_stats"])  # noqa: E731
+    got, state = jax.jit(apply)(variables, x.astype(dtype))
     p = variables["params"]
     hidden = jnp.einsum("bhwi,kif->kbhwf", x, p["conv1_kernel"][:, 0, 0], precision="highest")
     mean, var = hidden.mean((1, 2, 3)), hidden.var((1, 2, 3))
@@ -168,7 +168,8 @@ def test_heads_compute_what_plain_layers_would(dtype):
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    kept = np.asarray(unet.dropout(jnp.ones((4, 10, 64, 16)), 0.3, jax.random.key(0)))
+    drop = jax.jit(lambda key: unet.dropout(jnp.ones((4, 10, 64, 16)), 0.3, key))
+    kept = np.asarray(drop(jax.random.key(0)))
     np.testing.assert_allclose((kept == 0).mean(), 77 / 256, atol=0.01)
     np.testing.assert_allclose(kept[kept > 0], 256 / 179, rtol=1e-6)
     rows = kept.transpose(1, 0, 2, 3).reshape(10, -1)  # four rows share a random word
@@ -180,12 +181,13 @@ def test_stacked_specialists_are_independent_heads():
     network = build(tiny(), specialists=True)
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
     variables = jax.jit(network.init)(jax.random.key(1), image)
+    apply = jax.jit(network.apply)
     rows = variables["params"]["specialists"]["conv1_kernel"]
     assert np.abs(rows[0] - rows[1]).max() > 0.01
-    before = network.apply(variables, image).specialists
+    before = apply(variables, image).specialists
     kernel = variables["params"]["specialists"]["conv2_kernel"]
     variables["params"]["specialists"]["conv2_kernel"] = kernel.at[1].multiply(2)
-    after = network.apply(variables, image).specialists
+    after = apply(variables, image).specialists
     np.testing.assert_array_equal(before[0], after[0])
     assert np.abs(before[1] - after[1]).max() > 1e-4
 
@@ -231,7 +233,8 @@ def test_image_and_label_move_together():
     label[:, 5:20, 8:14] = 1
     label[:, 22:25, 3:30] = 2
     image = label[..., None] / 2.0
-    moved, moved_label = augment.weak(jax.random.key(3), image, label, config)
+    weak = jax.jit(lambda key: augment.weak(key, image, label, config))
+    moved, moved_label = weak(jax.random.key(3))
     np.testing.assert_array_equal(np.round(moved[..., 0] * 2), moved_label)
     changed = (np.asarray(moved_label) != label).any((1, 2))
     assert 8 <= changed.sum() < 16  # a quarter stays as it is
@@ -242,9 +245,8 @@ def test_rotation_is_about_the_centre_and_nearest():
     size, degrees = 64, 20.0
     rows, columns = (x.astype(np.float32) for x in np.mgrid[1 : size + 1, 1 : size + 1])
     turn = np.array([-1.0, -0.37, 0.0, 0.5, 1.0], np.float32)
-    got_rows, got_columns = (
-        np.asarray(augment._rotate(jnp.stack([x] * 5), turn, degrees)) for x in (rows, columns)
-    )
+    rotate = jax.jit(lambda x, turn: augment._rotate(x, turn, degrees))
+    got_rows, got_columns = (np.asarray(rotate(jnp.stack([x] * 5), turn)) for x in (rows, columns))
     centre = (size + 1) / 2
     for i, angle in enumerate(np.deg2rad(degrees) * turn):
         y, x = rows - centre, columns - centre
@@ -266,7 +268,7 @@ def test_mirror_images_keep_every_pixel():
     config = tiny().augment
     config.flip = 1.0
     image = jax.random.uniform(jax.random.key(0), (32, 8, 8, 1))
-    moved, _ = augment.weak(jax.random.key(1), image, None, config)
+    moved, _ = jax.jit(lambda key: augment.weak(key, image, None, config))(jax.random.key(1))
     image, moved = np.asarray(image)[..., 0], np.asarray(moved)[..., 0]
     mirrors = [lambda x: x[::-1], lambda x: x[:, ::-1], np.transpose, lambda x: x[::-1, ::-1].T]
     hits = np.array([[np.array_equal(m(a), b) for m in mirrors] for a, b in zip(image, moved)])  # noqa: B905
@@ -277,7 +279,7 @@ def test_mirror_images_keep_every_pixel():
 def test_jitter_stays_in_range_and_keeps_some_images():
     config = tiny().augment
     image = jax.random.uniform(jax.random.key(0), (64, 8, 8, 1))
-    jittered = augment.strong(jax.random.key(1), image, config)
+    jittered = jax.jit(lambda key: augment.strong(key, image, config))(jax.random.key(1))
     assert jittered.min() >= 0
     assert jittered.max() <= 1
     same = (np.asarray(jittered) == np.asarray(image)).all((1, 2, 3)).mean()
@@ -285,8 +287,8 @@ def test_jitter_stays_in_range_and_keeps_some_images():
 
 
 def test_cutmix_boxes_are_boxes_of_the_right_size():
-    keep = np.asarray(augment.cutmix_keep(jax.random.key(0), 400, 64))
-    inside = ~keep
+    keep = jax.jit(lambda key: augment.cutmix_keep(key, 400, 64))(jax.random.key(0))
+    inside = ~np.asarray(keep)
     areas = inside.mean((1, 2))
     assert 0.01 < areas.min() < 0.05
     assert 0.3 < areas.max() <= 0.4
@@ -329,7 +331,6 @@ def test_cutmix_boxes_are_boxes_of_the_right_size():
         ("supervised", {"specialists": True}),
     ],
 )
-@pytest.mark.usefixtures("quickly_compiled")
 def test_step_learns_and_every_part_gets_gradient(name, options):
     config = tiny(name)
     config.method.update(options)
@@ -347,7 +348,7 @@ def test_step_learns_and_every_part_gets_gradient(name, options):
     seen = []
     for _ in range(config.total_steps):
         state, metrics = step(state, jax.tree.map(jnp.asarray, batch), train.seed_of(config))
-        seen.append({k: float(v) for k, v in metrics.items()})
+        seen.append(dict(zip(metrics.names, metrics.values.tolist(), strict=True)))
     supervised = [sum(v for k, v in row.items() if k.startswith("sup/")) for row in seen]
     assert np.mean(supervised[-5:]) < 0.6 * np.mean(supervised[:5])
     assert all(np.isfinite(v) for row in seen for v in row.values())
@@ -372,14 +373,13 @@ def test_every_unsupervised_term_has_a_gradient():
     student = Outputs(jax.random.normal(key, (2, 8, 8, 3)), jax.random.normal(key, (2, 2, 8, 8, 3)))
     teacher = Outputs(student.generalist * 5, student.specialists[:, ::-1] * 5)
     pseudo = pl.from_teacher(teacher, 0.5)
-    terms, _ = cgs.consistency_losses(student, pseudo)
-    for name in terms:
-        gradient = jax.grad(lambda s, n=name: cgs.consistency_losses(s, pseudo)[0][n])(student)
+    gradients = jax.jit(jax.jacrev(lambda s: cgs.consistency_losses(s, pseudo)[0]))(student)
+    assert len(gradients) == 12
+    for name, gradient in gradients.items():
         reached = [bool(np.abs(g).max() > 0) for g in jax.tree.leaves(gradient)]
         assert reached == [name.startswith("unsup/G"), name.startswith("unsup/S")], name
 
 
-@pytest.mark.usefixtures("quickly_compiled")
 def test_keys_follow_seed_and_step():
     """The same step draws the same views, the next one and another seed others; by one program."""
     config = tiny()

@@ -13,14 +13,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import before_the_end, begin, command, config_of, final_state, start
+from runs import before_the_end, begin, command, config_of, saved_state, start
 
 from cgs_jax import optim, sharding, train, writers
 from cgs_jax.checkpoint import Checkpoints
 
 
 def assert_identical(workdir, trained, scans):
-    states = (final_state(folder, config_of(scans)) for folder in (workdir, trained[0]))
+    states = (saved_state(folder, config_of(scans)) for folder in (workdir, trained[0]))
     jax.tree.map(np.testing.assert_array_equal, *states)
     assert (workdir / "summary.json").read_text() == (trained[0] / "summary.json").read_text()
 
@@ -86,7 +86,7 @@ def test_damaged_checkpoint_is_skipped(trained, scans, tmp_path, capsys, damage)
     config = config_of(scans)
     method, optimizer = train.make_method(config), optim.make_optimizer(config)[0]
     like = train.abstract_state(method, optimizer, config, sharding.make_mesh(config))
-    expected = final_state(trained[0], config)
+    expected = saved_state(trained[0], config)
     skipped = 0
     for path, copy in copy_with_damage(trained, tmp_path, damage):
         checkpoints = Checkpoints(copy)
