@@ -8,7 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import before_the_end, begin, command, config_of, saved_state, processes_with, start
+from runs import before_the_end, begin, command, config_of, processes_with, saved_state, start
 
 
 def assert_same_run(workdir, expected, scans):
@@ -34,8 +34,8 @@ def assert_same_run(workdir, expected, scans):
     before = saved_state(expected, config, 180)
     for part, share in (("params", 5e-3), ("extra", 5e-3), ("opt_state", 2e-2)):
         leaves = (jax.tree.leaves(getattr(state, part)) for state in (ours, theirs, before))
-        for a, b, start in zip(*leaves, strict=True):
-            assert np.linalg.norm(a - b) <= share * np.linalg.norm(b - start)
+        for a, b, c in zip(*leaves, strict=True):
+            assert np.linalg.norm(a - b) <= share * np.linalg.norm(b - c)
     tests = (json.loads((w / "summary.json").read_text())["test"] for w in (workdir, expected))
     scores, expected_scores = (test["cases"] for test in tests)
     assert scores.keys() == expected_scores.keys()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import command, config_of, start
 
-from cgs_jax import distributed, evaluate, main, optim, predict, train
+from cgs_jax import distributed, evaluate, main, optim, predict, sharding, train
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.cli import cli
 from cgs_jax.errors import UserError
@@ -114,6 +114,12 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
     (tmp_path / "lost" / "config.json").unlink()
     with pytest.raises(UserError, match="holds checkpoints, but no config.json"):
         main.run(config_of(scans), tmp_path / "lost")
+
+
+def test_devices_between_which_the_batch_does_not_divide():
+    message = "batch.labelled=12 does not divide by mesh.data, 8 devices; --config.mesh.space=2 "
+    with pytest.raises(UserError, match=message):
+        sharding.make_mesh(segthor.get_config(), [None] * 8)
 
 
 def test_coordinator_without_port():

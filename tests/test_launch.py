@@ -70,6 +70,9 @@ def test_usage(script):
         ([], "error: no folder "),
         (["/nowhere"], "error: no folder /nowhere"),
         ([".", "--seeds"], "error: --seeds needs a value"),
+        ([".", "--seeds=0"], "error: --seeds 0: give a number from 1 on"),
+        ([".", "--labelled", "5"], "error: --labelled 5: the paper has 3 and 7"),
+        ([".", "--config.seed", "3"], "error: --config.seed is no OPTION: write --name=value"),
     ],
 )
 def test_reproduce_acdc_says_what_it_needs(options, message):

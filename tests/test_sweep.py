@@ -29,7 +29,7 @@ def swept(scans, tmp_path_factory):
     """Two rows of one seed, by two shards; and what they printed."""
     workdir = tmp_path_factory.mktemp("sweep")
     options = ["--seeds", "1", "--config.seed=3", "--shard"]
-    printed = [start(line(scans, workdir, *options, f"{i}/2"), devices=1) for i in (1, 2)]
+    printed = [start(line(scans, workdir, *options, f"{i}/2")) for i in (1, 2)]
     return workdir, printed
 
 
@@ -66,7 +66,7 @@ def test_sweep_goes_on(swept, scans, tmp_path):
     (workdir / "fixmatch" / "seed3" / "checkpoints").write_text("in the way")
     kept = (workdir / "supervised" / "seed3" / "summary.json").stat().st_mtime_ns
     rows = ["--rows", "supervised,fixmatch,cgs", "--seeds", "1", "--config.seed=3"]
-    done = start(line(scans, workdir, *rows), devices=1)
+    done = start(line(scans, workdir, *rows))
     assert done.returncode == 1
     assert done.stderr.startswith("error: 1 of 3 runs failed: fixmatch seed 3 (error: ")
     assert done.stderr.count("\n") == 1
@@ -75,7 +75,7 @@ def test_sweep_goes_on(swept, scans, tmp_path):
     assert (workdir / "supervised" / "seed3" / "summary.json").stat().st_mtime_ns == kept
 
 
-def test_bad_sweeps(scans, tmp_path):
+def test_bad_sweeps(scans, tmp_path, capsys):
     overrides = TINY | {"data.root": str(scans / "scans")}
 
     def plan(text, overrides=overrides):
@@ -102,7 +102,10 @@ def test_bad_sweeps(scans, tmp_path):
     with pytest.raises(UserError, match="no Python file .*none.py"):
         sweep.plan("configs/segthor.py", {}, str(tmp_path / "none.py"), tmp_path, 1)
     assert len(sweep.plan("configs/acdc.py", {}, "configs/sweeps/recipe.py", tmp_path, 1)[1]) > 9
-    names, (run,) = plan(rows % {"method.lambda_max": 1.5}, overrides | {"method.tau": 0.8})
+    capsys.readouterr()
+    given = {"method.tau": 0.8, "method.lambda_max": 0.1}
+    names, (run,) = plan(rows % {"method.lambda_max": 1.5}, overrides | given)
+    assert capsys.readouterr().out == "row a: method.lambda_max is 1.5, not 0.1\n"
     assert (run.config.method.tau, run.config.method.lambda_max) == (0.8, 1.5)
     assert "--config.method.lambda_max=1.5" in run.command
     assert "configs/segthor.py:method=cgs" in run.command
