@@ -78,9 +78,9 @@ def plan(
     default, _ = _config(path, arguments, overrides, {}, "the command line")
     rows, runs = _rows(sweep_file, default), []
     for row, (_, fields) in rows.items():
-        for name in fields.keys() & overrides.keys():
-            if fields[name] != overrides[name]:
-                say(f"row {row}: {name} is {fields[name]}, not {overrides[name]}")
+        for name, value in fields.items():
+            if value != overrides.get(name, value):
+                say(f"row {row}: {name} is {value}, not {overrides[name]}")
     for seed in range(default.seed, default.seed + seeds):
         for row, (more, fields) in rows.items():
             together = ",".join(filter(None, (arguments, more)))
