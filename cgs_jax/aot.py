@@ -55,8 +55,8 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     chip = topology.partition(":")[0]
     if chip not in CHIPS:
         raise UserError(f"unknown chip in --topology {topology!r}; there are: {', '.join(CHIPS)}")
-    # Only the compiler is used: a program that holds the lock of this host's chips may go on.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
@@ -145,8 +145,6 @@ if __name__ == "__main__":
 
     def _main(_):
         output = output_file(_OUTPUT.value)
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_compilation_cache", False)  # can not be read without a TPU
         result = compile_step(_CONFIG.value, _TOPOLOGY.value)

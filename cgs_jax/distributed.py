@@ -127,7 +127,7 @@ class Stop:
     def __enter__(self):
         names = {signal.SIGINT, *ENDINGS}
         if jax.process_count() > 1:  # jax itself listens to SIGTERM and tells the others
-            names.remove(signal.SIGTERM)
+            names.discard(signal.SIGTERM)
         self._before = {name: signal.signal(name, self._ask) for name in names}
         return self
 

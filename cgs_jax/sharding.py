@@ -4,7 +4,6 @@ The compiler propagates shardings from the inputs and exchanges the rows that co
 their neighbours.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,18 +29,23 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         raise UserError(
             f"mesh.data={config.mesh.data} times mesh.space={space} must be the {count} devices"
         )
-    for name, size in config.batch.items():
-        if size % data:
-            space *= data // math.gcd(size, data)
-            raise UserError(
-                f"batch.{name}={size} does not divide by mesh.data, {data} devices; "
-                f"--config.mesh.space={space} has devices share images, too"
-            )
     coarsest = config.data.size // 2 ** (len(config.model.channels) - 1)
-    if coarsest % space:
-        raise UserError(
-            f"mesh.space={space} does not divide the {coarsest} rows of the coarsest feature map"
+
+    def problem(data, space):
+        for name, size in config.batch.items():
+            if size % data:
+                return f"batch.{name}={size} does not divide by mesh.data, {data} devices"
+        if coarsest % space:
+            return f"mesh.space={space} does not divide the {coarsest} rows of the coarsest map"
+        return ""
+
+    if found := problem(data, space):
+        spaces = (space for space in range(1, count + 1) if count % space == 0)
+        space = next((space for space in spaces if not problem(count // space, space)), None)
+        fit = (
+            f"--config.mesh.data={count // space} --config.mesh.space={space} fit" if space else ""
         )
+        raise UserError(f"{found}; {fit or 'use fewer devices'}")
     return _mesh(data, space, devices)
 
 

@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard files, and lines on the console."""
 
+import errno
 import json
 import math
 import os
@@ -87,9 +88,16 @@ def spent(workdir: pathlib.Path) -> tuple[float, str]:
 
 
 def say(text: str) -> None:
-    """Prints a line without breaking a progress bar; process 0 speaks for all."""
+    """Prints a line without breaking a progress bar; process 0 speaks for all.
+
+    Where nobody listens any more, at a closed terminal or pipe, the work goes on.
+    """
     if distributed.is_first():
-        tqdm.write(text)
+        try:
+            tqdm.write(text)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
 
 
 def hardware() -> str:

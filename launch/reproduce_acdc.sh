@@ -9,7 +9,7 @@ set -euo pipefail
 usage="bash launch/reproduce_acdc.sh FOLDER [--labelled 3|7] [--seeds N] [--workdir DIR] [OPTION ...]"
 fail() { echo "error: $1; $usage" >&2; exit 1; }
 [ -d "${1:-}" ] || fail "no folder ${1:-}"
-folder=$(realpath "$1") && shift
+folder=$(cd "$1" && pwd) && shift
 labelled=7 seeds=3 workdir='' options=() fields=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -27,10 +27,12 @@ while [ $# -gt 0 ]; do
 done
 [[ $labelled = [37] ]] || fail "--labelled $labelled: the paper has 3 and 7"
 [[ $seeds =~ ^[1-9][0-9]*$ ]] || fail "--seeds $seeds: give a number from 1 on"
-[ -z "$workdir" ] || workdir=$(realpath -m "$workdir")
+case $workdir in '' | /*) ;; *) workdir=$PWD/$workdir ;; esac
 cd "$(dirname "$0")/.."
 packages=(-r requirements.txt)
-if nvidia-smi -L >/dev/null 2>&1; then packages+=('jax[cuda12]'); fi
+if nvidia-smi -L >/dev/null 2>&1 && ! .venv/bin/pip list 2>/dev/null | grep -q '^jax-cuda'; then
+  packages+=('jax[cuda12]')
+fi
 source launch/venv.sh "${packages[@]}"
 workdir=${workdir:-runs/acdc_$labelled}
 fields=(--config.data.root="$folder" "${fields[@]}")
@@ -49,14 +51,16 @@ echo "$measured" | awk -v seeds="$seeds" '/^training/ {
     seeds, seeds * $5 * 5 / 3
   print " compilation, validation and scores come on top" }'
 sweep
-# Our scoring needs no training of its own, but a folder.
+# Our scoring needs no training of its own, but a folder; it gets its name when it is whole.
 for run in "$workdir"/cgs/seed*; do
-  scored=$workdir/cgs_our_scoring/${run##*/}
-  if [ -e "$run/summary.json" ] && [ ! -e "$scored/summary.json" ]; then
-    mkdir -p "$scored"
-    cp -r "$run"/{checkpoints,config.json,splits.json,metrics.jsonl,times.jsonl} "$scored"
+  scored=$workdir/cgs_our_scoring/${run##*/} half=$workdir/scoring_$(uname -n)
+  if [ -e "$run/report.html" ] && [ ! -e "$scored" ]; then
+    rm -rf "$half"
+    mkdir -p "$half" "$workdir/cgs_our_scoring"
+    cp -r "$run"/{checkpoints,config.json,splits.json,metrics.jsonl,times.jsonl} "$half"
     .venv/bin/python -m cgs_jax.main --config "configs/acdc.py:method=cgs,labelled=$labelled" \
-      "${fields[@]}" --config.seed="${run##*/seed}" --config.total_steps=0 --workdir "$scored"
+      "${fields[@]}" --config.seed="${run##*/seed}" --config.total_steps=0 --workdir "$half"
+    [ -e "$scored" ] || mv "$half" "$scored"
   fi
 done
 sweep

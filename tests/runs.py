@@ -13,8 +13,6 @@ from cgs_jax import optim, sharding, train
 from cgs_jax.checkpoint import Checkpoints
 from configs import segthor
 
-# Compiles in half the time, and steps of such sizes run as fast.
-XLA_FLAGS = "--xla_backend_optimization_level=1"
 REPOSITORY = pathlib.Path(__file__).parents[1]
 TINY = {
     "data.size": 32,
@@ -54,7 +52,7 @@ def command(scans, workdir, *options, program="main", processes=0):
 
 def environment(devices):
     """CPU devices for each process."""
-    flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": flags, "PYTHON": sys.executable}
 
 

@@ -94,7 +94,7 @@ def test_two_processes_stop_together(by_two_processes, trained, scans, tmp_path,
     assert f"stopped and saved; the same command goes on from there: {workdir}" in printed
     (saved,) = (p.name for p in (workdir / "checkpoints").iterdir() if int(p.name) > 180)
     assert int(saved) < 200
-    done = start(command(scans, workdir, SHARDED, processes=processes), devices=processes)
+    done = start(command(scans, workdir, SHARDED, processes=processes), devices=processes or 1)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming {workdir} at step {saved}" in done.stdout
     if processes:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from runs import command, config_of, start
 
-from cgs_jax import distributed, evaluate, main, optim, predict, sharding, train
+from cgs_jax import distributed, evaluate, main, optim, predict, sharding, train, writers
 from cgs_jax.checkpoint import Checkpoints
 from cgs_jax.cli import cli
 from cgs_jax.errors import UserError
@@ -116,10 +116,20 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
         main.run(config_of(scans), tmp_path / "lost")
 
 
-def test_devices_between_which_the_batch_does_not_divide():
-    message = "batch.labelled=12 does not divide by mesh.data, 8 devices; --config.mesh.space=2 "
+@pytest.mark.parametrize(
+    ("devices", "fields", "message"),
+    [
+        (8, {}, "12 does not divide by mesh.data, 8 devices; --config.mesh.data=4 --config.mesh.s"),
+        (8, {"batch.unlabelled": 6}, "8 devices; --config.mesh.data=2 --config.mesh.space=4 fit"),
+        (8, {"mesh.space": 8, "data.size": 64}, "4 rows of .*; --config.mesh.data=4 --config.mesh"),
+        (5, {}, "does not divide by mesh.data, 5 devices; use fewer devices"),
+    ],
+)
+def test_devices_that_do_not_share_the_work(devices, fields, message):
+    config = segthor.get_config()
+    config.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(segthor.get_config(), [None] * 8)
+        sharding.make_mesh(config, [None] * devices)
 
 
 def test_coordinator_without_port():
@@ -189,6 +199,19 @@ def test_full_disk_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli(full)
     assert stop.value.code == "error: No space left on device: runs/a/metrics.jsonl"
+
+
+def test_nobody_listens(monkeypatch):
+    """A closed terminal or pipe does not end what would have saved; a full disk is told."""
+
+    def write(text):
+        raise OSError(int(text), "the disk is full")
+
+    monkeypatch.setattr(writers.tqdm, "write", write)
+    writers.say(str(errno.EIO))
+    writers.say(str(errno.EPIPE))
+    with pytest.raises(OSError, match="the disk is full"):
+        writers.say(str(errno.ENOSPC))
 
 
 def test_programming_errors_keep_their_traceback(monkeypatch):

@@ -80,3 +80,50 @@ def test_reproduce_acdc_says_what_it_needs(options, message):
     assert done.returncode == 1
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
+
+
+def test_reproduce_acdc_scores_finished_runs_once(tmp_path):
+    """Its own lines, with programs that only write what they were asked: goes on after each end."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "reproduce_acdc.sh", tmp_path / "launch")
+    (tmp_path / "launch" / "venv.sh").touch()
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("""#!/usr/bin/env bash
+echo "$*" >> asked
+case $2 in
+  cgs_jax.benchmark) exit 1 ;;
+  cgs_jax.main) [ -e ready ] && touch "${@: -1}/report.html" ;;
+  cgs_jax.sweep)
+    mkdir -p "work dir/cgs/seed3/checkpoints"
+    touch "work dir/cgs/seed3/"{config.json,splits.json,metrics.jsonl,times.jsonl,report.html} ;;
+esac
+""")
+    python.chmod(0o755)
+    line = ["bash", tmp_path / "launch" / "reproduce_acdc.sh", tmp_path, "--labelled=3", "--seeds"]
+    line += ["2", "--workdir", "work dir", "--rows=cgs", "--config.seed=3"]
+    scored = tmp_path / "work dir" / "cgs_our_scoring" / "seed3"
+
+    def start():
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+        asked = (tmp_path / "asked").read_text().splitlines()
+        (tmp_path / "asked").unlink()
+        return (
+            done.returncode,
+            [words.split()[1].removeprefix("cgs_jax.") for words in asked],
+            asked,
+        )
+
+    code, programs, asked = start()
+    assert code == 1  # main ended before its end
+    assert programs == ["benchmark", "sweep", "main"]
+    assert not scored.exists()
+    (tmp_path / "ready").touch()
+    assert start()[:2] == (0, ["benchmark", "sweep", "main", "sweep"])
+    assert (scored / "report.html").exists()
+    assert start()[:2] == (0, ["benchmark", "sweep", "sweep"])
+    folder = f"--config.data.root={tmp_path} --config.seed=3"
+    assert f"acdc.py:labelled=3 {folder} --sweep" in asked[1]
+    end = f"--workdir {tmp_path}/work dir --seeds 2 --rows=supervised,cgs --rows=cgs"
+    assert asked[1].endswith(end)
+    assert f"acdc.py:method=cgs,labelled=3 {folder} --config.seed=3 --config.total" in asked[2]

@@ -42,7 +42,10 @@ def test_kill_and_resume_is_bit_identical(trained, scans, tmp_path, kills):
     assert (workdir / "metrics.jsonl").read_text() == (trained[0] / "metrics.jsonl").read_text()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP")]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", *SLOWLY])
 def test_stop_by_signal_saves(trained, scans, tmp_path, name):
     workdir = before_the_end(trained, tmp_path / "stopped")
     line = command(scans, workdir)
