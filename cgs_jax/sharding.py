@@ -36,7 +36,8 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             if size % data:
                 return f"batch.{name}={size} does not divide by mesh.data, {data} devices"
         if coarsest % space:
-            return f"mesh.space={space} does not divide the {coarsest} rows of the coarsest map"
+            rows = f"the {coarsest} rows of the coarsest feature map"
+            return f"mesh.space={space} does not divide {rows}"
         return ""
 
     if found := problem(data, space):

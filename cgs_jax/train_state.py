@@ -25,8 +25,8 @@ class TrainState:
 
 @flax.struct.dataclass
 class Metrics:
-    """Named scalars of a step as one array: to fetch 50 steps of 23 scalars takes 30 ms, of one
-    array each 2 ms, while the device waits."""
+    """Named scalars of a step as one array: while the host fetches 50 steps of 23 scalars, the
+    device waits for 30 ms and more; for 50 arrays 1 ms (on a CPU)."""
 
     values: jax.Array
     names: tuple[str, ...] = flax.struct.field(pytree_node=False)

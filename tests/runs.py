@@ -90,6 +90,7 @@ def saved_state(workdir, config, step=TINY["total_steps"]):
     method, optimizer = train.make_method(config), optim.make_optimizer(config)[0]
     like = train.abstract_state(method, optimizer, config, sharding.make_mesh(config))
     checkpoints = Checkpoints(workdir)
+    assert checkpoints.latest == config.total_steps
     state, damage = checkpoints._read(step, like)
     checkpoints.close()
     assert not damage

@@ -108,20 +108,15 @@ esac
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
         asked = (tmp_path / "asked").read_text().splitlines()
         (tmp_path / "asked").unlink()
-        return (
-            done.returncode,
-            [words.split()[1].removeprefix("cgs_jax.") for words in asked],
-            asked,
-        )
+        return asked, (done.returncode, *(words.split()[1].split(".")[1] for words in asked))
 
-    code, programs, asked = start()
-    assert code == 1  # main ended before its end
-    assert programs == ["benchmark", "sweep", "main"]
+    asked, ended = start()
+    assert ended == (1, "benchmark", "sweep", "main")  # which ended before its end
     assert not scored.exists()
     (tmp_path / "ready").touch()
-    assert start()[:2] == (0, ["benchmark", "sweep", "main", "sweep"])
+    assert start()[1] == (0, "benchmark", "sweep", "main", "sweep")
     assert (scored / "report.html").exists()
-    assert start()[:2] == (0, ["benchmark", "sweep", "sweep"])
+    assert start()[1] == (0, "benchmark", "sweep", "sweep")
     folder = f"--config.data.root={tmp_path} --config.seed=3"
     assert f"acdc.py:labelled=3 {folder} --sweep" in asked[1]
     end = f"--workdir {tmp_path}/work dir --seeds 2 --rows=supervised,cgs --rows=cgs"

@@ -50,18 +50,17 @@ class Recipe(base.WithTeacher):
         labelled images and the second half of the batch as 'partner', with views of its own;
         copy-paste that strong view and 'unpasted' [B, 1, 1], False where it fills the box."""
         k_own, k_partner, k_strong, k_keep = jax.random.split(key, 4)
-        if self.config.method.plan == "lean":
+        options = self.config.method
+        if options.plan == "lean":
             views = super().views(batch, k_own)
         else:
             views = super().views(jax.tree.map(lambda x: x[: len(x) // 2], batch), k_own)
             partner = jax.tree.map(lambda x: x[len(x) // 2 :], batch)
             views["partner"] = super().views(partner, k_partner)
-            labelled = views["labelled"]
+        labelled = views["labelled"]
+        if options.plan == "full" or options.copy_paste:
             labelled["strong"] = augment.strong(k_strong, labelled["image"], self.config.augment)
-        options = self.config.method
         if options.copy_paste:
-            labelled = views["labelled"]
-            labelled["strong"] = augment.strong(k_strong, labelled["image"], self.config.augment)
             shape = (len(labelled["image"]), 1, 1)
             k_paste = jax.random.fold_in(key, 1)
             views["unpasted"] = ~jax.random.bernoulli(k_paste, options.copy_paste, shape)
