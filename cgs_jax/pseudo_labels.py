@@ -51,18 +51,23 @@ def ihed_mask(votes: jax.Array, num_classes: int = 3) -> jax.Array:
 
 
 class PseudoLabels(NamedTuple):
-    """What a teacher says of unlabelled images; every entry ends in [B, H, W], so all mix alike."""
+    """What a teacher says of unlabelled images; every entry ends in [B, H, W], so all mix alike.
+
+    Without specialists only the first two are there.
+    """
 
     generalist: jax.Array  # y_g [B, H, W]
     confident: jax.Array  # M_g [B, H, W]: its probability exceeds tau
-    specialists: jax.Array  # y_s [B, H, W]: argmax of the merged specialists
-    votes: jax.Array  # z_k [K, B, H, W]: each specialist's own classes
-    consistent: jax.Array  # M_d [B, H, W]: the IHED mask
+    specialists: jax.Array | None = None  # y_s [B, H, W]: argmax of the merged specialists
+    votes: jax.Array | None = None  # z_k [K, B, H, W]: each specialist's own classes
+    consistent: jax.Array | None = None  # M_d [B, H, W]: the IHED mask
 
 
 def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
     """Pseudo-labels and masks of one forward pass; `tau` is the confidence that M_g asks for."""
     generalist, sure = confident(teacher.generalist, tau)
+    if teacher.specialists is None:
+        return PseudoLabels(generalist, sure)
     specialists = jax.nn.softmax(teacher.specialists.astype(jnp.float32))
     votes = _argmax(specialists)
     return PseudoLabels(

@@ -29,7 +29,8 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         raise UserError(
             f"mesh.data={config.mesh.data} times mesh.space={space} must be the {count} devices"
         )
-    coarsest = config.data.size // 2 ** (len(config.model.channels) - 1)
+    smallest = min(p or config.data.size for p in (config.data.patch, *config.data.grow_to))
+    coarsest = smallest // 2 ** (len(config.model.channels) - 1)
 
     def problem(data, space):
         for name, size in config.batch.items():

@@ -3,7 +3,7 @@
 import contextlib
 import operator
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grain.python as grain
@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from cgs_jax import distributed, evaluate, optim, quality, run_config, sharding
 from cgs_jax.checkpoint import Checkpoints
-from cgs_jax.data import pipeline
+from cgs_jax.data import patches, pipeline
 from cgs_jax.data.prepare import Prepared
 from cgs_jax.errors import UserError
+from cgs_jax.methods import base
 from cgs_jax.methods.base import Method
-from cgs_jax.models import torch_weights
+from cgs_jax.models import torch_weights, unet
 from cgs_jax.modules import load_by_name
 from cgs_jax.train_state import Metrics, TrainState
 from cgs_jax.writers import Writer, say
@@ -48,6 +49,7 @@ def make_method(config: ConfigDict) -> Method:
         raise UserError("model.channels needs at least 2 levels")
     if config.data.size % 2 ** (levels - 1):
         raise UserError(f"data.size={config.data.size} does not divide by {2 ** (levels - 1)}")
+    patches.check(config.data, 2 ** (levels - 1))
     if len(config.model.dropout) != levels:
         raise UserError("model.dropout and model.channels must have the same length")
     for name, known in CHOICES.items():
@@ -63,6 +65,8 @@ def make_method(config: ConfigDict) -> Method:
     for name in at_least_one + ["batch.unlabelled"] * method.unlabelled:
         if operator.attrgetter(name)(config) < 1:
             raise UserError(f"{name} must be at least 1")
+    if config.precise_bn < 0:
+        raise UserError("precise_bn must be at least 0")
     if config.total_steps < 0:
         raise UserError("total_steps must be at least 0")
     if not 0 <= config.seed < 2**32:
@@ -109,7 +113,7 @@ def abstract_inputs(
     state = abstract_state(method, optimizer, config, mesh)
     batch = {}
     for name, count in stream_sizes(config, method).items():
-        shape = (count, config.data.size, config.data.size)
+        shape = (count, *[patches.side(config.data, 0, config.total_steps)] * 2)
         batch[name] = {"image": jax.ShapeDtypeStruct(shape, np.uint16)}
         if name == "labelled":
             batch[name]["label"] = jax.ShapeDtypeStruct(shape, np.uint8)
@@ -142,11 +146,8 @@ def make_train_step(
     (but AD-MT's, whose teachers take turns by the seed)."""
 
     def train_step(state, batch, seed):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        k_views, k_loss = jax.random.split(key)
-        for stream in batch.values():
-            stream["image"] = evaluate.to_image(stream["image"])
-        views = sharding.split_rows(mesh, method.views(batch, k_views))
+        k_views, k_loss = _keys(seed, state.step)
+        views = _views(method, mesh, batch, k_views)
         loss = jax.value_and_grad(method.loss, has_aux=True)
         (_, aux), grads = loss(state.params, state, views, k_loss)
         model_state, extra, metrics = aux
@@ -156,6 +157,55 @@ def make_train_step(
         return jax.lax.with_sharding_constraint(state, shardings), Metrics.of(metrics)
 
     return sharding.jit(train_step, mesh, donate_argnums=0)
+
+
+def _keys(seed, step):
+    """Of the views, and of all else, of a step."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+
+
+def _views(method, mesh, batch, key):
+    batch = {k: v | {"image": evaluate.to_image(v["image"])} for k, v in batch.items()}
+    return sharding.split_rows(mesh, method.views(batch, key))
+
+
+def make_precise(config: ConfigDict, method: Method, prepared: Prepared, mesh: Mesh) -> Any:
+    """state -> the same with other batch statistics of the network that predicts: means over the
+    weak views of the last `config.precise_bn` steps, labelled and unlabelled images in one batch,
+    without dropout; state -> state where that is 0.
+
+    Running averages remember some ten batches, which are few and small; and dropout, which they
+    have seen, is off in prediction. (Wu and Johnson, 2105.07576, call it precise batch norm.)
+    """
+    if not config.precise_bn:
+        return lambda state: state
+    plain = config.copy_and_resolve_references()
+    plain.model.dropout = (0.0,) * len(config.model.dropout)
+    plain = make_method(plain)
+    dataset = host_batches(config, method, prepared, mesh)
+
+    def statistics(state, batch, seed, step):
+        k_views, _ = _keys(seed, step)
+        views = _views(method, mesh, batch, k_views)
+        image = views["labelled"]["image"]
+        if "unlabelled" in views:
+            image = base.join(image, views["unlabelled"]["weak"])
+        params, before = method.inference_variables(state)
+        _, after = plain.forward(params, before, image, k_views)
+        return jax.tree.map(lambda a, b: b + (a - b) / unet.MOMENTUM, after, before)
+
+    statistics = sharding.jit(statistics, mesh)
+
+    def precise(state):
+        end, total = int(state.step), None
+        steps = range(max(end - config.precise_bn, 0), end)
+        for step in steps:
+            batch = sharding.put_batch(mesh, dataset[step])
+            some = statistics(state, batch, seed_of(config), np.int32(step))
+            total = some if total is None else jax.tree.map(jnp.add, total, some)
+        return method.with_inference_state(state, jax.tree.map(lambda x: x / len(steps), total))
+
+    return precise
 
 
 def seed_of(config: ConfigDict) -> np.uint32:
@@ -217,7 +267,8 @@ def train(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )
     with contextlib.closing(Writer(workdir, start)) as writer, distributed.Stop() as stop:
-        logged = steps(config, train_step, state, progress, start, checkpoints, stop)
+        precise = make_precise(config, method, prepared, mesh)
+        logged = steps(config, train_step, state, progress, start, checkpoints, stop, precise)
         for step, state, means in logged:
             means["lr"] = float(schedule(step - 1))
             writer.write(step, means)
@@ -273,9 +324,10 @@ def steps(
     start: int,
     checkpoints: Checkpoints | None,
     stop: distributed.Stop,
+    precise: Callable[[TrainState], TrainState] = lambda state: state,
 ) -> Iterator[tuple[int, TrainState, dict[str, float]]]:
     """Trains on `batches`; yields (step, state, mean metrics since the last) to log, validate or
-    stop.
+    stop; `precise` is laid over states to validate.
 
     Only there the host waits for the device. The next step donates the yielded state.
     """
@@ -283,6 +335,8 @@ def steps(
     for step, batch in enumerate(batches, start + 1):
         state, metrics = train_step(state, batch, seed)
         unlogged.append(metrics)
+        if _validates(step, config):
+            state = precise(state)
         if stop.at(step) or step % config.log_every == 0 or _validates(step, config):
             yield step, state, _means(unlogged, step, checkpoints)
             unlogged = []

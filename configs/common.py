@@ -48,6 +48,10 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.model.head_depth = 1  # hidden layers of a specialist
     config.model.weights = ""  # .npz or .safetensors to start from, PyTorch names
 
+    # before each validation the statistics of batch norm are averaged over so many batches, without
+    # dropout; 0: running averages, which remember some ten batches
+    config.precise_bn = 0
+
     config.mesh = ConfigDict()
     config.mesh.data = -1  # devices that share a batch; -1: all that 'space' leaves
     config.mesh.space = 1  # devices that share the rows of an image
@@ -77,6 +81,12 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.root = "data"  # folder of the data set
     config.data.cache = ""  # prepared data; '' means ROOT/cgs_cache
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
+    config.data.patch = 0  # training sees windows of patch x patch pixels of them; 0: whole slices
+    config.data.patch_anywhere = 0.15  # share of the windows that lie anywhere
+    config.data.patch_foreground = 0.0  # share of the labelled windows that are centred on an organ
+    config.data.patch_spread = 24  # centres of the others: at most so far from the slice's, pixels
+    config.data.grow_at = ()  # shares of total_steps, such as (0.5, 0.95), from which on
+    config.data.grow_to = ()  # the windows are so wide, such as (160, 0)
     config.data.splits = ""  # folder of train.txt, val.txt, test.txt; '': published, else random
     config.data.split_seed = 0  # of random splits
     config.data.val_fraction = 0.1  # of the patients, where no list says

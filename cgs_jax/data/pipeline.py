@@ -1,7 +1,8 @@
 """The stream of training batches: a function of (seed, step), with grain.
 
 Labelled and unlabelled rows are shuffled anew in each epoch and repeat for ever, so few labelled
-slices fill a batch by repetition. Every process knows the same global order and loads its part.
+slices fill a batch by repetition. Of each a window is cut, or it is taken whole (`patches.py`).
+Every process knows the same global order and loads its part.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ import grain.python as grain
 import numpy as np
 from ml_collections import ConfigDict
 
+from cgs_jax.data import patches
 from cgs_jax.data.prepare import Prepared
 
 
@@ -41,20 +43,27 @@ def batches(
       mine: size of a batch -> the rows of it that this process loads.
 
     Returns:
-      {'labelled': {'image' uint16 [B, H, W], 'label' uint8 [B, H, W]}, 'unlabelled': {'image'}}:
-      there is no label in the unlabelled stream that could leak.
+      {'labelled': {'image' uint16 [B, H, W], 'label' uint8 [B, H, W]}, 'unlabelled': {'image'}},
+      H = W = `patches.side`: there is no label in the unlabelled stream that could leak.
     """
     rows = streams(prepared)
-    seed = config.seed
+    seed, data = config.seed, config.data
 
     def load(step: int) -> dict[str, dict[str, np.ndarray]]:
-        batch = {}
+        batch, patch = {}, patches.side(data, step, config.total_steps)
         for i, (name, size) in enumerate(sizes.items()):
             places = step * size + mine(size)
             at = rows[name][_shuffled(places, len(rows[name]), (seed, i))]
             batch[name] = {"image": prepared.images[at]}
             if name == "labelled":
                 batch[name]["label"] = prepared.labels[at]
+            if patch < data.size:
+                labels = batch[name].get("label", [None] * len(at))
+                corners = [
+                    patches.corner(np.random.RandomState((seed, i, place)), data, patch, label)
+                    for place, label in zip(places, labels, strict=True)
+                ]
+                batch[name] = {k: patches.cut(x, corners, patch) for k, x in batch[name].items()}
         return batch
 
     return grain.MapDataset.range(start, config.total_steps).map(load)

@@ -150,6 +150,10 @@ class Method:
         """(params, model_state) that `predict` uses: the student's."""
         return state.params, state.model_state
 
+    def with_inference_state(self, state: TrainState, model_state: Any) -> TrainState:
+        """`state` in which `inference_variables` finds this `model_state`."""
+        return state.replace(model_state=model_state)
+
     def labelling_variables(self, state: TrainState) -> tuple[Any, Any]:
         """(params, model_state) of who labels unlabelled images: the student."""
         return state.params, state.model_state

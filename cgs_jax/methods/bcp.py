@@ -32,9 +32,9 @@ class Method(base.WithTeacher):
         """As the base class, and 'keep' [B, H, W], False inside the box of this step."""
         k_base, k_box = jax.random.split(key)
         views = super().views(batch, k_base)
-        size = self.config.data.size
+        size = views["labelled"]["label"].shape[1]
         side = 2 * size // 3
-        corner = jax.random.randint(k_box, (2,), 0, size - side + 1)
+        corner = jax.random.randint(k_box, (2,), 0, size - side)  # the authors' stop one short, too
         keep = augment.box_keep(jnp.array([*corner, side, side]), size)
         views["keep"] = jnp.broadcast_to(keep, views["labelled"]["label"].shape)
         return views

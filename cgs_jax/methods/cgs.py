@@ -49,7 +49,7 @@ class Recipe(base.WithTeacher):
         """As the base class, and 'keep', the CutMix boxes; the full plan adds a strong view of the
         labelled images and the second half of the batch as 'partner', with views of its own;
         copy-paste that strong view and 'unpasted' [B, 1, 1], False where it fills the box."""
-        k_own, k_partner, k_strong, k_keep = jax.random.split(key, 4)
+        k_own, k_partner, k_strong, k_keep, k_paste = jax.random.split(key, 5)
         options = self.config.method
         if options.plan == "lean":
             views = super().views(batch, k_own)
@@ -62,7 +62,6 @@ class Recipe(base.WithTeacher):
             labelled["strong"] = augment.strong(k_strong, labelled["image"], self.config.augment)
         if options.copy_paste:
             shape = (len(labelled["image"]), 1, 1)
-            k_paste = jax.random.fold_in(key, 1)
             views["unpasted"] = ~jax.random.bernoulli(k_paste, options.copy_paste, shape)
         views["keep"] = augment.cutmix_keep(
             k_keep, *views["unlabelled"]["weak"].shape[:2], options.cutmix
@@ -86,6 +85,8 @@ class Recipe(base.WithTeacher):
         if self.config.method.copy_paste:
             pasted, classes = views["labelled"], self.config.model.head_classes
             truth = pl.from_truth(pasted["label"], self.num_targets, classes)
+            if not self.specialists:
+                truth = pl.PseudoLabels(truth.generalist, truth.confident)
             other = base.cutmix(views["unpasted"], other, pasted["strong"])
             partner = mix_labels(views["unpasted"], partner, truth)
         strong = base.cutmix(views["keep"], strong, other)
@@ -115,15 +116,24 @@ class Recipe(base.WithTeacher):
 
     inference_variables = base.WithTeacher.labelling_variables
 
+    def with_inference_state(self, state, model_state):
+        return state.replace(extra=state.extra | {"model_state": model_state})
+
 
 class Consistency:
-    """What CGS lays over the passes of a method: specialists, `consistency_losses`, its ramp."""
+    """What CGS lays over the passes of a method: specialists, `consistency_losses`, its ramp.
 
-    specialists = True
+    Without specialists (`config.method.specialists` False) the generalist's own labels are all that
+    is left, the term 'G_from_g': the control that tells what teacher and CutMix do alone.
+    """
+
     weight = base.Method.weight
 
     def __init__(self, config):
+        self.specialists = config.method.specialists
         super().__init__(config)
+        if not self.specialists and tuple(config.method.terms) != ("G_from_g",):
+            raise UserError("method.specialists=False goes with method.terms=('G_from_g',)")
         wrong = set(config.method.terms) - set(TERMS)
         if wrong:
             raise UserError(
@@ -138,7 +148,7 @@ class Consistency:
             pseudo = teacher
             if not isinstance(teacher, pl.PseudoLabels):
                 pseudo = pl.from_teacher(teacher, self.config.method.tau)
-            if not self.config.method.ihed:
+            if self.specialists and not self.config.method.ihed:
                 pseudo = pseudo._replace(consistent=jnp.ones_like(pseudo.consistent))
             more, covered = consistency_losses(student, pseudo, where, self.config.method.terms)
             more = {name: share * term for name, term in more.items()}
@@ -182,14 +192,17 @@ def consistency_losses(
     Returns:
       Terms such as 'unsup/G_from_s_ce' (S: mean over the heads), and shares of pixels 'cover/...'.
     """
-    num_targets, *_, num_classes = student.specialists.shape
-    agree = pseudo.generalist == pseudo.specialists
-    from_generalist = pl.relabel(pseudo.generalist, num_targets, num_classes)
-    sources = {  # label for the generalist, labels for the specialists, mask of both
-        "g": (pseudo.generalist, from_generalist, pseudo.confident),
-        "s": (pseudo.specialists, pseudo.votes, pseudo.consistent),
-        "e": (pseudo.generalist, from_generalist, agree),
-    }
+    # label for the generalist, labels for the specialists, mask of both
+    sources = {"g": (pseudo.generalist, None, pseudo.confident)}
+    if student.specialists is not None:
+        num_targets, *_, num_classes = student.specialists.shape
+        agree = pseudo.generalist == pseudo.specialists
+        from_generalist = pl.relabel(pseudo.generalist, num_targets, num_classes)
+        sources = {
+            "g": (pseudo.generalist, from_generalist, pseudo.confident),
+            "s": (pseudo.specialists, pseudo.votes, pseudo.consistent),
+            "e": (pseudo.generalist, from_generalist, agree),
+        }
     terms, coverage = {}, {}
     for name, (label, head_labels, mask) in sources.items():
         mask = mask if where is None else mask & where

@@ -41,4 +41,7 @@ class Method(base.Method):
     def inference_variables(self, state):
         return state.params["first"], state.model_state["first"]
 
+    def with_inference_state(self, state, model_state):
+        return state.replace(model_state=state.model_state | {"first": model_state})
+
     labelling_variables = inference_variables

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from cgs_jax.models import packed
 
+MOMENTUM = 0.1  # share of each batch in the running statistics of batch norm
+
 # PyTorch's default for convolutions, which the published numbers were made with.
 conv_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
@@ -66,8 +68,8 @@ class BatchNorm(nn.Module):
         if mean is None:
             mean, var = running_mean.value - offset, running_var.value
         elif not self.is_initializing():
-            running_mean.value += 0.1 * (mean + offset - running_mean.value)
-            running_var.value += 0.1 * (var - running_var.value)
+            running_mean.value += MOMENTUM * (mean + offset - running_mean.value)
+            running_var.value += MOMENTUM * (var - running_var.value)
         factor = scale * jax.lax.rsqrt(var + 1e-5)
         return factor, bias - mean * factor
 

@@ -13,6 +13,7 @@ def update(config: ConfigDict) -> None:
     config.method.cutmix = 1.0  # probability
     # probability that a labelled image fills the box of CutMix, not an unlabelled one; lean plan
     config.method.copy_paste = 0.0
+    config.method.specialists = True  # False: none, with terms=('G_from_g',), as a control
     # who learns, generalist or specialists, from whose labels: the generalist's, the specialists',
     # or the consensus of both
     config.method.terms = ("G_from_g", "G_from_s", "G_from_e", "S_from_g", "S_from_s", "S_from_e")

@@ -1,0 +1,69 @@
+"""Windows of slices, cut on the host: training at full resolution for the price of a small image.
+
+Where a window lies is a function of (seed, stream, place in the stream), so it is the same after a
+resume and on any number of processes. Validation, test and prediction see whole slices.
+"""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cgs_jax.errors import UserError
+
+
+def side(data: ConfigDict, step: int, total_steps: int) -> int:
+    """Pixels along each side of what a step sees: `data.patch`, or what `data.grow_to` has from
+    that share of the training on which `data.grow_at` names; `data.size` for whole slices."""
+    patch = data.patch
+    for share, later in zip(data.grow_at, data.grow_to, strict=True):
+        if step >= round(share * total_steps):
+            patch = later
+    return patch or data.size
+
+
+def check(data: ConfigDict, divisor: int) -> None:
+    """Raises UserError where the options of windows can not be; sides must divide by `divisor`."""
+    if len(data.grow_at) != len(data.grow_to):
+        raise UserError("data.grow_at and data.grow_to must have the same length")
+    if sorted(data.grow_at) != list(data.grow_at) or not all(0 <= at <= 1 for at in data.grow_at):
+        raise UserError(f"data.grow_at={data.grow_at}: shares of total_steps in rising order")
+    for patch in (data.patch, *data.grow_to):
+        if patch % divisor or not 0 <= patch <= data.size:
+            raise UserError(
+                f"data.patch or data.grow_to has {patch}: sides of windows divide by {divisor} and "
+                f"are at most data.size={data.size}; 0 takes whole slices"
+            )
+    shares = data.patch_anywhere, data.patch_foreground
+    if min(shares) < 0 or sum(shares) > 1:
+        raise UserError("data.patch_anywhere and data.patch_foreground are shares of 1")
+    if data.patch_spread < 0:
+        raise UserError("data.patch_spread must be at least 0")
+
+
+def cut(stack: np.ndarray, corners: np.ndarray, patch: int) -> np.ndarray:
+    """Windows [B, patch, patch] of slices [B, size, size], whose first pixels are at `corners`."""
+    windows = ((slice(i, i + patch), slice(j, j + patch)) for i, j in corners)
+    return np.stack([x[window] for x, window in zip(stack, windows, strict=True)])
+
+
+def corner(
+    rng: np.random.RandomState, data: ConfigDict, patch: int, label: np.ndarray | None
+) -> tuple[int, int]:
+    """Row and column of the first pixel of one window.
+
+    A share `data.patch_anywhere` of the windows lies anywhere, all places being equally likely; a
+    share `data.patch_foreground` is centred, as far as the slice allows, on a pixel of an organ,
+    each organ of the slice being equally likely; the centres of the others are at most
+    `data.patch_spread` pixels beside that of the slice along either axis. Where `label` [size,
+    size] is None or holds no organ, those others take the share of the foreground.
+    """
+    room = data.size - patch
+    kind = rng.random_sample()
+    if kind < data.patch_anywhere:
+        return tuple(rng.randint(0, room + 1, 2))
+    organs = [] if label is None else np.unique(label[label > 0])
+    if kind < data.patch_anywhere + data.patch_foreground and len(organs):
+        pixels = np.argwhere(label == organs[rng.randint(len(organs))])
+        first = pixels[rng.randint(len(pixels))] - patch // 2
+    else:
+        first = room // 2 + rng.randint(-data.patch_spread, data.patch_spread + 1, 2)
+    return tuple(np.clip(first, 0, room))
