@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cgs_jax import run_config
+from cgs_jax import evaluate, run_config
 from cgs_jax.compare import read_summary
 from cgs_jax.data.case_lists import patient
 from cgs_jax.errors import UserError
@@ -26,9 +26,9 @@ class Sweep(NamedTuple):
       runs: a line a run: row, seed, workdir, method, steps, best (step), val (Dice), minutes,
         hardware.
       curves: a line a line of metrics.jsonl, with row and seed.
-      cases: a line an organ of a case: row, seed, split ('val', 'test' of the best checkpoint,
-        'last_val', 'last_test' of the last), case, patient, organ, voxels (true size), dice,
-        jaccard, hd95, asd.
+      cases: a line an organ of a case: row, seed, split ('val', 'test', 'val_literature',
+        'test_literature' of the best checkpoint, with 'last_' before it of the last), case,
+        patient, organ, voxels (true size), dice, jaccard, hd95, asd.
       first: the row that others are held against, finished or not.
     """
 
@@ -73,7 +73,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
         curves += [key | line for line in read_lines(workdir / "metrics.jsonl")]
         last = summary.get("last", {})  # older runs have scored the best only
         for split, scored in {**summary, **{f"last_{k}": v for k, v in last.items()}}.items():
-            if split.removeprefix("last_") not in ("val", "test"):
+            if split.removeprefix("last_") not in evaluate.SPLITS:
                 continue
             for case, organs in scored["cases"].items():
                 who = {"split": split, "case": case, "patient": patient(case, config.data.patient)}

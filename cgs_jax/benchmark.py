@@ -232,10 +232,10 @@ def time_evaluation(
     size, batch = config.data.size, config.eval_batch
     predict(np.zeros((batch, size, size), np.uint16))
     started = time.perf_counter()
-    for _ in evaluate.segment(predict, stacks, config):
+    for _ in evaluate.segment(predict, stacks, config, evaluate.scoring(config)):
         pass
     predicted = time.perf_counter()
-    evaluate.evaluate(predict, prepared, cases, config, surface=True)
+    evaluate.evaluate(predict, prepared, cases, config, True, evaluate.scoring(config))
     evaluated = time.perf_counter()
     return {
         "volumes": len(cases),

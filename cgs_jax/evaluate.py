@@ -4,7 +4,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,25 @@ from cgs_jax.data.prepare import LEVELS, Prepared
 from cgs_jax.data.volume import keep_largest, likeliest, resize
 from cgs_jax.methods.base import Method
 
-SPLITS = {"val": "validation", "test": "test"}
-# uint16 [B, size, size] -> uint8 labels or, where they are interpolated, scores [B, size, size, C]
+SPLITS = {
+    "test": "test",
+    "test_literature": "test, the literature's scoring",
+    "val": "validation",
+    "val_literature": "validation, the literature's scoring",
+}
+# uint16 [B, size, size] -> scores of classes [B, size, size, C]; the highest names the class
 Predict = Callable[[np.ndarray], np.ndarray]
 Results = dict[str, dict[str, dict[str, float]]]  # case -> organ -> metric -> value
+
+
+class Scoring(NamedTuple):
+    """From scores on the training grid to labels on a scan's own."""
+
+    upsample: str  # 'linear': scores are interpolated; 'nearest': labels are
+    largest_component: bool  # only the largest piece of each organ is kept
+
+
+LITERATURE = Scoring("nearest", False)  # how published figures were made
 
 
 def to_image(slices: jax.Array) -> jax.Array:
@@ -52,10 +67,7 @@ def make_predict(*methods: Method) -> Callable[..., Predict]:
     def predict(states, slices):
         image = to_image(slices)
         probs = [m.predict(state, image) for m, state in zip(methods, states, strict=True)]
-        scores = combine(jnp.concatenate(probs), config.combine)
-        if config.upsample == "linear":
-            return scores
-        return jnp.argmax(scores, -1).astype(jnp.uint8)
+        return combine(jnp.concatenate(probs), config.combine)
 
     compiled = sharding.jit(predict, mesh)
 
@@ -71,18 +83,19 @@ def make_predict(*methods: Method) -> Callable[..., Predict]:
     return with_states
 
 
-def segment(predict: Predict, stacks: Iterable[np.ndarray], config: Any) -> Iterator[np.ndarray]:
+def segment(
+    predict: Predict, stacks: Iterable[np.ndarray], config: Any, *scorings: Scoring
+) -> Iterator[tuple[np.ndarray, ...]]:
     """Segments volumes, slices of all of them batched to one fixed shape.
 
     Args:
-      predict: gives scores if `config.upsample` is 'linear', else labels.
       stacks: uint16 [D, H, W], each on its own grid.
+      scorings: how labels are made of the scores; the scores are computed once for all.
 
     Yields:
-      uint8 labels [D, H, W] on the same grids, in order.
+      For each volume in order, uint8 labels [D, H, W] on its own grid by each scoring.
     """
     size, batch = config.data.size, config.eval_batch
-    on_grid = {"linear": likeliest, "nearest": resize}[config.upsample]
     depths, grids, done = deque(), deque(), deque()  # of volumes, of slices to do, labels of slices
     todo = np.empty((0, size, size), np.uint16)
 
@@ -90,15 +103,18 @@ def segment(predict: Predict, stacks: Iterable[np.ndarray], config: Any) -> Iter
         nonlocal todo
         part, todo = todo[:count], todo[count:]
         padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0)))
-        for predicted in predict(padded)[: len(part)]:
-            done.append(on_grid(predicted[None], *grids.popleft())[0])
+        for scores in predict(padded)[: len(part)]:
+            done.append([_on_grid(scores, s.upsample, *grids[0]) for s in scorings])
+            grids.popleft()
 
     def finished():
         while depths and len(done) >= depths[0]:
-            label = np.stack([done.popleft() for _ in range(depths.popleft())])
-            if config.largest_component:
-                label = keep_largest(label, len(config.data.classes))
-            yield label
+            slices = [done.popleft() for _ in range(depths.popleft())]
+            labels = map(np.stack, zip(*slices, strict=True))
+            yield tuple(
+                keep_largest(label, len(config.data.classes)) if s.largest_component else label
+                for label, s in zip(labels, scorings, strict=True)
+            )
 
     for stack in stacks:
         depths.append(len(stack))
@@ -112,43 +128,66 @@ def segment(predict: Predict, stacks: Iterable[np.ndarray], config: Any) -> Iter
     yield from finished()
 
 
+def _on_grid(scores, upsample, height, width):
+    if upsample == "linear":
+        return likeliest(scores[None], height, width)[0]
+    return resize(np.argmax(scores, -1).astype(np.uint8)[None], height, width)[0]
+
+
 def evaluate(
-    predict: Predict, prepared: Prepared, cases: list[str], config: Any, surface: bool
-) -> Results:
-    """Scores `cases`, dealt over the processes; without `surface` only the overlap metrics."""
+    predict: Predict,
+    prepared: Prepared,
+    cases: list[str],
+    config: Any,
+    surface: bool,
+    *scorings: Scoring,
+) -> list[Results]:
+    """Scores `cases`, dealt over the processes, by each scoring; without `surface` only the overlap
+    metrics."""
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
     volumes = [prepared.volume(case) for case in cases]
     stacks = (volume.image for volume in volumes)
-    labels = segment(predict, stacks, config)
+    labels = segment(predict, stacks, config, *scorings)
     labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
     futures = {}
     # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
     # at most, for each takes 45 bytes a voxel of the box around its organ.
     pool = ThreadPoolExecutor(min(8, os.cpu_count()))
     try:
-        for case, volume, label in zip(cases, volumes, labels, strict=True):
+        for case, volume, by_scoring in zip(cases, volumes, labels, strict=True):
             truth = np.asarray(volume.label)
-            for i, organ in enumerate(config.data.classes, 1):
-                task = (label, truth, i, volume.spacing, surface)
-                futures[case, organ] = pool.submit(_score, *task)
-        results = {case: {} for case in cases}
-        for (case, organ), future in futures.items():
-            results[case][organ] = future.result()
+            for which, label in enumerate(by_scoring):
+                for i, organ in enumerate(config.data.classes, 1):
+                    task = (label, truth, i, volume.spacing, surface)
+                    futures[which, case, organ] = pool.submit(_score, *task)
+        results = [{case: {} for case in cases} for _ in scorings]
+        for (which, case, organ), future in futures.items():
+            results[which][case][organ] = future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-    scored = {case: scores for part in distributed.gather(results) for case, scores in part.items()}
-    return {case: scored[case] for case in everyone}
+    gathered = distributed.gather(results)
+    return [
+        {case: part[which][case] for case in everyone for part in gathered if case in part[which]}
+        for which in range(len(scorings))
+    ]
 
 
 def score(predict: Predict, prepared: Prepared, config: Any) -> dict[str, Any]:
-    """Summaries of all metrics: {'val': ..., 'test': ...}, or the first alone."""
+    """Summaries of all metrics: {'val': ..., 'test': ...}, or the first alone, and from the same
+    predictions what the literature's scoring makes of them: 'val_literature', 'test_literature'."""
     splits = {"val": prepared.splits.val}
     if config.test:
         splits["test"] = prepared.splits.test
-    return {
-        name: summarise(evaluate(predict, prepared, cases, config, surface=True))
-        for name, cases in splits.items()
-    }
+    summaries = {}
+    for name, cases in splits.items():
+        both = evaluate(predict, prepared, cases, config, True, scoring(config), LITERATURE)
+        summaries[name], summaries[f"{name}_literature"] = map(summarise, both)
+    return summaries
+
+
+def scoring(config: Any) -> Scoring:
+    """That of `config`."""
+    return Scoring(config.upsample, config.largest_component)
 
 
 def prediction_options(config: Any) -> dict[str, Any]:
@@ -180,10 +219,10 @@ def show(
     """Cases with their Dice, predicted again to be looked at."""
     volumes = [prepared.volume(case) for case, _ in cases]
     stacks = (volume.image for volume in volumes)
-    labels = segment(predict, stacks, config)
+    labels = segment(predict, stacks, config, scoring(config))
     return [
         plots.Shown(*case, volume.image, volume.label, label)
-        for case, volume, label in zip(cases, volumes, labels, strict=True)
+        for case, volume, (label,) in zip(cases, volumes, labels, strict=True)
     ]
 
 

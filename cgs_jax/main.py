@@ -79,10 +79,11 @@ def test(config, method, prepared, checkpoints, workdir, mesh) -> dict:
         if figure:  # else metrics.jsonl was not kept
             plots.save(figure, workdir / "curves.png", dpi=120)
         report.write(workdir, config, summary, shown)
-    name = evaluate.SPLITS[split]
-    count = len(summary[split]["cases"])
-    say(f"\n{name}, best validation checkpoint (step {summary['step']}), {count} cases")
-    say(evaluate.table(summary[split]))
+    for name in (f"{split}_literature", split):
+        count = len(summary[name]["cases"])
+        title = f"{evaluate.SPLITS[name]}, best validation checkpoint"
+        say(f"\n{title} (step {summary['step']}), {count} cases")
+        say(evaluate.table(summary[name]))
     for name in ("summary.json", "curves.png", "overlays.png", "report.html"):
         say(str(workdir / name))
     return summary

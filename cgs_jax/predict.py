@@ -56,7 +56,8 @@ def predict(
             yield quantise(image)
 
     written = []
-    for label in evaluate.segment(predict, stacks(), config):
+    scoring = evaluate.scoring(config)
+    for (label,) in evaluate.segment(predict, stacks(), config, scoring):
         path, scan = waiting.pop(0)
         write(scan, label, output / path.name)
         written.append(output / path.name)

@@ -32,7 +32,9 @@ from cgs_jax.writers import is_remote, read_lines, say, spent, to_json, write_te
 METRICS = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD voxels", "asd": "ASD voxels"}
 SPLITS = {
     "test": "test, best checkpoint on validation",
+    "test_literature": "test, the literature's scoring, best checkpoint on validation",
     "last_test": "test, last checkpoint",
+    "last_test_literature": "test, the literature's scoring, last checkpoint",
     "val": "validation, best checkpoint",
     "last_val": "validation, last checkpoint",
 }

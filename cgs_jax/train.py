@@ -359,7 +359,8 @@ def restore_best(
 
 def validate(predict: evaluate.Predict, prepared: Prepared, config: ConfigDict) -> dict[str, float]:
     """Mean validation Dice (%) by organ, 'val/<organ>', and of all, 'val/dice'."""
-    results = evaluate.evaluate(predict, prepared, prepared.splits.val, config, surface=False)
+    cases, scoring = prepared.splits.val, evaluate.scoring(config)
+    (results,) = evaluate.evaluate(predict, prepared, cases, config, False, scoring)
     summary = evaluate.summarise(results)
     scores = {f"val/{o}": 100 * s["dice"]["mean"] for o, s in summary["organs"].items()}
     return scores | {"val/dice": 100 * float(np.nan_to_num(summary["mean"]["dice"]))}

@@ -154,7 +154,7 @@ def test_combining_predictions_by_hand():
 
 def test_several_methods_predict_together():
     class Says:
-        config = tiny(combine="average", upsample="nearest")
+        config = tiny(combine="average")
 
         def predict(self, state, image):
             return jnp.broadcast_to(state, (1, *image.shape[:3], 3))
@@ -162,8 +162,8 @@ def test_several_methods_predict_together():
     first, second = jnp.array([0.6, 0.4, 0.0]), jnp.array([0.0, 0.5, 0.5])
     predict = evaluate.make_predict(Says(), Says())(first, second)
     slices = np.zeros((3, 16, 16), np.uint16)
-    assert set(np.unique(predict(slices))) == {1}
-    assert predict(slices).shape == slices.shape
+    assert predict(slices).shape == (*slices.shape, 3)
+    np.testing.assert_allclose(predict(slices)[2, 3, 4], [0.3, 0.45, 0.25], rtol=1e-6)
 
 
 def test_both_kinds_of_heads_predict():
@@ -225,3 +225,42 @@ def test_cutmix_with_a_probability():
     keep = jax.jit(lambda key: augment.cutmix_keep(key, 200, 16, 0.3))(jax.random.key(0))
     assert 0.2 < np.mean(~keep.all((1, 2))) < 0.4
     assert set(cgs.TERMS) == set(tiny().method.terms)
+
+
+def test_labelled_slices_mix_with_their_labels():
+    """Of the baseline with CutMix: every pixel of image and label is of the slice or its
+    neighbour."""
+    still = {"augment.flip": 0.0, "augment.rotate": 0.0, "method.cutmix": 1.0}
+    config = tiny("supervised", **still)
+    batch = {"labelled": dict(tiny_batch(config, draws=2)["labelled"])}
+    batch["labelled"]["label"][::2] = 0  # so that neighbours differ
+    batch["labelled"]["image"] = evaluate.to_image(batch["labelled"]["label"] * np.uint16(20000))
+    views = train.make_method(config).views(batch, jax.random.key(0))["labelled"]
+    image, label = views["image"][..., 0], np.asarray(views["label"])
+    np.testing.assert_allclose(image, label.astype(float) * 20000 / 65535, rtol=1e-5)
+    before = batch["labelled"]["label"]
+    own, other = label == before, label == np.roll(before, 1, 0)
+    assert (own | other).all()
+    assert not own.all((1, 2)).all()
+    jittered = train.make_method(tiny("supervised", **still | {"method.jitter": True}))
+    strong = jittered.views(batch, jax.random.key(0))["labelled"]
+    np.testing.assert_array_equal(strong["label"], label)
+    assert (strong["image"] != views["image"]).any()
+
+
+def test_without_specialists_the_generalist_teaches_alone():
+    """Its loss is the term G_from_g of what CGS has; the masks and labels are the same."""
+    fields = {"method.specialists": False, "method.terms": ("G_from_g",)}
+    config, whole = tiny(**fields), tiny(**{"method.terms": ("G_from_g",)})
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(scale=4, size=(2, 2, 8, 8, 3)), jnp.float32)
+    heads = jnp.asarray(rng.normal(size=(2, 2, 8, 8, 3)), jnp.float32)
+    alone = base.Pair(*(Outputs(x, None) for x in logits))
+    among = base.Pair(*(Outputs(x, heads) for x in logits))
+    terms, cover = train.make_method(config).unsupervised([alone], 0)
+    expected, more = train.make_method(whole).unsupervised([among], 0)
+    assert terms == expected
+    assert cover == {"cover/g": more["cover/g"]}
+    assert 0 < cover["cover/g"] < 1
+    method = train.make_method(config)
+    assert "specialists" not in method.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))[0]

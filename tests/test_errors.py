@@ -53,9 +53,9 @@ def test_stopped_before_the_first_validation(scans, tmp_path, monkeypatch):
 
 
 def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
-    def no_trachea(predict, stacks, config):
+    def no_trachea(predict, stacks, config, *scorings):
         for stack in stacks:
-            yield np.full(stack.shape, 2, np.uint8)
+            yield [np.full(stack.shape, 2, np.uint8)] * len(scorings)
 
     monkeypatch.setattr(evaluate, "segment", no_trachea)
     main.run(config_of(scans, "supervised", total_steps=40), tmp_path / "run")
@@ -80,6 +80,13 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         ({"method.plan": "quick"}, "unknown --config.method.plan 'quick'; there are: full, lean"),
         ({"inference": "nobody"}, "unknown inference 'nobody'; there are: both, generalist"),
         ({"data.size": 18}, "data.size=18 does not divide by 4"),
+        ({"data.patch": 18}, "data.patch or data.grow_to has 18: sides of windows divide by 4"),
+        ({"data.grow_to": (64,), "data.grow_at": (0.5,)}, "has 64: .* at most data.size=32"),
+        ({"data.grow_at": (0.5,)}, "data.grow_at and data.grow_to must have the same length"),
+        ({"data.grow_at": (2.0,), "data.grow_to": (0,)}, "shares of total_steps in rising order"),
+        ({"data.patch_anywhere": 0.7, "data.patch_foreground": 0.7}, "are shares of 1"),
+        ({"precise_bn": -1}, "precise_bn must be at least 0"),
+        ({"method.specialists": False}, "specialists=False goes with method.terms"),
         ({"batch.unlabelled": 0}, "batch.unlabelled must be at least 1"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"model.dropout": (0.1,)}, "model.dropout and model.channels must have the same length"),

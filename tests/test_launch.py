@@ -72,6 +72,7 @@ def test_usage(script):
         ([".", "--seeds"], "error: --seeds needs a value"),
         ([".", "--seeds=0"], "error: --seeds 0: give a number from 1 on"),
         ([".", "--labelled", "5"], "error: --labelled 5: the paper has 3 and 7"),
+        ([".", "--recipe=fast"], "error: --recipe fast: there are paper and patches"),
         ([".", "--config.seed", "3"], "error: --config.seed is no OPTION: write --name=value"),
     ],
 )
@@ -82,43 +83,21 @@ def test_reproduce_acdc_says_what_it_needs(options, message):
     assert done.stderr.count("\n") == 1
 
 
-def test_reproduce_acdc_scores_finished_runs_once(tmp_path):
-    """Its own lines, with programs that only write what they were asked: goes on after each end."""
+def test_reproduce_acdc_asks_for_the_sweep(tmp_path):
+    """Its own lines, with a program that only writes what it was asked."""
     (tmp_path / "launch").mkdir()
     shutil.copy(LAUNCH / "reproduce_acdc.sh", tmp_path / "launch")
     (tmp_path / "launch" / "venv.sh").touch()
     python = tmp_path / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text("""#!/usr/bin/env bash
-echo "$*" >> asked
-case $2 in
-  cgs_jax.benchmark) exit 1 ;;
-  cgs_jax.main) [ -e ready ] && touch "${@: -1}/report.html" ;;
-  cgs_jax.sweep)
-    mkdir -p "work dir/cgs/seed3/checkpoints"
-    touch "work dir/cgs/seed3/"{config.json,splits.json,metrics.jsonl,times.jsonl,report.html} ;;
-esac
-""")
+    python.write_text('echo "$*" >> asked; [ $2 != cgs_jax.benchmark ]\n')
     python.chmod(0o755)
     line = ["bash", tmp_path / "launch" / "reproduce_acdc.sh", tmp_path, "--labelled=3", "--seeds"]
-    line += ["2", "--workdir", "work dir", "--rows=cgs", "--config.seed=3"]
-    scored = tmp_path / "work dir" / "cgs_our_scoring" / "seed3"
-
-    def start():
-        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-        asked = (tmp_path / "asked").read_text().splitlines()
-        (tmp_path / "asked").unlink()
-        return asked, (done.returncode, *(words.split()[1].split(".")[1] for words in asked))
-
-    asked, ended = start()
-    assert ended == (1, "benchmark", "sweep", "main")  # which ended before its end
-    assert not scored.exists()
-    (tmp_path / "ready").touch()
-    assert start()[1] == (0, "benchmark", "sweep", "main", "sweep")
-    assert (scored / "report.html").exists()
-    assert start()[1] == (0, "benchmark", "sweep", "sweep")
-    folder = f"--config.data.root={tmp_path} --config.seed=3"
-    assert f"acdc.py:labelled=3 {folder} --sweep" in asked[1]
-    end = f"--workdir {tmp_path}/work dir --seeds 2 --rows=supervised,cgs --rows=cgs"
-    assert asked[1].endswith(end)
-    assert f"acdc.py:method=cgs,labelled=3 {folder} --config.seed=3 --config.total" in asked[2]
+    line += ["2", "--recipe", "patches", "--workdir", "work dir", "--rows=cgs", "--config.seed=3"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    benchmark, sweep = (tmp_path / "asked").read_text().splitlines()
+    config = f"acdc.py:labelled=3,recipe=patches --config.data.root={tmp_path} --config.seed=3"
+    assert f"cgs_jax.benchmark --config configs/{config} --stages step" in benchmark
+    assert f"cgs_jax.sweep --config configs/{config} --sweep configs/sweeps/paper.py" in sweep
+    assert sweep.endswith(f"--workdir {tmp_path}/work dir --seeds 2 --rows=cgs")

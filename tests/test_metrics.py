@@ -68,10 +68,12 @@ def test_summary_counts_undefined_and_leaves_them_out():
     assert "(1 undefined)" in evaluate.table(summary)
 
 
-def options(**fields):
-    data = {"size": 16, "classes": ("a", "b", "c")}
-    fields = {"upsample": "nearest", "largest_component": False} | fields
-    return ConfigDict({"data": data, "eval_batch": 4} | fields)
+CONFIG = ConfigDict({"data": {"size": 16, "classes": ("a", "b", "c")}, "eval_batch": 4})
+
+
+def one_hot(slices):
+    """A prediction whose labels are the intensities."""
+    return np.eye(4, dtype=np.float32)[slices]
 
 
 def test_segment_returns_every_volume_on_its_own_grid():
@@ -83,12 +85,12 @@ def test_segment_returns_every_volume_on_its_own_grid():
 
     def predict(slices):
         batches.append(slices.shape)
-        return slices.astype(np.uint8)
+        return one_hot(slices)
 
-    labels = list(evaluate.segment(predict, iter(stacks), options()))
+    labels = list(evaluate.segment(predict, iter(stacks), CONFIG, evaluate.LITERATURE))
     assert set(batches) == {(4, 16, 16)}
     assert len(batches) == 4  # 13 slices
-    for stack, label in zip(stacks, labels, strict=True):
+    for stack, (label,) in zip(stacks, labels, strict=True):
         expected = resize(resize(stack, 16, 16), *stack.shape[1:])
         np.testing.assert_array_equal(label, expected)
 
@@ -127,18 +129,27 @@ def test_largest_component_of_every_organ():
     np.testing.assert_array_equal(kept, expected)
 
 
-def test_segment_interpolates_and_cleans():
+def test_scorings_share_a_prediction():
+    """Interpolated and cleaned, or not, from scores that are computed once."""
     labels = np.zeros((5, 16, 16), np.uint16)
     labels[:, 2:9, 2:9], labels[4, 13:, 13:] = 2, 2
+    calls = []
 
     def predict(slices):
-        return np.eye(4, dtype=np.float32)[slices]
+        calls.append(slices)
+        return one_hot(slices)
 
     stack = resize(labels, 30, 20)
-    (label,) = evaluate.segment(predict, [stack], options(upsample="linear"))
-    np.testing.assert_array_equal(label, likeliest(predict(resize(stack, 16, 16)), 30, 20))
-    assert label[4, -1, -1] == 2
-    cleaned = options(upsample="linear", largest_component=True)
-    (label,) = evaluate.segment(predict, [stack], cleaned)
-    assert label[4, -1, -1] == 0
-    assert label[4, 8, 8] == 2
+    ways = [
+        evaluate.LITERATURE,
+        evaluate.Scoring("linear", False),
+        evaluate.Scoring("linear", True),
+    ]
+    ((nearest, linear, cleaned),) = evaluate.segment(predict, [stack], CONFIG, *ways)
+    assert len(calls) == 2  # five slices, four a batch
+    small = resize(stack, 16, 16)
+    np.testing.assert_array_equal(nearest, resize(small, 30, 20))
+    np.testing.assert_array_equal(linear, likeliest(one_hot(small), 30, 20))
+    assert (nearest != linear).any()
+    assert (linear[4, -1, -1], linear[4, 8, 8]) == (2, 2)
+    assert (cleaned[4, -1, -1], cleaned[4, 8, 8]) == (0, 2)

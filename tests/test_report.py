@@ -24,7 +24,9 @@ def test_report_holds_everything(trained):
     outside = re.findall(r"https?://[^\"' ]+|(?:src|href)=\"(?!data:)[^\"]*", text)
     assert not outside
     data, summary = data_of(text), json.loads((workdir / "summary.json").read_text())
-    assert data["summary"]["test"] == summary["test"]
+    for split in ("test", "test_literature", "val", "val_literature"):
+        assert data["summary"][split] == summary[split]
+        assert data["summary"][split]["cases"].keys() == summary[split]["cases"].keys()
     assert data["config"] == json.loads((workdir / "config.json").read_text())
     assert data["curves"].startswith("data:image/svg+xml;base64,")
     assert {shown["case"] for shown in data["shown"]} == {"Patient_06", "Patient_07"}

@@ -46,7 +46,7 @@ def test_sweep_shards_and_table(swept, scans):
     assert "pseudo/ihed/precision" in curves
     assert set(cases.case[cases.split == "test"]) == {"Patient_06", "Patient_07"}
     table = pd.read_csv(workdir / "table.csv", index_col=[0, 1])
-    assert len(table) == 4 * 4 * 2  # metrics, splits and checkpoints, rows
+    assert len(table) == 4 * 6 * 2  # metrics, splits and checkpoints, rows
     table = table.loc["Dice %, test, best checkpoint on validation"]
     by_case = cases[(cases.split == "test") & (cases.row == "cgs")].groupby("organ").dice.mean()
     for organ, value in by_case.items():
