@@ -19,11 +19,13 @@ from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from cgs_jax import optim, sharding, train
-from cgs_jax.cli import cli, output_file
-from cgs_jax.data import prepare
-from cgs_jax.errors import UserError
-from cgs_jax.writers import say, to_json, write_text
+from cgs_jax.data import cache
+from cgs_jax.runtime import devices
+from cgs_jax.runtime.cli import cli, output_file
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import to_json, write_text
+from cgs_jax.runtime.logs import say
+from cgs_jax.training import optimizers, train_step
 
 # By generation: bfloat16 FLOP/s, bytes/s and bytes of a chip's memory. Google's public figures.
 CHIPS = {
@@ -63,16 +65,16 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise UserError(f"no topology {topology} ({reason}); is libtpu installed?") from error
     config.model.lanes = config.model.lanes or 128
-    prepare.dataset(config)
-    method = train.make_method(config)
-    mesh = sharding.make_mesh(config, description.devices)
-    optimizer, _ = optim.make_optimizer(config)
-    inputs = train.abstract_inputs(method, optimizer, config, mesh)
+    cache.dataset(config)
+    method = train_step.make_method(config)
+    mesh = devices.make_mesh(config, description.devices)
+    optimizer, _ = optimizers.make_optimizer(config)
+    inputs = train_step.abstract_inputs(method, optimizer, config, mesh)
     cores = max(device.core_on_chip for device in description.devices) + 1
     result = {"topology": topology, "devices": mesh.size, "cores_per_chip": cores}
     result |= {"mesh": dict(mesh.shape), "batch": config.batch.to_dict(), "size": config.data.size}
     started = time.perf_counter()
-    step = train.make_train_step(method, optimizer, config, mesh)
+    step = train_step.make_train_step(method, optimizer, config, mesh)
     try:
         compiled = step.lower(*inputs).compile()
     except jax.errors.JaxRuntimeError as error:

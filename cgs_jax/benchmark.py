@@ -24,11 +24,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from scipy import ndimage
 
-from cgs_jax import distributed, evaluate, optim, sharding, train
-from cgs_jax.cli import cli, output_file
-from cgs_jax.data import case_lists, prepare
-from cgs_jax.errors import UserError
-from cgs_jax.writers import say, to_json, write_text
+from cgs_jax.data import cache, case_lists
+from cgs_jax.inference import predictor
+from cgs_jax.runtime import devices, processes
+from cgs_jax.runtime.cli import cli, output_file
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import to_json, write_text
+from cgs_jax.runtime.logs import say
+from cgs_jax.scoring import summaries
+from cgs_jax.training import loop, optimizers, train_step
 
 STAGES = ["step", "input", "loop", "evaluation"]
 BLOCK = 5  # steps that are dispatched before the host waits
@@ -39,9 +43,9 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
 
     Returns what the JSON holds: times in ms, rates per second, bytes and FLOPs per step.
     """
-    prepare.dataset(config)
+    cache.dataset(config)
     steps, config.total_steps = config.total_steps, max(config.total_steps, 10_000)
-    method, mesh = train.make_method(config), sharding.make_mesh(config)
+    method, mesh = train_step.make_method(config), devices.make_mesh(config)
     device = mesh.devices.flat[0]
     result: dict[str, Any] = {
         "config": {"method": config.method.name, "data": config.data.name, "size": config.data.size}
@@ -51,26 +55,26 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
         "jax": jax.__version__,
         "total_steps": steps,
     }
-    train_step = None
+    compiled = None
     with data(config) as prepared:
         if "step" in stages:
-            result["step"], train_step = time_step(config, method, prepared, mesh, seconds)
+            result["step"], compiled = time_step(config, method, prepared, mesh, seconds)
             result["peak_bytes"] = peak_bytes(device)
             result["ceilings"] = ceilings(device, config.model.dtype)
         if "input" in stages:
             result["input"] = time_input(config, method, prepared, mesh, seconds)
         if "loop" in stages:
-            result["loop"] = time_loop(config, method, prepared, mesh, seconds, train_step)
+            result["loop"] = time_loop(config, method, prepared, mesh, seconds, compiled)
         if "evaluation" in stages:
             result["evaluation"] = time_evaluation(config, method, prepared, mesh)
     return result | {"bound": bound(result)}
 
 
 @contextlib.contextmanager
-def data(config: ConfigDict) -> Iterator[prepare.Prepared]:
+def data(config: ConfigDict) -> Iterator[cache.Prepared]:
     """The prepared scans of `config`, or random ones where its folder is not there."""
     if pathlib.Path(config.data.root).exists():
-        yield prepare.prepare(config)
+        yield cache.prepare(config)
         return
     say(f"no {config.data.root}: random scans")
     rng, size = np.random.default_rng(0), config.data.size
@@ -80,30 +84,30 @@ def data(config: ConfigDict) -> Iterator[prepare.Prepared]:
         folder, depth = pathlib.Path(folder), 12
         (folder / "volumes").mkdir()
         shape = (8 * depth, size, size)
-        rng.integers(0, prepare.LEVELS, shape, np.uint16).tofile(folder / "images.u16")
+        rng.integers(0, cache.LEVELS, shape, np.uint16).tofile(folder / "images.u16")
         rng.integers(0, len(config.data.classes) + 1, shape, np.uint8).tofile(folder / "labels.u8")
         for case in splits.val:
             smooth = ndimage.gaussian_filter(rng.normal(size=shape)[:depth], (1, 8, 8))
             cuts = np.quantile(smooth, np.linspace(0.5, 1, len(config.data.classes) + 1)[:-1])
             label = np.searchsorted(cuts, smooth).astype(np.uint8)
-            image = (prepare.LEVELS * (label / label.max())).astype(np.uint16)
+            image = (cache.LEVELS * (label / label.max())).astype(np.uint16)
             for name, array in (("image", image), ("label", label)):
                 np.save(folder / "volumes" / f"{case}_{name}.npy", array)
         first = [[name, i * depth] for i, name in enumerate(splits.train)] + [["", 8 * depth]]
         index = {"first_slice": first, "spacing": dict.fromkeys(splits.val)}
         (folder / "index.json").write_text(json.dumps(index))
-        yield prepare.Prepared(folder, splits, size)
+        yield cache.Prepared(folder, splits, size)
 
 
 def time_step(
-    config: ConfigDict, method: Any, prepared: prepare.Prepared, mesh: Mesh, seconds: float
+    config: ConfigDict, method: Any, prepared: cache.Prepared, mesh: Mesh, seconds: float
 ) -> tuple[dict[str, Any], Any]:
     """The jitted train step on batches that are on the devices already; returned with it."""
-    optimizer, _ = optim.make_optimizer(config)
-    state = train.init_state(method, optimizer, config, mesh)
-    batches = list(itertools.islice(train.device_batches(config, method, prepared, mesh), 4))
-    step = train.make_train_step(method, optimizer, config, mesh)
-    seed = train.seed_of(config)
+    optimizer, _ = optimizers.make_optimizer(config)
+    state = train_step.init_state(method, optimizer, config, mesh)
+    batches = list(itertools.islice(loop.device_batches(config, method, prepared, mesh), 4))
+    step = train_step.make_train_step(method, optimizer, config, mesh)
+    seed = train_step.seed_of(config)
     traced = step.trace(state, batches[0], seed)
     floor = convolution_bytes(traced.jaxpr.jaxpr)
     started = time.perf_counter()
@@ -124,7 +128,7 @@ def time_step(
     block = BLOCK if once < seconds / 50 else 1
     blocks = int(np.clip(seconds / once / block, 3, 40))
     ms = [1000 * some(block) for _ in range(blocks)]
-    images = sum(train.stream_sizes(config, method).values()) // method.draws
+    images = sum(train_step.stream_sizes(config, method).values()) // method.draws
     result = {
         "compile_s": compile_s,
         "blocks_ms": ms,
@@ -174,10 +178,10 @@ def ceilings(device: jax.Device, dtype: str) -> dict[str, float]:
 
 
 def time_input(
-    config: ConfigDict, method: Any, prepared: prepare.Prepared, mesh: Mesh, seconds: float
+    config: ConfigDict, method: Any, prepared: cache.Prepared, mesh: Mesh, seconds: float
 ) -> dict[str, float]:
     """Host batches, read one after the other on one core."""
-    dataset = train.host_batches(config, method, prepared, mesh)
+    dataset = loop.host_batches(config, method, prepared, mesh)
     started, count = time.perf_counter(), 0
     while count < len(dataset) and time.perf_counter() - started < min(seconds, 10):
         dataset[count]
@@ -185,34 +189,34 @@ def time_input(
     per_batch = (time.perf_counter() - started) / count
     return {
         "ms": 1000 * per_batch,
-        "slices_per_s": sum(train.stream_sizes(config, method).values()) / per_batch,
+        "slices_per_s": sum(train_step.stream_sizes(config, method).values()) / per_batch,
     }
 
 
 def time_loop(
     config: ConfigDict,
     method: Any,
-    prepared: prepare.Prepared,
+    prepared: cache.Prepared,
     mesh: Mesh,
     seconds: float,
     step: Any = None,
 ) -> dict[str, float]:
     """The training loop with its input and logging, without validation; `step` if compiled."""
-    optimizer, _ = optim.make_optimizer(config)
-    state = train.init_state(method, optimizer, config, mesh)
-    step = step or train.make_train_step(method, optimizer, config, mesh)
+    optimizer, _ = optimizers.make_optimizer(config)
+    state = train_step.init_state(method, optimizer, config, mesh)
+    step = step or train_step.make_train_step(method, optimizer, config, mesh)
     config = config.copy_and_resolve_references()
     config.eval_every, config.total_steps = 10**9, 10**6
-    batches = train.device_batches(config, method, prepared, mesh)
+    batches = loop.device_batches(config, method, prepared, mesh)
     config.log_every = 1
-    loop = train.steps(config, step, state, batches, 0, None, distributed.Stop())
+    steps = loop.steps(config, step, state, batches, 0, None, processes.Stop())
     for _ in range(3):
-        _, state, _ = next(loop)
+        _, state, _ = next(steps)
     started = time.perf_counter()
-    _, state, _ = next(loop)
+    _, state, _ = next(steps)
     config.log_every = int(np.clip(seconds / 2 / (time.perf_counter() - started), 2, 50))
     marks = []
-    for count, _, _ in loop:
+    for count, _, _ in steps:
         marks.append((count, time.perf_counter()))
         if len(marks) > 2 and marks[-1][1] - marks[0][1] > seconds:
             break
@@ -221,21 +225,21 @@ def time_loop(
 
 
 def time_evaluation(
-    config: ConfigDict, method: Any, prepared: prepare.Prepared, mesh: Mesh
+    config: ConfigDict, method: Any, prepared: cache.Prepared, mesh: Mesh
 ) -> dict[str, float]:
     """Prediction alone, and evaluation with all metrics, of the validation volumes."""
-    optimizer, _ = optim.make_optimizer(config)
-    state = train.init_state(method, optimizer, config, mesh)
-    predict = evaluate.make_predict(method)(state)
+    optimizer, _ = optimizers.make_optimizer(config)
+    state = train_step.init_state(method, optimizer, config, mesh)
+    predict = predictor.make_predict(method)(state)
     cases = prepared.splits.val
     stacks = [prepared.volume(case).image for case in cases]
     size, batch = config.data.size, config.eval_batch
     predict(np.zeros((batch, size, size), np.uint16))
     started = time.perf_counter()
-    for _ in evaluate.segment(predict, stacks, config, evaluate.scoring(config)):
+    for _ in predictor.segment(predict, stacks, config, predictor.scoring(config)):
         pass
     predicted = time.perf_counter()
-    evaluate.evaluate(predict, prepared, cases, config, True, evaluate.scoring(config))
+    summaries.evaluate(predict, prepared, cases, config, True, predictor.scoring(config))
     evaluated = time.perf_counter()
     return {
         "volumes": len(cases),

@@ -8,9 +8,8 @@ import pathlib
 import sys
 from typing import Any
 
-from cgs_jax import evaluate
-from cgs_jax.errors import UserError
-from cgs_jax.writers import folder
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import folder
 
 
 def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
@@ -24,9 +23,9 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 def compare(workdirs: list[pathlib.Path]) -> str:
     """Table of Dice (%), an organ a line, a run a column; the last column is last - first."""
-    summaries = [read_summary(workdir) for workdir in workdirs]
-    split = evaluate.final_split(*summaries)
-    scored = [summary[split] for summary in summaries]
+    found = [read_summary(workdir) for workdir in workdirs]
+    split = summaries.final_split(*found)
+    scored = [summary[split] for summary in found]
     rows = {
         organ: [each["organs"][organ]["dice"]["mean"] for each in scored]
         for organ in scored[0]["organs"]
@@ -43,7 +42,7 @@ def compare(workdirs: list[pathlib.Path]) -> str:
         cells = [f"{v:>{width}.2f}" for v in numbers[: len(scored)]]
         cells += [f"{v:>+{width}.2f}" for v in numbers[len(scored) :]]
         lines.append(f"{organ:<{label}}" + "".join(cells))
-    return f"{evaluate.SPLITS[split]} Dice %, best validation checkpoint\n" + "\n".join(lines)
+    return f"{summaries.SPLITS[split]} Dice %, best validation checkpoint\n" + "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from cgs_jax import ensemble, evaluate
-from cgs_jax.cli import cli
-from cgs_jax.data.prepare import quantise
-from cgs_jax.data.volume import Scan, finite, normalise, read_nifti
-from cgs_jax.errors import UserError
-from cgs_jax.writers import folder, say
+from cgs_jax import evaluate
+from cgs_jax.data.cache import quantise
+from cgs_jax.data.nifti import Scan, read_nifti
+from cgs_jax.data.volume import finite, normalise
+from cgs_jax.inference import predictor
+from cgs_jax.runtime.cli import cli
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import folder
+from cgs_jax.runtime.logs import say
 
 
 def predict(
@@ -36,7 +39,7 @@ def predict(
         written, a scan that can not be read.
     """
     files = find(source, output, overwrite)
-    config, predict = ensemble.restore(workdirs, options or {})
+    config, predict = evaluate.restore(workdirs, options or {})
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -56,8 +59,8 @@ def predict(
             yield quantise(image)
 
     written = []
-    scoring = evaluate.scoring(config)
-    for (label,) in evaluate.segment(predict, stacks(), config, scoring):
+    scoring = predictor.scoring(config)
+    for (label,) in predictor.segment(predict, stacks(), config, scoring):
         path, scan = waiting.pop(0)
         write(scan, label, output / path.name)
         written.append(output / path.name)
@@ -107,7 +110,7 @@ if __name__ == "__main__":
     _INPUT = flags.DEFINE_string("input", None, "a NIfTI file, or a folder of them")
     _OUTPUT = flags.DEFINE_string("output", None, "folder for the label maps")
     _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace label maps that are there")
-    _options = ensemble.define_flags()
+    _options = evaluate.define_flags()
     flags.mark_flags_as_required(["workdir", "input", "output"])
 
     def _main(_):

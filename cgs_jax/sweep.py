@@ -22,12 +22,16 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from cgs_jax import analysis, evaluate, run_config, train
-from cgs_jax.cli import cli
+from cgs_jax.analysis import tables
 from cgs_jax.compare import read_summary
-from cgs_jax.data import prepare
-from cgs_jax.errors import UserError
-from cgs_jax.writers import is_remote, read_lines, say, spent, to_json, write_text
+from cgs_jax.data import cache
+from cgs_jax.runtime import run_folder
+from cgs_jax.runtime.cli import cli
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text
+from cgs_jax.runtime.logs import say, spent
+from cgs_jax.scoring import summaries
+from cgs_jax.training import loop, train_step
 
 METRICS = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD voxels", "asd": "ASD voxels"}
 SPLITS = {
@@ -50,7 +54,7 @@ class Run(NamedTuple):
 
     def finished(self) -> bool:
         """Whether it has been trained and, if it is to be, tested."""
-        if not all((self.workdir / name).exists() for name in train.RESULTS):
+        if not all((self.workdir / name).exists() for name in loop.RESULTS):
             return False
         return not self.config.test or "test" in read_summary(self.workdir)
 
@@ -92,13 +96,13 @@ def plan(
             command += [f"{path}:{together}" if together else path]
             command += [
                 f"--config.{name}={value}"
-                for name, value in run_config.flatten(config.to_dict()).items()
+                for name, value in run_folder.flatten(config.to_dict()).items()
                 if value != plain[name]
             ]
-            prepare.dataset(config)
-            train.make_method(config)
+            cache.dataset(config)
+            train_step.make_method(config)
             if (run / "config.json").exists():
-                run_config.check_same(run_config.load(run)[0], config, run)
+                run_folder.check_same(run_folder.load(run)[0], config, run)
             runs.append(Run(f"{row} seed {seed}", run, config, command))
     return list(rows), runs
 
@@ -135,7 +139,7 @@ def _config(path, arguments, overrides, fields, row):
         config = _module(path).get_config(arguments or None)
     except ValueError as error:
         raise UserError(f"{row}: {error}") from None
-    plain = run_config.flatten(config.to_dict())
+    plain = run_folder.flatten(config.to_dict())
     shared = {k: v for k, v in overrides.items() if k in plain or not k.startswith("method.")}
     for name, value in (shared | fields).items():
         if name not in plain:
@@ -166,9 +170,9 @@ def train_all(runs: list[Run]) -> None:
                 continue
             minutes, _ = spent(run.workdir)
             summary = read_summary(run.workdir)
-            split = evaluate.final_split(summary)
-            dice = 100 * analysis.number(summary[split]["mean"]["dice"])
-            name = evaluate.SPLITS[split]
+            split = summaries.final_split(summary)
+            dice = 100 * tables.number(summary[split]["mean"]["dice"])
+            name = summaries.SPLITS[split]
             say(f"{i}/{len(runs)} {run.name}  {name} Dice {dice:.2f}  {minutes:.1f} min")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed: " + "; ".join(failed))
@@ -203,20 +207,20 @@ def _train(run, bar):
 
 def write_tables(workdir: pathlib.Path) -> str:
     """Writes table.csv, .md and .tex of the finished runs; returns the first that has all rows."""
-    *_, cases, first = analysis.load(workdir)
-    tables = {
-        f"{name}, {split}": analysis.table(cases, first, metric, which)
+    *_, cases, first = tables.load(workdir)
+    scored = {
+        f"{name}, {split}": tables.table(cases, first, metric, which)
         for which, split in SPLITS.items()
         for metric, name in METRICS.items()
         if which in set(cases.split)
     }
-    texts = {title: analysis.as_text(table, first) for title, table in tables.items()}
-    markdown = {title: f"{title}\n\n{analysis.markdown(text)}" for title, text in texts.items()}
-    latex = [f"% {title}\n{analysis.latex(text)}" for title, text in texts.items()]
-    write_text(workdir / "table.csv", pd.concat(tables, names=["score", "row"]).to_csv())
+    texts = {title: tables.as_text(table, first) for title, table in scored.items()}
+    markdown = {title: f"{title}\n\n{tables.markdown(text)}" for title, text in texts.items()}
+    latex = [f"% {title}\n{tables.latex(text)}" for title, text in texts.items()]
+    write_text(workdir / "table.csv", pd.concat(scored, names=["score", "row"]).to_csv())
     write_text(workdir / "table.md", "\n".join(markdown.values()))
     write_text(workdir / "table.tex", "\n".join(latex))
-    return markdown[max(tables, key=lambda title: len(tables[title]))]
+    return markdown[max(scored, key=lambda title: len(scored[title]))]
 
 
 def _of_rows(wanted: list[str], rows: list[str], runs: list[Run]) -> list[Run]:

@@ -9,8 +9,9 @@ import sys
 
 import jax
 
-from cgs_jax import optim, sharding, train
-from cgs_jax.checkpoint import Checkpoints
+from cgs_jax.runtime import devices
+from cgs_jax.training import optimizers, train_step
+from cgs_jax.training.checkpoints import Checkpoints
 from configs import segthor
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -87,8 +88,8 @@ def processes_with(*words):
 
 def saved_state(workdir, config, step=TINY["total_steps"]):
     """The state of a step, as numpy arrays."""
-    method, optimizer = train.make_method(config), optim.make_optimizer(config)[0]
-    like = train.abstract_state(method, optimizer, config, sharding.make_mesh(config))
+    method, optimizer = train_step.make_method(config), optimizers.make_optimizer(config)[0]
+    like = train_step.abstract_state(method, optimizer, config, devices.make_mesh(config))
     checkpoints = Checkpoints(workdir)
     assert checkpoints.latest == config.total_steps
     state, damage = checkpoints._read(step, like)

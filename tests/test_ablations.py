@@ -6,25 +6,27 @@ import numpy as np
 import pytest
 from steps import tiny, tiny_batch
 
-from cgs_jax import augment, evaluate, train
-from cgs_jax import pseudo_labels as pl
-from cgs_jax.errors import UserError
-from cgs_jax.methods import base, cgs
-from cgs_jax.models import Outputs, build, packed
+from cgs_jax.inference import predictor
+from cgs_jax.methods import augment, base, cgs, pseudo_labels
+from cgs_jax.models import packed
+from cgs_jax.models.network import Outputs, build
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.training import train_step
+from cgs_jax.training.train_state import TrainState
 
 
 def test_binary_specialists_by_hand():
     labels = jnp.array([[[0, 1, 2, 3]]], jnp.uint8)
     expected = [[[[0, 1, 0, 0]]], [[[0, 0, 1, 0]]], [[[0, 0, 0, 1]]]]
-    np.testing.assert_array_equal(pl.relabel(labels, 3, num_classes=2), expected)
+    np.testing.assert_array_equal(pseudo_labels.relabel(labels, 3, num_classes=2), expected)
     target = jnp.array([[0.1, 0.2, 0.9, 0.6], [0.1, 0.7, 0.8, 0.3], [0.2, 0.1, 0.2, 0.3]])
     target = target[:, None, None]  # [K, B, H, W]
     probs = jnp.stack([1 - target, target], -1)
-    merged = pl.merge(probs)
+    merged = pseudo_labels.merge(probs)
     np.testing.assert_array_equal(jnp.argmax(merged, -1), [[[0, 2, 1, 1]]])
     np.testing.assert_allclose(merged[0, 0, 1], [0.3, 0.2, 0.7, 0.1], rtol=1e-5)
     votes = jnp.argmax(probs, -1)
-    np.testing.assert_array_equal(pl.ihed_mask(votes, 2), [[[True, True, False, True]]])
+    np.testing.assert_array_equal(pseudo_labels.ihed_mask(votes, 2), [[[True, True, False, True]]])
 
 
 def plain_heads(params, stats, x, depth, train):
@@ -106,28 +108,28 @@ def teacher_and_student():
 def test_terms_and_ihed_can_be_left_out():
     student, teacher = teacher_and_student()
     pairs = [base.Pair(student, teacher)]
-    whole, cover = train.make_method(tiny()).unsupervised(pairs, 0)
+    whole, cover = train_step.make_method(tiny()).unsupervised(pairs, 0)
     chosen = ("G_from_s", "S_from_g")
-    part, _ = train.make_method(tiny(**{"method.terms": chosen})).unsupervised(pairs, 0)
+    part, _ = train_step.make_method(tiny(**{"method.terms": chosen})).unsupervised(pairs, 0)
     assert set(part) == {f"unsup/{t}_{kind}" for t in chosen for kind in ("ce", "dice")}
     assert len(whole) == 12
     assert all(part[name] == whole[name] for name in part)
-    everything, all_covered = train.make_method(tiny(**{"method.ihed": False})).unsupervised(
+    everything, all_covered = train_step.make_method(tiny(**{"method.ihed": False})).unsupervised(
         pairs, 0
     )
     assert 0 < cover["cover/s"] < 1 == all_covered["cover/s"]
     changed = {name for name in whole if whole[name] != everything[name]}
     assert changed == {name for name in whole if "from_s" in name}
     with pytest.raises(UserError, match="unknown --config.method.terms G_from_x; there are"):
-        train.make_method(tiny(**{"method.terms": ("G_from_x",)}))
+        train_step.make_method(tiny(**{"method.terms": ("G_from_x",)}))
 
 
 def test_teacher_in_evaluation_mode():
     """It draws no dropout, and its statistics are a moving average of the student's."""
-    method = train.make_method(tiny(**{"method.teacher": "eval"}))
+    method = train_step.make_method(tiny(**{"method.teacher": "eval"}))
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
     params, model_state, extra = jax.jit(method.init)(jax.random.key(1), image[:1])
-    state = train.TrainState(jnp.asarray(1000), params, model_state, None, extra)
+    state = TrainState(jnp.asarray(1000), params, model_state, None, extra)
     teacher = jax.jit(method.teacher)
     (first, kept), (second, _) = (teacher(state, image, jax.random.key(k)) for k in (0, 1))
     np.testing.assert_array_equal(first.generalist, second.generalist)
@@ -141,7 +143,7 @@ def test_combining_predictions_by_hand():
     probs = jnp.array([[0.5, 0.4, 0.1], [0.1, 0.4, 0.5], [0.0, 0.55, 0.45], [0.97, 0.02, 0.01]])
 
     def combine(rows, how):
-        return int(jnp.argmax(evaluate.combine(probs[rows, None, None, None], how)[0, 0, 0]))
+        return int(jnp.argmax(predictor.combine(probs[rows, None, None, None], how)[0, 0, 0]))
 
     members = jnp.array([0, 1, 2])
     assert combine(members, "average") == 1
@@ -160,38 +162,38 @@ def test_several_methods_predict_together():
             return jnp.broadcast_to(state, (1, *image.shape[:3], 3))
 
     first, second = jnp.array([0.6, 0.4, 0.0]), jnp.array([0.0, 0.5, 0.5])
-    predict = evaluate.make_predict(Says(), Says())(first, second)
+    predict = predictor.make_predict(Says(), Says())(first, second)
     slices = np.zeros((3, 16, 16), np.uint16)
     assert predict(slices).shape == (*slices.shape, 3)
     np.testing.assert_allclose(predict(slices)[2, 3, 4], [0.3, 0.45, 0.25], rtol=1e-6)
 
 
 def test_both_kinds_of_heads_predict():
-    method = train.make_method(tiny(inference="both"))
+    method = train_step.make_method(tiny(inference="both"))
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
     params, model_state, extra = jax.jit(method.init)(jax.random.key(1), image[:1])
-    state = train.TrainState(jnp.asarray(0), params, model_state, None, extra)
+    state = TrainState(jnp.asarray(0), params, model_state, None, extra)
     probs = jax.jit(method.predict)(state, image)
     assert probs.shape == (2, 2, 16, 16, 3)
     np.testing.assert_allclose(probs.sum(-1), 1, rtol=1e-5)
     variables = {"params": extra["params"], **extra["model_state"]}
     outputs = jax.jit(method.network.apply)(variables, image)
     np.testing.assert_allclose(probs[0], jax.nn.softmax(outputs.generalist), rtol=1e-5)
-    merged = pl.merge(jax.nn.softmax(outputs.specialists))
+    merged = pseudo_labels.merge(jax.nn.softmax(outputs.specialists))
     np.testing.assert_array_equal(jnp.argmax(probs[1], -1), jnp.argmax(merged, -1))
     with pytest.raises(UserError, match="inference=both: fixmatch trains no specialists"):
-        train.make_method(tiny("fixmatch", inference="both"))
+        train_step.make_method(tiny("fixmatch", inference="both"))
 
 
 def test_copy_paste_fills_the_boxes_with_labelled_images():
     config = tiny(**{"method.copy_paste": 1.0, "batch.labelled": 2, "batch.unlabelled": 2})
-    method, plain = train.make_method(config), train.make_method(tiny())
+    method, plain = train_step.make_method(config), train_step.make_method(tiny())
     batch = tiny_batch(config)
     for stream in batch.values():
-        stream["image"] = evaluate.to_image(jnp.asarray(stream["image"].copy()))
+        stream["image"] = predictor.to_image(jnp.asarray(stream["image"].copy()))
     image = jnp.zeros((1, 16, 16, 1))
     params, model_state, extra = jax.jit(method.init)(jax.random.key(1), image)
-    state = train.TrainState(jnp.asarray(0), params, model_state, None, extra)
+    state = TrainState(jnp.asarray(0), params, model_state, None, extra)
     views = jax.jit(method.views)(batch, jax.random.key(2))
     keep, label = views["keep"], views["labelled"]["label"]
 
@@ -207,18 +209,18 @@ def test_copy_paste_fills_the_boxes_with_labelled_images():
     for seen, box in zip((image, plain_image), boxes, strict=True):
         expected = jnp.where(keep[..., None], views["unlabelled"]["strong"], box)
         np.testing.assert_array_equal(seen, expected)
-    truth = pl.PseudoLabels(label, True, label, pl.relabel(label, 2), True)
+    truth = pseudo_labels.PseudoLabels(label, True, label, pseudo_labels.relabel(label, 2), True)
     for got, outside, inside in zip(mine, others, truth, strict=True):
         np.testing.assert_array_equal(got, jnp.where(keep, outside, inside))
     assert 0 < np.mean(keep) < 1
     wrong = ({"batch.labelled": 4}, {"method.plan": "full"}, {"method.base": "fixmatch"})
     for fields in wrong:
         with pytest.raises(UserError, match="copy_paste"):
-            train.make_method(tiny(**{"method.copy_paste": 0.5} | fields))
+            train_step.make_method(tiny(**{"method.copy_paste": 0.5} | fields))
 
 
 def test_cutmix_with_a_probability():
-    method = train.make_method(tiny(**{"method.cutmix": 0.0}))
+    method = train_step.make_method(tiny(**{"method.cutmix": 0.0}))
     views = {"labelled": {"image": jnp.zeros((2, 16, 16, 1)), "label": jnp.zeros((2, 16, 16))}}
     views["unlabelled"] = {"image": jnp.zeros((2, 16, 16, 1))}
     assert bool(jax.jit(method.views)(views, jax.random.key(0))["keep"].all())
@@ -234,15 +236,15 @@ def test_labelled_slices_mix_with_their_labels():
     config = tiny("supervised", **still)
     batch = {"labelled": dict(tiny_batch(config, draws=2)["labelled"])}
     batch["labelled"]["label"][::2] = 0  # so that neighbours differ
-    batch["labelled"]["image"] = evaluate.to_image(batch["labelled"]["label"] * np.uint16(20000))
-    views = train.make_method(config).views(batch, jax.random.key(0))["labelled"]
+    batch["labelled"]["image"] = predictor.to_image(batch["labelled"]["label"] * np.uint16(20000))
+    views = train_step.make_method(config).views(batch, jax.random.key(0))["labelled"]
     image, label = views["image"][..., 0], np.asarray(views["label"])
     np.testing.assert_allclose(image, label.astype(float) * 20000 / 65535, rtol=1e-5)
     before = batch["labelled"]["label"]
     own, other = label == before, label == np.roll(before, 1, 0)
     assert (own | other).all()
     assert not own.all((1, 2)).all()
-    jittered = train.make_method(tiny("supervised", **still | {"method.jitter": True}))
+    jittered = train_step.make_method(tiny("supervised", **still | {"method.jitter": True}))
     strong = jittered.views(batch, jax.random.key(0))["labelled"]
     np.testing.assert_array_equal(strong["label"], label)
     assert (strong["image"] != views["image"]).any()
@@ -257,10 +259,10 @@ def test_without_specialists_the_generalist_teaches_alone():
     heads = jnp.asarray(rng.normal(size=(2, 2, 8, 8, 3)), jnp.float32)
     alone = base.Pair(*(Outputs(x, None) for x in logits))
     among = base.Pair(*(Outputs(x, heads) for x in logits))
-    terms, cover = train.make_method(config).unsupervised([alone], 0)
-    expected, more = train.make_method(whole).unsupervised([among], 0)
+    terms, cover = train_step.make_method(config).unsupervised([alone], 0)
+    expected, more = train_step.make_method(whole).unsupervised([among], 0)
     assert terms == expected
     assert cover == {"cover/g": more["cover/g"]}
     assert 0 < cover["cover/g"] < 1
-    method = train.make_method(config)
+    method = train_step.make_method(config)
     assert "specialists" not in method.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))[0]

@@ -7,13 +7,16 @@ import pandas as pd
 import pytest
 from steps import tiny, tiny_batch
 
-from cgs_jax import analysis, evaluate, participation, quality, train
+from cgs_jax.analysis import organ_shares, pseudo_label_quality, tables
+from cgs_jax.inference import predictor
 from cgs_jax.methods import base
-from cgs_jax.models import Outputs
+from cgs_jax.models.network import Outputs
+from cgs_jax.training import train_step
+from cgs_jax.training.train_state import TrainState
 
 
 def cases(values):
-    """{(row, seed): {case: [dice of a, dice of b]}} -> a frame as `analysis.load` makes it."""
+    """{(row, seed): {case: [dice of a, dice of b]}} -> a frame as `tables.load` makes it."""
     lines = []
     for (row, seed), by_case in values.items():
         for case, dice in by_case.items():
@@ -35,7 +38,7 @@ def test_table_by_hand():
             ("third", 0): {"p1_1": [50, 70], "p1_2": [60, nan], "p2_1": [10, 20]},
         }
     )
-    table = analysis.table(frame, "base")
+    table = tables.table(frame, "base")
     assert list(table.index) == ["base", "other", "third"]
     assert list(table.seeds) == [2, 2, 1]
     np.testing.assert_allclose(table.loc["base", ["a", "b", "mean"]].astype(float), [41, 46, 43.5])
@@ -46,14 +49,14 @@ def test_table_by_hand():
     np.testing.assert_allclose(table.loc["other", "difference"], np.mean(gains))
     assert table.loc["third", "difference"] == 0  # in seed 0, which both have
     assert np.isnan(table.loc["base", "difference"])
-    text = analysis.as_text(table, "base")
+    text = tables.as_text(table, "base")
     assert text.loc["base", "a"] == "41.00 ± 1.41"
     assert text.loc["third", "a"] == "40.00"
     assert text.loc["other", "against base"] == "+4.83 [+4.00, +5.67]"
-    missing = analysis.as_text(analysis.table(frame, "not trained yet"), "not trained yet")
+    missing = tables.as_text(tables.table(frame, "not trained yet"), "not trained yet")
     assert set(missing["against not trained yet"]) == {""}
-    assert "| other | 2 | 45.00 ± 0.00 |" in analysis.markdown(text)
-    assert r"other & 2 & 45.00 $\pm$ 0.00" in analysis.latex(text)
+    assert "| other | 2 | 45.00 ± 0.00 |" in tables.markdown(text)
+    assert r"other & 2 & 45.00 $\pm$ 0.00" in tables.latex(text)
 
 
 def test_bootstrap_interval_is_over_patients():
@@ -64,7 +67,7 @@ def test_bootstrap_interval_is_over_patients():
         for frame in (1, 2):  # the second scan of a patient adds no information
             values["base", 0][f"{i:02d}_{frame}"] = [50, 50]
             values["other", 0][f"{i:02d}_{frame}"] = [50 + gain, 50 + gain]
-    found = analysis.differences(cases(values), "base").loc["other"]
+    found = tables.differences(cases(values), "base").loc["other"]
     half = 1.96 * gains.std() / np.sqrt(20)
     np.testing.assert_allclose(found.difference, gains.mean())
     np.testing.assert_allclose([found.low, found.high], gains.mean() + [-half, half], atol=0.1)
@@ -79,18 +82,18 @@ def test_what_one_leaves_undefined_is_no_loss():
             ("other", 0): {"p1_1": [90, 0], "p2_1": [80, 70]},
         }
     )
-    assert analysis.differences(frame, "base").loc["other"].tolist() == [0, 0, 0]
+    assert tables.differences(frame, "base").loc["other"].tolist() == [0, 0, 0]
     nothing = frame.assign(dice=frame.dice.where(frame.organ == "a"))
-    assert np.isnan(analysis.table(nothing, "base").loc["base", "b"])
+    assert np.isnan(tables.table(nothing, "base").loc["base", "b"])
 
 
 def test_pseudo_label_quality_by_hand():
     label = jnp.array([[[1, 1, 2, 0]]])
     mask = jnp.array([[[True, True, False, True]]])
     truth = jnp.array([[[1, 2, 2, 1]]])
-    counts = np.asarray(quality.counts(label, mask, truth, 2))
+    counts = np.asarray(pseudo_label_quality.counts(label, mask, truth, 2))
     np.testing.assert_array_equal(counts, [[2, 0], [1, 0], [2, 2], [2, 1]])
-    shares = quality.shares({"ihed": counts}, ("a", "b"))
+    shares = pseudo_label_quality.shares({"ihed": counts}, ("a", "b"))
     assert shares["pseudo/ihed/precision/a"] == 50
     assert np.isnan(shares["pseudo/ihed/precision/b"])
     assert shares["pseudo/ihed/precision"] == 50
@@ -107,7 +110,7 @@ def test_sources_of_pseudo_labels():
     generalist = logits([[[[0.1, 0.85, 0.05], [0.1, 0.1, 0.8], [0.9, 0.05, 0.05]]]])
     one = [[0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1]]
     two = [[0.1, 0.1, 0.8], [0.1, 0.7, 0.2], [0.8, 0.1, 0.1]]
-    found = quality.sources(Outputs(generalist, logits([[[one]], [[two]]])), 0.82)
+    found = pseudo_label_quality.sources(Outputs(generalist, logits([[[one]], [[two]]])), 0.82)
     expected = {
         "generalist": ([1, 2, 0], [True, False, True]),
         "specialists": ([1, 1, 0], [True, True, True]),
@@ -123,7 +126,7 @@ class Withheld:
     """Five training slices: labelled, two withheld, one without label, and again withheld."""
 
     class splits:  # noqa: N801
-        train, labelled = list("abcd"), ["a"]
+        loop, labelled = list("abcd"), ["a"]
 
     labels = np.stack([np.full((16, 16), k, np.uint8) for k in (1, 1, 2, 255, 0)])
     images = np.arange(5, dtype=np.uint16)[:, None, None] * np.ones((1, 16, 16), np.uint16)
@@ -135,7 +138,7 @@ class Withheld:
 
 def test_quality_is_measured_on_withheld_labels_only():
     config = tiny(eval_batch=2)
-    method, seen = train.make_method(config), []
+    method, seen = train_step.make_method(config), []
 
     class Network:
         def apply(self, variables, image):
@@ -145,23 +148,23 @@ def test_quality_is_measured_on_withheld_labels_only():
             return Outputs(generalist, heads)
 
     method.network = Network()
-    empty = train.TrainState(jnp.asarray(0), {}, {}, None, {"params": {}, "model_state": {}})
-    scores = quality.make_measure(config, method, Withheld())(empty)
+    empty = TrainState(jnp.asarray(0), {}, {}, None, {"params": {}, "model_state": {}})
+    scores = pseudo_label_quality.make_measure(config, method, Withheld())(empty)
     jax.effects_barrier()
     assert (65535 * np.concatenate(seen)).round().tolist() == [1, 2, 4, 0]  # and padding
     assert scores["pseudo/generalist/precision/big"] == pytest.approx(100 / 3)
     assert scores["pseudo/generalist/coverage/small"] == 100
     assert scores["pseudo/ihed/coverage/big"] == 0  # both heads say target
-    assert quality.make_measure(tiny(pseudo_slices=0), method, Withheld())(empty) == {}
+    assert pseudo_label_quality.make_measure(tiny(pseudo_slices=0), method, Withheld())(empty) == {}
 
 
 def test_participation_by_hand():
     """The gradient at the features, against that of a pixel moved by a little."""
-    method = train.make_method(tiny(**{"model.dropout": (0.0,) * 3}))
+    method = train_step.make_method(tiny(**{"model.dropout": (0.0,) * 3}))
     batch = tiny_batch(method.config)["labelled"]
-    image, label = evaluate.to_image(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
+    image, label = predictor.to_image(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
     params, model_state, _ = jax.jit(method.init)(jax.random.key(0), image[:1])
-    found = participation.gradients(method, (params, model_state), image, label)
+    found = organ_shares.gradients(method, (params, model_state), image, label)
     outputs, _ = method.forward(params, model_state, image, jax.random.key(0))
     terms = base.supervised_loss(base.Labelled(outputs, label))
     assert all(np.isfinite(v) for v in terms.values())
@@ -192,7 +195,7 @@ def test_participation_by_hand():
 
     shares = np.array([[[1.0, 2.0], [3.0, 4.0]]]), np.array([[[5.0, 1.0], [1.0, 3.0]]])
     of_organs = jnp.array([[[0, 1], [1, 2]]])
-    organs = [participation.by_organ(g, of_organs, ("a", "b")).tolist() for g in shares]
+    organs = [organ_shares.by_organ(g, of_organs, ("a", "b")).tolist() for g in shares]
     assert organs == [[5 / 9, 4 / 9], [2 / 5, 3 / 5]]
     frame = pd.DataFrame({"organ": ["a", "b"], "without": [0.9, 0.1], "with": [0.95, 0.3]})
-    assert participation.keeps_bound(frame).tolist() == [False, True]
+    assert organ_shares.keeps_bound(frame).tolist() == [False, True]

@@ -6,24 +6,24 @@ import numpy as np
 import pytest
 from layouts import lists, nnunet_folder, save
 
-from cgs_jax.data import acdc as acdc_layout
-from cgs_jax.data import prepare
+from cgs_jax.data import cache
+from cgs_jax.data.layouts import acdc as acdc_layout
 from cgs_jax.data.phantom import write as write_phantoms
-from cgs_jax.errors import UserError
+from cgs_jax.runtime.errors import UserError
 from configs import acdc, nnunet, segthor, synapse
 
 
 def test_bad_nnunet_descriptions(tmp_path):
     config, root = nnunet_folder(tmp_path, labels={"background": 0, "head": 1, "tail": 5})
     with pytest.raises(UserError, match=r"dataset.json: labels must be background 0"):
-        prepare.prepare(config)
+        cache.prepare(config)
     config, _ = nnunet_folder(tmp_path)
     save(root / "imagesTr" / "mine_000_0001.nii.gz", np.zeros((9, 8, 4), np.float32))
     with pytest.raises(UserError, match=r"mine_000_0001.nii.gz: one channel is read"):
-        prepare.prepare(config)
+        cache.prepare(config)
     (root / "dataset.json").unlink()
     with pytest.raises(UserError, match=r"no .*dataset.json: --config.data.root must hold"):
-        prepare.prepare(config)
+        cache.prepare(config)
 
 
 def edited(change, affine=None):
@@ -67,7 +67,7 @@ def test_bad_scans(thorax, file, damage, message):
     lists(root.parent / "lists", labelled_2=["Patient_01", "Patient_02"])
     damage(root / "Patient_01" / file)
     with pytest.raises(UserError, match=message):
-        prepare.prepare(config)
+        cache.prepare(config)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_bad_lists(thorax, change, message):
     config, root = thorax
     lists(root.parent / "lists", **change)
     with pytest.raises(UserError, match=message):
-        prepare.prepare(config)
+        cache.prepare(config)
 
 
 def test_missing_data(tmp_path):
@@ -98,7 +98,7 @@ def test_missing_data(tmp_path):
         for folder in (tmp_path, tmp_path / "missing"):
             config.data.root = str(folder)
             with pytest.raises(UserError, match=layout):
-                prepare.prepare(config)
+                cache.prepare(config)
 
 
 def test_h5_without_its_keys(tmp_path):
@@ -119,7 +119,7 @@ def test_more_labelled_patients_than_there_are(thorax):
     config, _ = thorax
     config.data.labelled = 9
     with pytest.raises(UserError, match="data.labelled=9, but only 2 patients have labels"):
-        prepare.prepare(config)
+        cache.prepare(config)
 
 
 def test_phantoms_never_replace_other_files(tmp_path):

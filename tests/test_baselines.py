@@ -7,12 +7,13 @@ import pytest
 from scipy import ndimage
 from steps import tiny, tiny_batch
 
-from cgs_jax import augment, evaluate, train
-from cgs_jax import pseudo_labels as pl
-from cgs_jax.methods import ad_mt, base, cgs
-from cgs_jax.models import Outputs, build, unet
+from cgs_jax.inference import predictor
+from cgs_jax.methods import ad_mt, augment, base, cgs, pseudo_labels
+from cgs_jax.models import unet
 from cgs_jax.models.heads import Pyramid
-from cgs_jax.train_state import TrainState
+from cgs_jax.models.network import Outputs, build
+from cgs_jax.training import train_step
+from cgs_jax.training.train_state import TrainState
 
 
 def logits_of(probs):
@@ -24,12 +25,12 @@ def test_mean_teacher_by_hand():
         logits_of([[[[0.5, 0.5], [0.9, 0.1]]]]),
         logits_of([[[[0.5, 0.5], [0.4, 0.6]]]]),
     )
-    method = train.make_method(tiny("mean_teacher"))
+    method = train_step.make_method(tiny("mean_teacher"))
     terms, _ = method.unsupervised([base.Pair(student, teacher)], 2)  # 1/30 of 60 steps
     np.testing.assert_allclose(terms["unsup/mse"], 0.25 / 2, rtol=1e-5)
     assert method.unsupervised([base.Pair(student, teacher)], 1)[0]["unsup/mse"] == 0
     sure = jnp.array([[[False, True]]])
-    terms, cover = train.make_method(tiny("ua_mt")).unsupervised(
+    terms, cover = train_step.make_method(tiny("ua_mt")).unsupervised(
         [base.Pair(student, teacher, sure)], 0
     )
     np.testing.assert_allclose(terms["unsup/mse"], 0.25, rtol=1e-5)
@@ -42,7 +43,7 @@ def test_fixmatch_by_hand():
         logits_of([[[[0.5, 0.5], [0.9, 0.1]]]]),
         logits_of([[[[0.01, 0.99], [0.4, 0.6]]]]),
     )
-    terms, cover = train.make_method(tiny("fixmatch")).unsupervised(
+    terms, cover = train_step.make_method(tiny("fixmatch")).unsupervised(
         [base.Pair(student, teacher)], 0
     )
     np.testing.assert_allclose(terms["unsup/ce"], -np.log(0.5) / 2, rtol=1e-5)
@@ -53,7 +54,7 @@ def test_fixmatch_by_hand():
 
 def test_cps_by_hand():
     first, second = logits_of([[[[0.2, 0.8], [0.9, 0.1]]]]), logits_of([[[[0.3, 0.7], [0.4, 0.6]]]])
-    method = train.make_method(tiny("cps"))
+    method = train_step.make_method(tiny("cps"))
     terms, _ = method.unsupervised([base.Pair(first, second), base.Pair(second, first)], 0)
     expected = -np.log([0.8, 0.1, 0.7, 0.4]).sum() / 2
     np.testing.assert_allclose(terms["unsup/ce"], expected, rtol=1e-5)
@@ -61,7 +62,7 @@ def test_cps_by_hand():
 
 def test_unimatch_by_hand():
     """Half of the weight on the perturbed stream; unsure pixels do not count."""
-    method = train.make_method(tiny("unimatch"))
+    method = train_step.make_method(tiny("unimatch"))
     student = logits_of([[[[0.5, 0.5], [0.9, 0.1]]]])
     sure, unsure = logits_of([[[[0.01, 0.99], [0.4, 0.6]]]]), logits_of([[[[0.5, 0.5]] * 2]])
     dice = (1 + (1 - 2 * 0.5 / (0.25 + 1))) / 2
@@ -80,7 +81,7 @@ def test_urpc_by_hand():
     fine, coarse = [[[[0.8, 0.2], [0.5, 0.5]]]], [[[[0.4, 0.6], [0.5, 0.5]]]]
     log = lambda x: jnp.log(jnp.asarray(x))  # noqa: E731
     student = Outputs(log(fine), None, log([coarse]))
-    terms, _ = train.make_method(tiny("urpc")).unsupervised([base.Pair(student, None)], 0)
+    terms, _ = train_step.make_method(tiny("urpc")).unsupervised([base.Pair(student, None)], 0)
     mean = np.array([0.6, 0.4])
     variance = [np.sum(mean * np.log(mean / p)) for p in ([0.8, 0.2], [0.4, 0.6])]
     rectified = [0.04 * np.exp(-v) / (np.exp(-v) + 1) for v in variance]
@@ -94,7 +95,7 @@ def test_urpc_by_hand():
 
 def test_pyramid_perturbs_its_maps_in_training_only():
     config = tiny("urpc", **{"model.channels": (4, 4, 4, 8, 8), "model.dropout": (0.0,) * 5})
-    method = train.make_method(config)
+    method = train_step.make_method(config)
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
     variables = jax.jit(method.network.init)(jax.random.key(1), image)
     shape = (3, 2, 16, 16, 3)
@@ -129,7 +130,7 @@ def test_perturbations_of_the_pyramid():
 
 def test_ict_blends_images_and_what_the_teacher_says():
     config = tiny("ict", **{"model.dropout": (0.0,) * 3})
-    method, seen = train.make_method(config), []
+    method, seen = train_step.make_method(config), []
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
     views = {"labelled": {"image": image, "label": jnp.zeros((2, 16, 16), jnp.uint8)}}
     views["unlabelled"] = {"weak": jnp.stack([jnp.zeros((16, 16, 1)), jnp.ones((16, 16, 1))])}
@@ -156,7 +157,7 @@ def test_ict_blends_images_and_what_the_teacher_says():
 )  # fmt: skip
 def test_every_term_has_a_gradient_where_it_counts(name, pairs):
     """At the student's outputs; where a mask leaves pixels out, not there."""
-    method = train.make_method(tiny(name))
+    method = train_step.make_method(tiny(name))
     if "tau" in method.config.method:
         method.config.method.tau = 0.4
     keys = jax.random.split(jax.random.key(0), 6 * pairs)
@@ -224,7 +225,7 @@ def test_ad_mt_teachers_by_hand():
 
 
 def test_ad_mt_moves_one_teacher_at_a_time():
-    method = train.make_method(tiny("ad_mt", total_steps=300))
+    method = train_step.make_method(tiny("ad_mt", total_steps=300))
     init, after_update = jax.jit(method.init), jax.jit(method.after_update)
     params, model_state, extra = init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
     moved = jax.tree.map(lambda x: x + 1, params)
@@ -251,7 +252,7 @@ def test_largest_components():
     rng = np.random.default_rng(0)
     labels = np.uint8((rng.random((6, 24, 24)) < 0.5) * rng.integers(1, 4, (6, 24, 24)))
     labels[0] = 0
-    ours = np.asarray(jax.jit(lambda x: pl.largest_components(x, 3))(labels))
+    ours = np.asarray(jax.jit(lambda x: pseudo_labels.largest_components(x, 3))(labels))
     for label, kept in zip(labels, ours, strict=True):
         for k in (1, 2, 3):
             parts, count = ndimage.label(label == k, np.ones((3, 3)))
@@ -264,7 +265,7 @@ def test_largest_components():
 
 def test_bcp_pastes_and_says_what_is_labelled():
     config = tiny("bcp", **{"method.pretrain": 1 / 12, "total_steps": 60})
-    method = train.make_method(config)
+    method = train_step.make_method(config)
     batch = jax.tree.map(jnp.asarray, tiny_batch(config))
     image = jnp.stack([jnp.zeros((16, 16, 1)), jnp.ones((16, 16, 1))])
     views = {"labelled": {"image": image, "label": batch["labelled"]["label"]}}
@@ -290,13 +291,13 @@ def test_bcp_pastes_and_says_what_is_labelled():
 
 def test_cps_each_network_has_its_own_terms():
     config = tiny("cps")
-    method = train.make_method(config)
+    method = train_step.make_method(config)
     init = jax.jit(method.init)
     params, model_state, extra = init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))
     state = TrainState(jnp.asarray(1), params, model_state, None, extra)
     batch = jax.tree.map(jnp.asarray, tiny_batch(config))
     for stream in batch.values():
-        stream["image"] = evaluate.to_image(stream["image"])
+        stream["image"] = predictor.to_image(stream["image"])
     views = jax.jit(method.views)(batch, jax.random.key(1))
 
     def second_term(params):
@@ -310,7 +311,7 @@ def test_cps_each_network_has_its_own_terms():
 
 def test_shares_of_pixels_stay_shares():
     """Two pairs, as of CPS: the mean over both."""
-    method = train.make_method(tiny("cgs:cps"))
+    method = train_step.make_method(tiny("cgs:cps"))
     shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3)
     outputs = Outputs(*(5 * jax.random.normal(jax.random.key(0), shape) for shape in shapes))
     _, one = method.unsupervised([base.Pair(outputs, outputs)], 0)
@@ -320,7 +321,7 @@ def test_shares_of_pixels_stay_shares():
 
 
 def test_cgs_adds_its_terms_to_those_of_the_method_below():
-    method = train.make_method(tiny("cgs:mean_teacher", **{"method.begin": 0}))
+    method = train_step.make_method(tiny("cgs:mean_teacher", **{"method.begin": 0}))
     key = jax.random.key(0)
     shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3)
     student = Outputs(*(jax.random.normal(key, shape) for shape in shapes))
@@ -328,10 +329,10 @@ def test_cgs_adds_its_terms_to_those_of_the_method_below():
     where = jax.random.bernoulli(key, 0.5, (2, 8, 8))
     terms, _ = method.unsupervised([base.Pair(student, teacher, where)], 0)
     tau = method.config.method.tau
-    own, _ = cgs.consistency_losses(student, pl.from_teacher(teacher, tau), where)
+    own, _ = cgs.consistency_losses(student, pseudo_labels.from_teacher(teacher, tau), where)
     assert terms.keys() == own.keys() | {"unsup/mse"}
     for name, value in own.items():
         np.testing.assert_allclose(terms[name], value, rtol=1e-6)
     elsewhere = student._replace(generalist=jnp.where(where[..., None], student.generalist, 9.0))
-    again, _ = cgs.consistency_losses(elsewhere, pl.from_teacher(teacher, tau), where)
+    again, _ = cgs.consistency_losses(elsewhere, pseudo_labels.from_teacher(teacher, tau), where)
     np.testing.assert_allclose(again["unsup/G_from_s_ce"], own["unsup/G_from_s_ce"], rtol=1e-6)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from cgs_jax import aot, benchmark
-from cgs_jax import pseudo_labels as pl
-from cgs_jax.errors import UserError
-from cgs_jax.methods import base, cgs
-from cgs_jax.models import Outputs, build, torch_weights
+from cgs_jax.methods import base, cgs, pseudo_labels
+from cgs_jax.models import torch_weights
+from cgs_jax.models.network import Outputs, build
+from cgs_jax.runtime.errors import UserError
 from configs import acdc, segthor
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -110,7 +110,7 @@ def test_pytorch_counterpart_computes_the_same_losses():
     terms = base.supervised_loss(base.Labelled(student, jnp.asarray(label)))
     loss = counterpart.supervised(*to_torch(student), torch.tensor(label))
     np.testing.assert_allclose(sum(terms.values()), loss.item(), rtol=1e-5)
-    terms, _ = cgs.consistency_losses(student, pl.from_teacher(teacher, 0.5))
+    terms, _ = cgs.consistency_losses(student, pseudo_labels.from_teacher(teacher, 0.5))
     labels = counterpart.pseudo_labels(*to_torch(teacher), 0.5)
     loss = counterpart.unsupervised(*to_torch(student), labels)
     np.testing.assert_allclose(sum(terms.values()), loss.item(), rtol=1e-5)

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from layouts import lists, nnunet_folder, save
 
-from cgs_jax.data import case_lists, pipeline, prepare
-from cgs_jax.data.volume import normalise, read_nifti
-from cgs_jax.errors import UserError
+from cgs_jax.data import cache, case_lists, streams
+from cgs_jax.data.layouts import acdc as acdc_layout
+from cgs_jax.data.layouts import synapse as synapse_layout
+from cgs_jax.data.nifti import read_nifti
+from cgs_jax.data.volume import normalise
+from cgs_jax.runtime.errors import UserError
 from configs import acdc, nnunet, segthor, synapse
 
 
@@ -52,10 +55,10 @@ def test_normalise():
 
 def test_prepared_slices_and_volumes(thorax):
     config, root = thorax
-    data = prepare.prepare(config)
+    data = cache.prepare(config)
     assert data.images.shape == data.labels.shape == (18, 16, 16)
     np.testing.assert_array_equal(data.rows(["Patient_02"]), range(6, 12))
-    assert (data.labels[12:] == prepare.NO_LABEL).all()  # the image-only patient
+    assert (data.labels[12:] == cache.NO_LABEL).all()  # the image-only patient
     assert data.labels[:12].max() == 4
     volume = data.volume("Patient_05")
     truth = np.asarray(nib.load(root / "Patient_05" / "GT.nii.gz").dataobj)
@@ -66,21 +69,21 @@ def test_prepared_slices_and_volumes(thorax):
 
 def test_cache_knows_its_sources(thorax):
     config, root = thorax
-    first = prepare.prepare(config).folder
+    first = cache.prepare(config).folder
     stamp = (first / "index.json").stat().st_mtime_ns
-    assert prepare.prepare(config).folder == first
+    assert cache.prepare(config).folder == first
     assert (first / "index.json").stat().st_mtime_ns == stamp
     config.data.size = 32
-    assert prepare.prepare(config).folder != first
+    assert cache.prepare(config).folder != first
     config.data.size = 16
     scan = root / "Patient_02" / "Patient_02.nii.gz"
     scan.write_bytes(gzip.compress(gzip.decompress(scan.read_bytes()), mtime=1))
-    assert prepare.prepare(config).folder != first
+    assert cache.prepare(config).folder != first
 
 
 def test_broken_off_preparation_is_not_taken_for_whole(thorax, monkeypatch):
     config, root = thorax
-    read, seen = prepare._read, []
+    read, seen = cache._read, []
 
     def breaks(*args):
         seen.append(args)
@@ -88,37 +91,37 @@ def test_broken_off_preparation_is_not_taken_for_whole(thorax, monkeypatch):
             raise KeyboardInterrupt
         return read(*args)
 
-    monkeypatch.setattr(prepare, "_read", breaks)
+    monkeypatch.setattr(cache, "_read", breaks)
     with pytest.raises(KeyboardInterrupt):
-        prepare.prepare(config)
+        cache.prepare(config)
     assert not list((root / "cgs_cache").iterdir())
-    assert prepare.prepare(config).images.shape == (18, 16, 16)
+    assert cache.prepare(config).images.shape == (18, 16, 16)
 
 
 def test_stream_is_a_function_of_seed_and_step(thorax):
     config, _ = thorax
-    data = prepare.prepare(config)
+    data = cache.prepare(config)
     sizes = {"labelled": 4, "unlabelled": 3}
-    whole, rest = (pipeline.batches(data, config, sizes, start) for start in (0, 10))
+    whole, rest = (streams.batches(data, config, sizes, start) for start in (0, 10))
     assert len(whole) == 40
     assert len(rest) == 30
     for i in (0, 7, 29):
         for name in sizes:
             np.testing.assert_array_equal(rest[i][name]["image"], whole[i + 10][name]["image"])
     config.seed = 1
-    other = pipeline.batches(data, config, sizes, 0)
+    other = streams.batches(data, config, sizes, 0)
     assert any(
         (other[i]["labelled"]["image"] != whole[i]["labelled"]["image"]).any() for i in (0, 1)
     )
-    loaded = list(pipeline.prefetched(rest, lambda batch: batch))
+    loaded = list(streams.prefetched(rest, lambda batch: batch))
     assert len(loaded) == 30
     np.testing.assert_array_equal(loaded[5]["labelled"]["label"], rest[5]["labelled"]["label"])
 
 
 def test_every_slice_once_an_epoch_and_no_label_in_the_unlabelled_stream(thorax):
     config, _ = thorax
-    data = prepare.prepare(config)
-    batches = pipeline.batches(data, config, {"labelled": 4, "unlabelled": 3}, 0)
+    data = cache.prepare(config)
+    batches = streams.batches(data, config, {"labelled": 4, "unlabelled": 3}, 0)
     assert set(batches[0]["unlabelled"]) == {"image"}
     labelled = np.concatenate([batches[i]["labelled"]["image"] for i in range(6)])
     for epoch in (labelled[:12], labelled[12:]):  # 12 slices, 4 a step
@@ -130,28 +133,28 @@ def test_every_slice_once_an_epoch_and_no_label_in_the_unlabelled_stream(thorax)
 def test_labels_may_be_stored_otherwise_than_their_image(thorax):
     """As floats off by rounding, and in another orientation that its own affine tells."""
     config, root = thorax
-    expected = np.array(prepare.prepare(config).labels)
+    expected = np.array(cache.prepare(config).labels)
     path = root / "Patient_01" / "GT.nii.gz"
     label = nib.as_closest_canonical(nib.load(path))
     save(path, np.asarray(label.dataobj) * np.float32(0.9999999), label.affine)
-    np.testing.assert_array_equal(prepare.prepare(config).labels, expected)
+    np.testing.assert_array_equal(cache.prepare(config).labels, expected)
 
 
 def test_fewer_labelled_slices_than_the_batch_repeat(thorax):
     config, _ = thorax
-    batches = pipeline.batches(prepare.prepare(config), config, {"labelled": 30}, 0)
+    batches = streams.batches(cache.prepare(config), config, {"labelled": 30}, 0)
     assert batches[0]["labelled"]["image"].shape == (30, 16, 16)
     assert len({x.tobytes() for x in batches[0]["labelled"]["image"]}) == 12
-    single = pipeline.batches(prepare.prepare(config), config, {"labelled": 1}, 0)
+    single = streams.batches(cache.prepare(config), config, {"labelled": 1}, 0)
     assert single[39]["labelled"]["label"].shape == (1, 16, 16)
 
 
 def test_processes_share_one_global_batch(thorax):
     config, _ = thorax
-    data = prepare.prepare(config)
+    data = cache.prepare(config)
 
     def images(*mine):
-        return pipeline.batches(data, config, {"labelled": 4}, 0, *mine)[3]["labelled"]["image"]
+        return streams.batches(data, config, {"labelled": 4}, 0, *mine)[3]["labelled"]["image"]
 
     halves = [images(lambda n, i=i: np.arange(n).reshape(2, -1)[i]) for i in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(halves), images())
@@ -165,7 +168,7 @@ def test_published_splits():
         (segthor.get_config("labelled=6"), (28, 4, 8), 6),
         (synapse.get_config("labelled=4"), (16, 2, 12), 4),
     ):
-        folder = prepare.case_lists.pathlib.Path(case_lists.__file__).parent / "splits"
+        folder = case_lists.pathlib.Path(case_lists.__file__).parent / "published"
         names = [
             name
             for path in (folder / config.data.name).glob("*.txt")
@@ -228,14 +231,13 @@ def test_acdc_layouts_agree(tmp_path):
         save(path, image.transpose(2, 1, 0), np.diag([-1.5, -1.5, 10, 1]))
         label_path = path.with_name(f"{name}_gt.nii.gz")
         save(label_path, label.transpose(2, 1, 0).astype(np.uint8), np.diag([-1.5, -1.5, 10, 1]))
-    from cgs_jax.data import acdc as module
 
     data = acdc.get_config().data
     volumes = {}
     for layout in ("h5", "nii"):
         data.root = str(tmp_path / layout)
-        cases = module.find(data)
-        volumes[layout] = {name: module.read(case, data) for name, case in cases.items()}
+        cases = acdc_layout.find(data)
+        volumes[layout] = {name: acdc_layout.read(case, data) for name, case in cases.items()}
     assert set(volumes["nii"]) == set(volumes["h5"]) - {"patient003_frame01"}
     for name, volume in volumes["nii"].items():
         np.testing.assert_allclose(volume.image, volumes["h5"][name].image, atol=1e-6)
@@ -245,7 +247,6 @@ def test_acdc_layouts_agree(tmp_path):
 
 
 def test_synapse_layouts(tmp_path):
-    from cgs_jax.data import synapse as module
 
     data = synapse.get_config().data
     rng = np.random.default_rng(0)
@@ -258,8 +259,8 @@ def test_synapse_layouts(tmp_path):
     with h5py.File(tmp_path / "arrays" / "test_vol_h5" / "case0008.npy.h5", "w") as file:
         file["image"], file["label"] = image, label
     data.root = str(tmp_path / "arrays")
-    for case in module.find(data).values():
-        volume = module.read(case, data)
+    for case in synapse_layout.find(data).values():
+        volume = synapse_layout.read(case, data)
         np.testing.assert_allclose(volume.image, image)  # scaled already: no window
         np.testing.assert_array_equal(volume.label, label)
 
@@ -267,7 +268,7 @@ def test_synapse_layouts(tmp_path):
     save(tmp_path / "raw" / "img" / "img0005.nii.gz", 400 * raw / 13 - 125)
     save(tmp_path / "raw" / "label" / "label0005.nii.gz", raw.astype(np.uint8))
     data.root = str(tmp_path / "raw")
-    volume = module.read(module.find(data)["case0005"], data)
+    volume = synapse_layout.read(synapse_layout.find(data)["case0005"], data)
     np.testing.assert_allclose(volume.image[0, 0], np.arange(14) / 13, atol=1e-6)
     # BTCV: 1 spleen, 2 right kidney, 3 left kidney, 4 gallbladder, 6 liver, 7 stomach, 8 aorta, 11
     # pancreas
@@ -277,7 +278,7 @@ def test_synapse_layouts(tmp_path):
 
 def test_nnunet_layout(tmp_path):
     config, root = nnunet_folder(tmp_path)
-    data = prepare.prepare(config)
+    data = cache.prepare(config)
     assert config.data.classes == ("head", "tail")
     assert [len(part) for part in data.splits] == [6 + 3, 1, 2, 6]
     assert {"mine_009", "mine_010", "mine_011"} <= set(data.splits.train)
@@ -285,18 +286,18 @@ def test_nnunet_layout(tmp_path):
     save(root / "imagesTs" / "mine_100_0000.nii.gz", np.zeros((9, 8, 4), np.float32))
     save(root / "labelsTs" / "mine_100.nii.gz", np.ones((9, 8, 4), np.uint8))
     save(root / "imagesTs" / "mine_101_0000.nii.gz", np.zeros((9, 8, 4), np.float32))
-    splits = prepare.prepare(config).splits
+    splits = cache.prepare(config).splits
     assert splits.test == ["mine_100"]
     assert "mine_101" not in splits.train
     config.data.classes = ()
     old = {"labels": {"0": "background", "1": "head", "2": "tail"}}
     (root / "dataset.json").write_text(json.dumps(old))
-    prepare.dataset(config)
+    cache.dataset(config)
     assert config.data.classes == ("head", "tail")
 
 
 def test_unlabelled_pool_falls_back_to_the_labelled_images(thorax):
     config, root = thorax
     lists(root.parent / "lists", train=["Patient_01", "Patient_02"])
-    streams = pipeline.streams(prepare.prepare(config))
-    np.testing.assert_array_equal(streams["labelled"], streams["unlabelled"])
+    rows = streams.rows_of(cache.prepare(config))
+    np.testing.assert_array_equal(rows["labelled"], rows["unlabelled"])

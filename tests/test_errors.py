@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 from runs import command, config_of, start
 
-from cgs_jax import distributed, evaluate, main, optim, predict, sharding, train, writers
-from cgs_jax.checkpoint import Checkpoints
-from cgs_jax.cli import cli
-from cgs_jax.errors import UserError
+from cgs_jax import main, predict
+from cgs_jax.runtime import logs, processes
+from cgs_jax.runtime.cli import cli
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.scoring import summaries
+from cgs_jax.training import optimizers, train_step
+from cgs_jax.training.checkpoints import Checkpoints
 from configs import segthor
 
 
@@ -25,13 +28,13 @@ from configs import segthor
     ],
 )
 def test_nan_stops_and_keeps_the_last_good_checkpoint(scans, tmp_path, monkeypatch, last, message):
-    make = optim.make_optimizer
+    make = optimizers.make_optimizer
 
     def explodes(config):
         schedule = lambda step: jax.numpy.where(step < last, 0.01, jax.numpy.nan)  # noqa: E731
-        return optim.sgd(schedule, 0.9, 1e-4), make(config)[1]
+        return optimizers.sgd(schedule, 0.9, 1e-4), make(config)[1]
 
-    monkeypatch.setattr(optim, "make_optimizer", explodes)
+    monkeypatch.setattr(optimizers, "make_optimizer", explodes)
     with pytest.raises(UserError, match=message):
         main.run(config_of(scans, "supervised"), tmp_path / "run")
     checkpoints = Checkpoints(tmp_path / "run")
@@ -41,9 +44,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(scans, tmp_path, monkeypat
 
 def test_stopped_before_the_first_validation(scans, tmp_path, monkeypatch):
     """There is nothing yet to test or to predict with."""
-    monkeypatch.setattr(
-        distributed.Stop, "at", lambda self, step: setattr(self, "now", True) or True
-    )
+    monkeypatch.setattr(processes.Stop, "at", lambda self, step: setattr(self, "now", True) or True)
     workdir = tmp_path / "run"
     assert main.run(config_of(scans), workdir) is None
     with pytest.raises(UserError, match="holds no validated checkpoint; train first"):
@@ -57,7 +58,7 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         for stack in stacks:
             yield [np.full(stack.shape, 2, np.uint8)] * len(scorings)
 
-    monkeypatch.setattr(evaluate, "segment", no_trachea)
+    monkeypatch.setattr(summaries, "segment", no_trachea)
     main.run(config_of(scans, "supervised", total_steps=40), tmp_path / "run")
     printed = capsys.readouterr().out
     assert "WARNING: validation Dice stays 0 for aorta, esophagus, trachea\n" in printed
@@ -136,12 +137,12 @@ def test_devices_that_do_not_share_the_work(devices, fields, message):
     config = segthor.get_config()
     config.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(config, [None] * devices)
+        devices.make_mesh(config, [None] * devices)
 
 
 def test_coordinator_without_port():
     with pytest.raises(UserError, match="--coordinator=here must be HOST:PORT"):
-        distributed.initialize("here", 2, 0)
+        processes.initialize("here", 2, 0)
 
 
 def test_two_processes_in_one_workdir(trained, scans):
@@ -171,7 +172,7 @@ def test_bad_bases(base, fields, message):
     config = segthor.get_config(f"method=cgs,base={base}")
     config.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match=message):
-        train.make_method(config)
+        train_step.make_method(config)
 
 
 @pytest.mark.parametrize(
@@ -214,11 +215,11 @@ def test_nobody_listens(monkeypatch):
     def write(text):
         raise OSError(int(text), "the disk is full")
 
-    monkeypatch.setattr(writers.tqdm, "write", write)
-    writers.say(str(errno.EIO))
-    writers.say(str(errno.EPIPE))
+    monkeypatch.setattr(logs.tqdm, "write", write)
+    logs.say(str(errno.EIO))
+    logs.say(str(errno.EPIPE))
     with pytest.raises(OSError, match="the disk is full"):
-        writers.say(str(errno.ENOSPC))
+        logs.say(str(errno.ENOSPC))
 
 
 def test_programming_errors_keep_their_traceback(monkeypatch):

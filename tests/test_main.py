@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from runs import TINY, command, config_of, start
 
-from cgs_jax import analysis, compare, ensemble, main, predict, run_config, sweep
-from cgs_jax.errors import UserError
+from cgs_jax import compare, evaluate, main, predict, sweep
+from cgs_jax.analysis import tables
+from cgs_jax.runtime import run_folder
+from cgs_jax.runtime.errors import UserError
 from configs import nnunet
 
 
@@ -53,7 +55,7 @@ def test_run_from_before_a_field_was_there(trained, scans, tmp_path):
     del text["model"]["dtype"], text["model"]["lanes"], text["mesh"]
     del text["test"], text["upsample"], text["largest_component"]
     (workdir / "config.json").write_text(json.dumps(text))
-    config, _ = run_config.load(workdir)
+    config, _ = run_folder.load(workdir)
     assert (config.test, config.upsample, config.largest_component) == (True, "nearest", False)
     assert main.run(config_of(scans, total_steps=0), workdir)["upsample"] == "linear"
 
@@ -70,9 +72,9 @@ def test_runs_score_together(trained, scans, tmp_path):
     workdir, _ = trained
     summary = json.loads((workdir / "summary.json").read_text())
     nearest = {"upsample": "nearest"}
-    both = ensemble.score([workdir, workdir], nearest | {"combine": "vote"})
-    assert both["test"]["cases"] == ensemble.score([workdir], nearest)["test"]["cases"]
-    heads = ensemble.score([workdir], {"inference": "both"})
+    both = evaluate.score([workdir, workdir], nearest | {"combine": "vote"})
+    assert both["test"]["cases"] == evaluate.score([workdir], nearest)["test"]["cases"]
+    heads = evaluate.score([workdir], {"inference": "both"})
     assert heads["test"]["cases"] != summary["test"]["cases"]
     for file, change, message in (
         ("splits.json", lambda text: text["test"].pop(), "other validation or test cases"),
@@ -84,7 +86,7 @@ def test_runs_score_together(trained, scans, tmp_path):
         change(text)
         (other / file).write_text(json.dumps(text))
         with pytest.raises(UserError, match=message):
-            ensemble.score([workdir, other], {})
+            evaluate.score([workdir, other], {})
 
 
 def test_test_cases_wait_until_a_recipe_is_chosen(trained, scans, tmp_path):
@@ -99,12 +101,12 @@ def test_test_cases_wait_until_a_recipe_is_chosen(trained, scans, tmp_path):
     assert "Patient_06" not in report.split('"config"')[0]
     compared = compare.compare([workdir, trained[0]])
     assert compared.startswith("validation Dice %")
-    assert set(analysis.load(tmp_path / "runs").cases.split) == {"val", "last_val"}
+    assert set(tables.load(tmp_path / "runs").cases.split) == {"val", "last_val"}
     assert sweep.write_tables(tmp_path / "runs").startswith("Dice %, validation, best")
-    assert "test" not in ensemble.score([workdir], {})
+    assert "test" not in evaluate.score([workdir], {})
     again = main.run(config_of(scans, total_steps=0), workdir)
     assert again["test"] == tested["test"]
-    assert ensemble.score([workdir], {})["test"] == tested["test"]
+    assert evaluate.score([workdir], {})["test"] == tested["test"]
 
 
 def test_prediction_options_of_the_command_line(trained, tmp_path):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from steps import tiny, tiny_batch
 
-from cgs_jax import augment, losses, optim, train
-from cgs_jax import pseudo_labels as pl
-from cgs_jax.errors import UserError
-from cgs_jax.methods import cgs
-from cgs_jax.models import Outputs, build, packed, torch_weights, unet
+from cgs_jax.methods import augment, cgs, losses, pseudo_labels
+from cgs_jax.models import packed, torch_weights, unet
 from cgs_jax.models.heads import Specialists
-from cgs_jax.sharding import make_mesh
+from cgs_jax.models.network import Outputs, build
+from cgs_jax.runtime.devices import make_mesh
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.training import optimizers, train_step
 
 
 def test_losses_by_hand():
@@ -52,7 +52,7 @@ def test_ramp():
 def test_relabel_by_hand():
     labels = jnp.array([[[0, 1], [2, 3]]])
     expected = [[[[0, 1], [2, 2]]], [[[0, 2], [1, 2]]], [[[0, 2], [2, 1]]]]
-    np.testing.assert_array_equal(pl.relabel(labels, 3), expected)
+    np.testing.assert_array_equal(pseudo_labels.relabel(labels, 3), expected)
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -60,13 +60,13 @@ def test_ihed_sum_test_is_the_rule(k):
     """All say background, or one says target and all others remaining: over all 3^K votes."""
     votes = np.indices((3,) * k).reshape(k, 1, 1, -1)
     rule = (votes == 0).all(0) | (((votes == 1).sum(0) == 1) & ((votes == 2).sum(0) == k - 1))
-    np.testing.assert_array_equal(pl.ihed_mask(votes), rule)
+    np.testing.assert_array_equal(pseudo_labels.ihed_mask(votes), rule)
     assert rule.sum() == k + 1
 
 
 def test_merge_by_hand():
     probs = jnp.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).reshape(2, 1, 1, 1, 3)
-    np.testing.assert_allclose(pl.merge(probs)[0, 0, 0], [0.3, 0.3, 0.6], atol=1e-6)
+    np.testing.assert_allclose(pseudo_labels.merge(probs)[0, 0, 0], [0.3, 0.3, 0.6], atol=1e-6)
 
 
 def test_pseudo_labels_by_hand():
@@ -78,7 +78,7 @@ def test_pseudo_labels_by_hand():
     generalist = np.stack([one_hot(1, 0.95), one_hot(2, 0.6)])[None, None]
     heads = [[one_hot(1, 0.9), one_hot(1, 0.9)], [one_hot(2, 0.9), one_hot(1, 0.8)]]
     teacher = Outputs(jnp.asarray(generalist), jnp.asarray(heads)[:, None, None])
-    pseudo = pl.from_teacher(teacher, tau=0.9)
+    pseudo = pseudo_labels.from_teacher(teacher, tau=0.9)
     np.testing.assert_array_equal(pseudo.generalist, [[[1, 2]]])
     np.testing.assert_array_equal(pseudo.confident, [[[True, False]]])
     np.testing.assert_array_equal(pseudo.specialists, [[[1, 1]]])
@@ -216,15 +216,17 @@ def test_training_starts_from_given_weights(tmp_path, suffix):
         weights = {k: np.ascontiguousarray(v) for k, v in weights.items()}
         pytest.importorskip("safetensors.numpy").save_file(weights, path)
     config.model.weights = str(path)
-    method = train.make_method(config)
-    train.start_from_weights(method, config)
-    state = train.init_state(method, optim.make_optimizer(config)[0], config, make_mesh(config))
+    method = train_step.make_method(config)
+    train_step.start_from_weights(method, config)
+    state = train_step.init_state(
+        method, optimizers.make_optimizer(config)[0], config, make_mesh(config)
+    )
     for tree in (state.params, state.extra["params"]):
         jax.tree.map(np.testing.assert_array_equal, tree, variables["params"])
     (tmp_path / "weights.pth").write_bytes(b"")
     config.model.weights = str(tmp_path / "weights.pth")
     with pytest.raises(UserError, match="pickles run code"):
-        train.start_from_weights(method, config)
+        train_step.start_from_weights(method, config)
 
 
 def test_image_and_label_move_together():
@@ -336,18 +338,18 @@ def test_step_learns_and_every_part_gets_gradient(name, options):
     config.method.update(options)
     if "tau" in config.method:
         config.method.tau = 0.5
-    method = train.make_method(config)
-    optimizer, _ = optim.make_optimizer(config)
+    method = train_step.make_method(config)
+    optimizer, _ = optimizers.make_optimizer(config)
     mesh = make_mesh(config)
-    state = train.init_state(method, optimizer, config, mesh)
+    state = train_step.init_state(method, optimizer, config, mesh)
     start = jax.device_get(state.params)
-    step = train.make_train_step(method, optimizer, config, mesh)
+    step = train_step.make_train_step(method, optimizer, config, mesh)
     batch = tiny_batch(config, method.draws)
     if not method.unlabelled:
         del batch["unlabelled"]
     seen = []
     for _ in range(config.total_steps):
-        state, metrics = step(state, jax.tree.map(jnp.asarray, batch), train.seed_of(config))
+        state, metrics = step(state, jax.tree.map(jnp.asarray, batch), train_step.seed_of(config))
         seen.append(dict(zip(metrics.names, metrics.values.tolist(), strict=True)))
     supervised = [sum(v for k, v in row.items() if k.startswith("sup/")) for row in seen]
     assert np.mean(supervised[-5:]) < 0.6 * np.mean(supervised[:5])
@@ -372,7 +374,7 @@ def test_every_unsupervised_term_has_a_gradient():
     key = jax.random.key(0)
     student = Outputs(jax.random.normal(key, (2, 8, 8, 3)), jax.random.normal(key, (2, 2, 8, 8, 3)))
     teacher = Outputs(student.generalist * 5, student.specialists[:, ::-1] * 5)
-    pseudo = pl.from_teacher(teacher, 0.5)
+    pseudo = pseudo_labels.from_teacher(teacher, 0.5)
     gradients = jax.jit(jax.jacrev(lambda s: cgs.consistency_losses(s, pseudo)[0]))(student)
     assert len(gradients) == 12
     for name, gradient in gradients.items():
@@ -383,12 +385,12 @@ def test_every_unsupervised_term_has_a_gradient():
 def test_keys_follow_seed_and_step():
     """The same step draws the same views, the next one and another seed others; by one program."""
     config = tiny()
-    method = train.make_method(config)
-    optimizer, _ = optim.make_optimizer(config)
-    step = train.make_train_step(method, optimizer, config, make_mesh(config))
+    method = train_step.make_method(config)
+    optimizer, _ = optimizers.make_optimizer(config)
+    step = train_step.make_train_step(method, optimizer, config, make_mesh(config))
     losses_seen = []
     for seed, count in ((0, 0), (0, 0), (0, 1), (1, 0)):
-        state = train.init_state(method, optimizer, config, make_mesh(config))
+        state = train_step.init_state(method, optimizer, config, make_mesh(config))
         state = state.replace(step=jnp.asarray(count))
         batch = jax.tree.map(jnp.asarray, tiny_batch(config))
         _, metrics = step(state, batch, np.uint32(seed))

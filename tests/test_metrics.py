@@ -5,8 +5,10 @@ import pytest
 from ml_collections import ConfigDict
 from scipy import ndimage
 
-from cgs_jax import evaluate, metrics
-from cgs_jax.data.volume import keep_largest, likeliest, resize
+from cgs_jax.data.grid import likeliest, resize
+from cgs_jax.data.volume import keep_largest
+from cgs_jax.inference import predictor
+from cgs_jax.scoring import metrics, summaries
 
 
 def cube(at, shape=(12, 12, 12), edge=4):
@@ -61,11 +63,11 @@ def test_summary_counts_undefined_and_leaves_them_out():
         "a": {"big": {"dice": 0.8}, "small": {"dice": nan}},
         "b": {"big": {"dice": 0.6}, "small": {"dice": 0.4}},
     }
-    summary = evaluate.summarise(results)
+    summary = summaries.summarise(results)
     assert summary["organs"]["big"]["dice"]["mean"] == pytest.approx(0.7)
     assert summary["organs"]["small"]["dice"] == {"mean": 0.4, "std": 0, "undefined": 1}
     assert summary["mean"]["dice"] == pytest.approx(0.55)
-    assert "(1 undefined)" in evaluate.table(summary)
+    assert "(1 undefined)" in summaries.table(summary)
 
 
 CONFIG = ConfigDict({"data": {"size": 16, "classes": ("a", "b", "c")}, "eval_batch": 4})
@@ -87,7 +89,7 @@ def test_segment_returns_every_volume_on_its_own_grid():
         batches.append(slices.shape)
         return one_hot(slices)
 
-    labels = list(evaluate.segment(predict, iter(stacks), CONFIG, evaluate.LITERATURE))
+    labels = list(predictor.segment(predict, iter(stacks), CONFIG, predictor.LITERATURE))
     assert set(batches) == {(4, 16, 16)}
     assert len(batches) == 4  # 13 slices
     for stack, (label,) in zip(stacks, labels, strict=True):
@@ -141,11 +143,11 @@ def test_scorings_share_a_prediction():
 
     stack = resize(labels, 30, 20)
     ways = [
-        evaluate.LITERATURE,
-        evaluate.Scoring("linear", False),
-        evaluate.Scoring("linear", True),
+        predictor.LITERATURE,
+        predictor.Scoring("linear", False),
+        predictor.Scoring("linear", True),
     ]
-    ((nearest, linear, cleaned),) = evaluate.segment(predict, [stack], CONFIG, *ways)
+    ((nearest, linear, cleaned),) = predictor.segment(predict, [stack], CONFIG, *ways)
     assert len(calls) == 2  # five slices, four a batch
     small = resize(stack, 16, 16)
     np.testing.assert_array_equal(nearest, resize(small, 30, 20))

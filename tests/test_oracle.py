@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgs_jax import augment, losses, metrics, optim
-from cgs_jax import pseudo_labels as pl
-from cgs_jax.methods import base, cgs
-from cgs_jax.models import Outputs, build, torch_weights
-from cgs_jax.train import apply_gradients
-from cgs_jax.train_state import TrainState
+from cgs_jax.methods import augment, base, cgs, losses, pseudo_labels
+from cgs_jax.models import torch_weights
+from cgs_jax.models.network import Outputs, build
+from cgs_jax.scoring import metrics
+from cgs_jax.training import optimizers
+from cgs_jax.training.train_state import TrainState
+from cgs_jax.training.train_step import apply_gradients
 from configs import common
 
 CLOSE = dict(rtol=0, atol=1e-4)  # network outputs
@@ -118,7 +119,7 @@ def test_losses(oracle, case):
 @pytest.mark.parametrize("classes", [2, 3, 4, 5, 9])
 def test_relabel(oracle, classes):
     data = state_dict(oracle("relabel"), f"c{classes}/")
-    np.testing.assert_array_equal(pl.relabel(data["label"], classes - 1), data["ovr"])
+    np.testing.assert_array_equal(pseudo_labels.relabel(data["label"], classes - 1), data["ovr"])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
@@ -127,13 +128,13 @@ def test_ihed_and_merge(oracle, k):
     probs = nhwc(data["probs"])
     votes = jnp.argmax(probs, -1)
     np.testing.assert_array_equal(votes, data["argmax"])
-    np.testing.assert_array_equal(pl.ihed_mask(votes), data["mask"])
-    merged = pl.merge(probs)
+    np.testing.assert_array_equal(pseudo_labels.ihed_mask(votes), data["mask"])
+    merged = pseudo_labels.merge(probs)
     np.testing.assert_allclose(nchw(merged), data["merged"], atol=1e-6)
     np.testing.assert_array_equal(jnp.argmax(merged, -1), data["pseudo"])
     every_vote = np.indices((3,) * k).reshape(k, 1, 1, -1)
     accepted = oracle("ihed_merge")["enumeration"][k - 1][2]
-    assert pl.ihed_mask(every_vote).sum() == accepted == k + 1
+    assert pseudo_labels.ihed_mask(every_vote).sum() == accepted == k + 1
 
 
 def test_cutmix_boxes(oracle):
@@ -163,7 +164,9 @@ def test_pseudo_labels_and_unsupervised_terms(oracle):
     )
     tau = float(data["conf_thresh"])
     pseudo = cgs.mix_labels(
-        data["img_mask"][n:] == 1, pl.from_teacher(own, tau), pl.from_teacher(partner, tau)
+        data["img_mask"][n:] == 1,
+        pseudo_labels.from_teacher(own, tau),
+        pseudo_labels.from_teacher(partner, tau),
     )
     out = state_dict(data, "out/")
     np.testing.assert_array_equal(pseudo.generalist, out["pseudo_g"])
@@ -171,7 +174,7 @@ def test_pseudo_labels_and_unsupervised_terms(oracle):
     np.testing.assert_array_equal(pseudo.votes, out["pseudo_heads"])
     np.testing.assert_array_equal(pseudo.confident, out["conf_mask"])
     np.testing.assert_array_equal(pseudo.consistent, out["ihed_mask"])
-    np.testing.assert_array_equal(pl.relabel(pseudo.generalist, 3), out["pseudo_g_ovr"])
+    np.testing.assert_array_equal(pseudo_labels.relabel(pseudo.generalist, 3), out["pseudo_g_ovr"])
     np.testing.assert_array_equal(pseudo.generalist == pseudo.specialists, out["ens_mask"])
 
     terms, _ = cgs.consistency_losses(student, pseudo)
@@ -195,8 +198,8 @@ def test_optimizer_and_ema(oracle):
     data = oracle("optim_vectors")
     config = make_config()
     config.total_steps = int(data["max_iterations"])
-    _, schedule = optim.make_optimizer(config)
-    optimizer = optim.sgd(lagging(schedule), 0.9, 1e-4)
+    _, schedule = optimizers.make_optimizer(config)
+    optimizer = optimizers.sgd(lagging(schedule), 0.9, 1e-4)
     params = {k: jnp.asarray(data[f"{k}0"], jnp.float32) for k in "wb"}
     teacher = {k: jnp.asarray(data[f"ema_{k}0"], jnp.float32) for k in "wb"}
     method = cgs.Method(config)
@@ -221,8 +224,8 @@ def test_three_full_iterations(oracle):
     method = cgs.Method(config)
     student = load_variables(method.network, state_dict(data, "student0/"), 32)
     teacher = load_variables(method.network, state_dict(data, "ema0/"), 32)
-    _, schedule = optim.make_optimizer(config)
-    optimizer = optim.sgd(lagging(schedule), 0.9, 1e-4)
+    _, schedule = optimizers.make_optimizer(config)
+    optimizer = optimizers.sgd(lagging(schedule), 0.9, 1e-4)
     params, stats = student["params"], {"batch_stats": student["batch_stats"]}
     extra = {"params": teacher["params"], "model_state": {"batch_stats": teacher["batch_stats"]}}
     state = TrainState(jnp.array(0), params, stats, optimizer.init(params), extra)

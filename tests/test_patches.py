@@ -1,13 +1,17 @@
 """Windows of slices, and statistics of batch norm that are averaged over many of them."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 from runs import config_of, saved_state
 from steps import tiny
 
-from cgs_jax import distributed, main, optim, sharding, train
-from cgs_jax.data import patches, pipeline, prepare
+from cgs_jax import main
+from cgs_jax.data import cache, case_lists, patches, streams
+from cgs_jax.runtime import devices, processes
+from cgs_jax.training import batch_norm, loop, optimizers, train_step
 
 SIZES = {"labelled": 4, "unlabelled": 3}
 
@@ -21,8 +25,8 @@ def prepared(tmp_path_factory):
     (image % 3).astype(np.uint8).tofile(folder / "labels.u8")
     cases = [f"c{i}" for i in range(6)]
     first = [[case, i] for i, case in enumerate([*cases, ""])]
-    (folder / "index.json").write_text(prepare.json.dumps({"first_slice": first, "spacing": {}}))
-    return prepare.Prepared(folder, prepare.case_lists.Splits(cases, [], [], cases[:3]), 16)
+    (folder / "index.json").write_text(json.dumps({"first_slice": first, "spacing": {}}))
+    return cache.Prepared(folder, case_lists.Splits(cases, [], [], cases[:3]), 16)
 
 
 def options(**fields):
@@ -30,7 +34,7 @@ def options(**fields):
 
 
 def batches(prepared, config, start=0, *mine):
-    return pipeline.batches(prepared, config, SIZES, start, *mine)
+    return streams.batches(prepared, config, SIZES, start, *mine)
 
 
 def test_windows_move_with_their_label_and_repeat_on_resume(prepared):
@@ -97,20 +101,20 @@ def test_windows_grow(prepared):
 def test_precise_statistics(prepared):
     """They are the means over the batches, from whatever running averages one starts."""
     config = options(precise_bn=3, **{"model.dropout": (0.5, 0.5, 0.5)})
-    method, mesh = train.make_method(config), sharding.make_mesh(config)
-    state = train.init_state(method, optim.make_optimizer(config)[0], config, mesh)
+    method, mesh = train_step.make_method(config), devices.make_mesh(config)
+    state = train_step.init_state(method, optimizers.make_optimizer(config)[0], config, mesh)
     state = state.replace(step=state.step + 5)
     params, start = method.inference_variables(state)
     other = method.with_inference_state(state, jax.tree.map(lambda x: x + 3, start))
-    precise = train.make_precise(config, method, prepared, mesh)
+    precise = batch_norm.make_precise(config, method, prepared, mesh)
     (_, stats), (_, again) = (method.inference_variables(precise(s)) for s in (state, other))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), stats, again)
     # The first layer by hand: no dropout comes before it.
     kernel = params["backbone"]["down0"]["conv1"]["kernel"]
-    means, dataset = [], train.host_batches(config, method, prepared, mesh)
+    means, dataset = [], loop.host_batches(config, method, prepared, mesh)
     for step in (2, 3, 4):
-        k_views, _ = train._keys(np.uint32(config.seed), step)
-        views = train._views(method, mesh, dataset[step], k_views)
+        k_views, _ = train_step.step_keys(np.uint32(config.seed), step)
+        views = train_step.make_views(method, mesh, dataset[step], k_views)
         images = [views["labelled"]["image"], views["unlabelled"]["weak"]]
         maps = [
             jax.lax.conv(x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), "SAME")
@@ -120,7 +124,7 @@ def test_precise_statistics(prepared):
     bias = params["backbone"]["down0"]["conv1"]["bias"]
     found = stats["batch_stats"]["backbone"]["down0"]["bn1"]["mean"]
     np.testing.assert_allclose(found, np.mean(means, 0) + bias, rtol=1e-4, atol=1e-6)
-    assert train.make_precise(options(), method, prepared, mesh)(state) is state
+    assert batch_norm.make_precise(options(), method, prepared, mesh)(state) is state
 
 
 def test_runs_with_windows_resume_to_the_bit(scans, tmp_path, monkeypatch):
@@ -131,7 +135,7 @@ def test_runs_with_windows_resume_to_the_bit(scans, tmp_path, monkeypatch):
     main.run(config.copy_and_resolve_references(), tmp_path / "whole")
     stops = lambda self, step: setattr(self, "now", step == 7) or self.now  # noqa: E731
     with monkeypatch.context() as patched:
-        patched.setattr(distributed.Stop, "at", stops)
+        patched.setattr(processes.Stop, "at", stops)
         assert main.run(config.copy_and_resolve_references(), tmp_path / "parts") is None
     main.run(config.copy_and_resolve_references(), tmp_path / "parts")
     whole, parts = (saved_state(tmp_path / name, config, 20) for name in ("whole", "parts"))

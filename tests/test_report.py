@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from cgs_jax import plots, report
+from cgs_jax.analysis import plots, report
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 

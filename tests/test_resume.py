@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from runs import before_the_end, begin, command, config_of, saved_state, start
 
-from cgs_jax import optim, sharding, train, writers
-from cgs_jax.checkpoint import Checkpoints
+from cgs_jax.runtime import devices, files, logs
+from cgs_jax.training import optimizers, train_step
+from cgs_jax.training.checkpoints import Checkpoints
 
 
 def assert_identical(workdir, trained, scans):
@@ -87,8 +88,8 @@ def flip(path):
 def test_damaged_checkpoint_is_skipped(trained, scans, tmp_path, capsys, damage):
     """Whatever file is hit: either the state is read as it was saved, or the one before is."""
     config = config_of(scans)
-    method, optimizer = train.make_method(config), optim.make_optimizer(config)[0]
-    like = train.abstract_state(method, optimizer, config, sharding.make_mesh(config))
+    method, optimizer = train_step.make_method(config), optimizers.make_optimizer(config)[0]
+    like = train_step.abstract_state(method, optimizer, config, devices.make_mesh(config))
     expected = saved_state(trained[0], config)
     skipped = 0
     for path, copy in copy_with_damage(trained, tmp_path, damage):
@@ -149,16 +150,16 @@ def test_full_and_read_only_disk(trained, scans, small_disk):
 
 def test_logs_of_a_run_in_a_bucket(tmp_path, monkeypatch):
     """They are written elsewhere and copied: a bucket can not append."""
-    monkeypatch.setattr(writers, "is_remote", lambda path: True)
+    monkeypatch.setattr(logs, "is_remote", lambda path: True)
     for begun, there in ((0, 0), (10, 2)):
-        with contextlib.closing(writers.Writer(tmp_path, begun)) as writer:
+        with contextlib.closing(logs.Writer(tmp_path, begun)) as writer:
             writer.write(begun + 10, {"loss": 1.0})
-            assert len(writers.read_lines(tmp_path / "metrics.jsonl")) == there
+            assert len(files.read_lines(tmp_path / "metrics.jsonl")) == there
             writer.publish(begun + 10)
             writer.write(begun + 20, {"loss": 2.0})
-    steps = [line["step"] for line in writers.read_lines(tmp_path / "metrics.jsonl")]
+    steps = [line["step"] for line in files.read_lines(tmp_path / "metrics.jsonl")]
     assert steps == [10, 20, 30]
-    times = writers.read_lines(tmp_path / "times.jsonl")
+    times = files.read_lines(tmp_path / "times.jsonl")
     assert [line["step"] for line in times if "seconds" in line] == [10, 20]
     assert sum("hardware" in line for line in times) == 2
     assert any((tmp_path / "tensorboard").iterdir())

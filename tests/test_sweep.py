@@ -9,8 +9,10 @@ import pytest
 from nbclient import NotebookClient
 from runs import REPOSITORY, TINY, command, start
 
-from cgs_jax import analysis, sweep
-from cgs_jax.errors import UserError
+from cgs_jax import sweep
+from cgs_jax.analysis import tables
+from cgs_jax.runtime import run_folder
+from cgs_jax.runtime.errors import UserError
 
 ROWS = ("supervised", "cgs")  # dealt in turn to two shards
 STEPS = {"config.total_steps": 10, "config.eval_every": 5}
@@ -39,7 +41,7 @@ def test_sweep_shards_and_table(swept, scans):
     for row, done in zip(ROWS, printed, strict=True):
         assert f"1/1 {row} seed 3  test Dice" in done.stdout
     assert "| supervised |" in printed[0].stdout
-    runs, curves, cases, first = analysis.load(workdir)
+    runs, curves, cases, first = tables.load(workdir)
     assert first == "supervised"
     assert list(zip(runs.row, runs.seed, strict=True)) == [(row, 3) for row in ROWS]
     assert set(curves[curves.row == "cgs"].step) == {5, 10}
@@ -53,7 +55,7 @@ def test_sweep_shards_and_table(swept, scans):
         assert table.loc["cgs", organ] == pytest.approx(value)
     assert (workdir / "table.md").read_text().split("Jaccard")[0].strip() in printed[1].stdout
     assert "against supervised" in (workdir / "table.tex").read_text()
-    config = analysis.run_config.load(workdir / "supervised" / "seed3")[0]
+    config = run_folder.load(workdir / "supervised" / "seed3")[0]
     assert (config.batch.labelled, config.batch.unlabelled, config.seed) == (16, 0, 3)
 
 

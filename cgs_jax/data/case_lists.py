@@ -1,7 +1,7 @@
 """Which case belongs where. Lists are text files, one case name a line, `#` starts a comment.
 
 A folder of lists holds `train.txt`, `val.txt`, `test.txt` and `labelled_N.txt` for N labelled
-patients; those of the published protocols are in `splits/<data set>`.
+patients; those of the published protocols are in `published/<data set>`.
 """
 
 import pathlib
@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data.volume import Case
-from cgs_jax.errors import UserError
+from cgs_jax.runtime.errors import UserError
 
 
 class Splits(NamedTuple):
@@ -32,7 +32,7 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     Lists without `val.txt` hold out validation patients likewise: the test set must not select.
     `labelled_N.txt`, or else the first N patients of `train.txt`, are the labelled ones.
     """
-    published = pathlib.Path(__file__).parent / "splits" / data.name
+    published = pathlib.Path(__file__).parent / "published" / data.name
     folder = pathlib.Path(data.splits) if data.splits else published
     if not folder.is_dir() and not data.splits:
         return _random_split(cases, data, seed)

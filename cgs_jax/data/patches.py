@@ -7,7 +7,7 @@ resume and on any number of processes. Validation, test and prediction see whole
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgs_jax.errors import UserError
+from cgs_jax.runtime.errors import UserError
 
 
 def side(data: ConfigDict, step: int, total_steps: int) -> int:

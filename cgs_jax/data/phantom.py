@@ -17,7 +17,7 @@ from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from cgs_jax.errors import UserError
+from cgs_jax.runtime.errors import UserError
 
 ESOPHAGUS, HEART, TRACHEA, AORTA = 1, 2, 3, 4
 FOV_MM, HEIGHT_MM = 380.0, 176.0

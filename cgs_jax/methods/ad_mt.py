@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cgs_jax import augment, losses
-from cgs_jax.methods import base
-from cgs_jax.models import Outputs
+from cgs_jax.methods import augment, base, losses
+from cgs_jax.models.network import Outputs
 
 
 class Method(base.Method):

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from cgs_jax import augment, losses, pseudo_labels
-from cgs_jax.errors import UserError
-from cgs_jax.models import Outputs, build
-from cgs_jax.train_state import TrainState
+from cgs_jax.methods import augment, losses, pseudo_labels
+from cgs_jax.models.network import Outputs, build
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.training.train_state import TrainState
 
 Batch = dict[str, Any]
 Terms = dict[str, jax.Array]  # by name, scalars

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cgs_jax import augment, losses, pseudo_labels
-from cgs_jax.errors import UserError
-from cgs_jax.methods import base
+from cgs_jax.methods import augment, base, losses, pseudo_labels
+from cgs_jax.runtime.errors import UserError
 
 
 class Method(base.WithTeacher):

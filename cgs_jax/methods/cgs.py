@@ -12,12 +12,10 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cgs_jax import augment, losses
-from cgs_jax import pseudo_labels as pl
-from cgs_jax.errors import UserError
-from cgs_jax.methods import base
-from cgs_jax.models import Outputs
-from cgs_jax.modules import load_by_name
+from cgs_jax.methods import augment, base, losses, pseudo_labels
+from cgs_jax.models.network import Outputs
+from cgs_jax.runtime.by_name import load_by_name
+from cgs_jax.runtime.errors import UserError
 
 TERMS = ("G_from_g", "G_from_s", "G_from_e", "S_from_g", "S_from_s", "S_from_e")
 
@@ -78,15 +76,15 @@ class Recipe(base.WithTeacher):
         k_student, k_teacher = jax.random.split(key)
         image, unlabelled = views["labelled"]["image"], views["unlabelled"]
         teacher, extra = self.teacher(state, unlabelled["weak"], k_teacher)
-        own = pl.from_teacher(teacher, self.config.method.tau)
+        own = pseudo_labels.from_teacher(teacher, self.config.method.tau)
         partner = jax.tree.map(lambda x: jnp.roll(x, 1, axis=-3), own)
         strong = unlabelled["strong"]
         other = base.rolled(strong)
         if self.config.method.copy_paste:
             pasted, classes = views["labelled"], self.config.model.head_classes
-            truth = pl.from_truth(pasted["label"], self.num_targets, classes)
+            truth = pseudo_labels.from_truth(pasted["label"], self.num_targets, classes)
             if not self.specialists:
-                truth = pl.PseudoLabels(truth.generalist, truth.confident)
+                truth = pseudo_labels.PseudoLabels(truth.generalist, truth.confident)
             other = base.cutmix(views["unpasted"], other, pasted["strong"])
             partner = mix_labels(views["unpasted"], partner, truth)
         strong = base.cutmix(views["keep"], strong, other)
@@ -103,7 +101,8 @@ class Recipe(base.WithTeacher):
         partner, extra = self.teacher(state, _all_weak(partner_views), k_partner)
         own, extra = self.teacher(state.replace(extra=extra), _all_weak(views), k_own)
         own, partner = (
-            pl.from_teacher(base.split(x, count)[1], self.config.method.tau) for x in (own, partner)
+            pseudo_labels.from_teacher(base.split(x, count)[1], self.config.method.tau)
+            for x in (own, partner)
         )
 
         weak, model_state = self.forward(params, state.model_state, _all_weak(views), k_weak)
@@ -146,8 +145,8 @@ class Consistency:
         shares = sum(pair.share for pair in pairs)
         for student, teacher, where, share in pairs:
             pseudo = teacher
-            if not isinstance(teacher, pl.PseudoLabels):
-                pseudo = pl.from_teacher(teacher, self.config.method.tau)
+            if not isinstance(teacher, pseudo_labels.PseudoLabels):
+                pseudo = pseudo_labels.from_teacher(teacher, self.config.method.tau)
             if self.specialists and not self.config.method.ihed:
                 pseudo = pseudo._replace(consistent=jnp.ones_like(pseudo.consistent))
             more, covered = consistency_losses(student, pseudo, where, self.config.method.terms)
@@ -178,7 +177,7 @@ def Method(config: ConfigDict) -> base.Method:
 
 def consistency_losses(
     student: Outputs,
-    pseudo: pl.PseudoLabels,
+    pseudo: pseudo_labels.PseudoLabels,
     where: jax.Array | None = None,
     names: Sequence[str] = TERMS,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -197,7 +196,7 @@ def consistency_losses(
     if student.specialists is not None:
         num_targets, *_, num_classes = student.specialists.shape
         agree = pseudo.generalist == pseudo.specialists
-        from_generalist = pl.relabel(pseudo.generalist, num_targets, num_classes)
+        from_generalist = pseudo_labels.relabel(pseudo.generalist, num_targets, num_classes)
         sources = {
             "g": (pseudo.generalist, from_generalist, pseudo.confident),
             "s": (pseudo.specialists, pseudo.votes, pseudo.consistent),
@@ -216,7 +215,9 @@ def consistency_losses(
     return terms, coverage
 
 
-def mix_labels(keep: jax.Array, own: pl.PseudoLabels, partner: pl.PseudoLabels) -> pl.PseudoLabels:
+def mix_labels(
+    keep: jax.Array, own: pseudo_labels.PseudoLabels, partner: pseudo_labels.PseudoLabels
+) -> pseudo_labels.PseudoLabels:
     """All labels and masks at once: `own` where `keep` [B, H, W] is true, else `partner`."""
     return jax.tree.map(lambda a, b: jnp.where(keep, a, b), own, partner)
 

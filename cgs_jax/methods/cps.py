@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from cgs_jax import losses
-from cgs_jax.methods import base
+from cgs_jax.methods import base, losses
 
 NAMES = ("first", "second")
 

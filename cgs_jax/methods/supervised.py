@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cgs_jax import augment
-from cgs_jax.methods import base
+from cgs_jax.methods import augment, base
 
 
 class Method(base.Method):

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cgs_jax import losses
-from cgs_jax.methods import base, mean_teacher
+from cgs_jax.methods import base, losses, mean_teacher
 
 
 class Method(mean_teacher.Method):

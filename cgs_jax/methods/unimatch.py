@@ -7,9 +7,8 @@ are the rolled batch instead of a second one, labelled in the same pass.
 
 import jax
 
-from cgs_jax import augment
-from cgs_jax.methods import base
-from cgs_jax.models import Outputs
+from cgs_jax.methods import augment, base
+from cgs_jax.models.network import Outputs
 
 SHARES = (0.25, 0.25, 0.5)  # of both strong views and of the perturbed stream
 

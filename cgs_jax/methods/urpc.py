@@ -7,9 +7,9 @@ a scale that is far from the mean at a pixel weighs less there.
 import jax
 import jax.numpy as jnp
 
-from cgs_jax.errors import UserError
 from cgs_jax.methods import base
-from cgs_jax.models import build
+from cgs_jax.models.network import build
+from cgs_jax.runtime.errors import UserError
 
 
 class Method(base.Method):

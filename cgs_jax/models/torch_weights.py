@@ -11,7 +11,7 @@ import flax
 import numpy as np
 import safetensors.numpy
 
-from cgs_jax.errors import UserError
+from cgs_jax.runtime.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgs_jax import evaluate, sharding
-from cgs_jax import pseudo_labels as pl
-from cgs_jax.data.pipeline import streams
-from cgs_jax.data.prepare import NO_LABEL, Prepared
+from cgs_jax.data.cache import NO_LABEL, Prepared
+from cgs_jax.data.streams import streams
+from cgs_jax.inference import predictor
+from cgs_jax.methods import pseudo_labels
 from cgs_jax.methods.base import Method
-from cgs_jax.models import Outputs
-from cgs_jax.train_state import TrainState
+from cgs_jax.models.network import Outputs
+from cgs_jax.runtime import devices
+from cgs_jax.scoring import summaries
+from cgs_jax.training.train_state import TrainState
 
 
 def sources(outputs: Outputs, tau: float) -> dict[str, tuple[jax.Array, jax.Array]]:
@@ -24,8 +26,8 @@ def sources(outputs: Outputs, tau: float) -> dict[str, tuple[jax.Array, jax.Arra
     and of the merged specialists everywhere, where IHED finds no contradiction, and where the
     generalist agrees."""
     if outputs.specialists is None:
-        return {"generalist": pl.confident(outputs.generalist, tau)}
-    pseudo = pl.from_teacher(outputs, tau)
+        return {"generalist": pseudo_labels.confident(outputs.generalist, tau)}
+    pseudo = pseudo_labels.from_teacher(outputs, tau)
     merged = pseudo.specialists
     return {
         "generalist": (pseudo.generalist, pseudo.confident),
@@ -63,13 +65,13 @@ def make_measure(
         return lambda state: {}
     spread = np.linspace(0, len(known) - 1, min(config.pseudo_slices, len(known)))
     rows = np.array(known)[spread.round().astype(int)]
-    mesh, tau = sharding.local_mesh(), config.method.get("tau", 0.0)
+    mesh, tau = devices.local_mesh(), config.method.get("tau", 0.0)
     size = -(-min(config.eval_batch, len(rows)) // mesh.size) * mesh.size
 
     def measure(state, image, truth):
         params, model_state = method.labelling_variables(state)
         variables = {"params": params, **model_state}
-        outputs = method.network.apply(variables, evaluate.to_image(image))
+        outputs = method.network.apply(variables, predictor.to_image(image))
         # Padding counts nowhere: it is no organ, and taught as none.
         real = truth != NO_LABEL
         return {
@@ -77,17 +79,17 @@ def make_measure(
             for name, (label, mask) in sources(outputs, tau).items()
         }
 
-    compiled = sharding.jit(measure, mesh)
+    compiled = devices.jit(measure, mesh)
 
     def run(state):
-        state, total = sharding.localise(mesh, state), {}
+        state, total = devices.localise(mesh, state), {}
         for some in (rows[i : i + size] for i in range(0, len(rows), size)):
             pad = ((0, size - len(some)), (0, 0), (0, 0))
             batch = (
                 np.pad(prepared.images[some], pad),
                 np.pad(prepared.labels[some], pad, constant_values=NO_LABEL),
             )
-            for name, part in compiled(state, *sharding.put_batch(mesh, batch)).items():
+            for name, part in compiled(state, *devices.put_batch(mesh, batch)).items():
                 total[name] = total.get(name, 0) + np.asarray(part)
         return shares(total, config.data.classes)
 
@@ -103,5 +105,5 @@ def shares(total: dict[str, np.ndarray], classes: tuple[str, ...]) -> dict[str, 
             scores |= {
                 f"pseudo/{name}/{what}/{c}": float(x) for c, x in zip(classes, share, strict=True)
             }
-            scores[f"pseudo/{name}/{what}"] = evaluate.mean(share)
+            scores[f"pseudo/{name}/{what}"] = summaries.mean(share)
     return scores

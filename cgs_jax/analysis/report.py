@@ -10,11 +10,16 @@ from matplotlib.colors import to_hex
 from ml_collections import ConfigDict
 from PIL import Image
 
-from cgs_jax import evaluate, plots, run_config
-from cgs_jax.data.volume import resize
-from cgs_jax.writers import read_lines, spent, to_json, write_text
+from cgs_jax.analysis import plots
+from cgs_jax.data.grid import resize
+from cgs_jax.runtime import run_folder
+from cgs_jax.runtime.files import read_lines, to_json, write_text
+from cgs_jax.runtime.logs import spent
+from cgs_jax.scoring import summaries
 
 SLICES, WIDTH = 24, 256  # at most, of a case and in pixels: a report stays below some megabytes
+
+
 TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 
 
@@ -25,10 +30,10 @@ def write(
     lines = read_lines(workdir / "metrics.jsonl")
     minutes, hardware = spent(workdir)
     figure = plots.curves(lines, config.data.classes)
-    split = evaluate.final_split(summary)
-    name = evaluate.SPLITS[split]
+    split = summaries.final_split(summary)
+    name = summaries.SPLITS[split]
     data = {
-        "title": f"{run_config.name_of(config)} on {config.data.name}",
+        "title": f"{run_folder.name_of(config)} on {config.data.name}",
         "facts": {
             f"{name} Dice, best checkpoint on validation": _dice(summary, split),
             f"{name} Dice, last checkpoint": _dice(summary["last"], split),
@@ -40,8 +45,8 @@ def write(
         "organs": {organ: to_hex(plots.colour(i)) for i, organ in enumerate(config.data.classes)},
         "errors": plots.ERRORS,
         "curves": _svg(figure) if figure else None,
-        "summary": {s: summary[s] for s in evaluate.SPLITS if s in summary},
-        "splits": evaluate.SPLITS,
+        "summary": {s: summary[s] for s in summaries.SPLITS if s in summary},
+        "splits": summaries.SPLITS,
         "final": split,
         "shown": [slices(shown, config.data.slicing) for shown in cases],
         "config": config.to_dict(),

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from cgs_jax import distributed
-from cgs_jax.errors import UserError
-from cgs_jax.train_state import TrainState
-from cgs_jax.writers import is_remote, say
+from cgs_jax.runtime import processes
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import is_remote
+from cgs_jax.runtime.logs import say
+from cgs_jax.training.train_state import TrainState
 
 NOT_VALIDATED = -1.0
 
@@ -98,9 +99,9 @@ class Checkpoints:
             damage = f"checkpoint {self._folder / str(step)} is damaged ({damage})"
             if self._read_only:
                 raise UserError(damage)
-            if distributed.is_first():
+            if processes.is_first():
                 self._set_aside(step, damage)
-            distributed.barrier("damaged checkpoint")
+            processes.barrier("damaged checkpoint")
             self._manager.reload()
         if self.latest is None and any(self._folder.glob("damaged_*")):
             raise UserError(f"no checkpoint in {self._folder} is whole; train in another --workdir")
@@ -114,10 +115,10 @@ class Checkpoints:
         except (OSError, MemoryError, jax.errors.JaxRuntimeError):
             raise  # says nothing of the checkpoint
         except Exception as error:
-            if distributed.is_lost(error):
+            if processes.is_lost(error):
                 raise
             damage = str(error).split("\n")[0][:100]
-        if damage := next(filter(None, distributed.gather(damage)), ""):
+        if damage := next(filter(None, processes.gather(damage)), ""):
             return None, damage
         saved = self._manager.metrics(step) or {}
         if "checksum" in saved and saved["checksum"] != _checksum_with(state, saved["dice"]):
@@ -131,7 +132,7 @@ class Checkpoints:
 
     def _check_metrics(self):
         """Sets checkpoints aside whose metrics, which orbax reads at once, are damaged."""
-        if distributed.is_first() and self._folder.exists():
+        if processes.is_first() and self._folder.exists():
             for folder in (path for path in self._folder.iterdir() if path.name.isdigit()):
                 metrics = folder / "metrics" / "metrics"
                 try:
@@ -139,7 +140,7 @@ class Checkpoints:
                         float(json.loads(metrics.read_text())["dice"])
                 except (ValueError, LookupError, TypeError) as error:
                     self._set_aside(folder.name, f"checkpoint {folder} is damaged ({error})")
-        distributed.barrier("metrics checked")
+        processes.barrier("metrics checked")
 
     def close(self) -> None:
         """Waits until everything is on disk.
@@ -156,7 +157,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             text = " ".join(str(error).split())
-            if distributed.is_lost(error) or not (
+            if processes.is_lost(error) or not (
                 isinstance(error, OSError) or "Error writing" in text or "Error opening" in text
             ):
                 raise

@@ -10,14 +10,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from cgs_jax import distributed
 from cgs_jax.data.case_lists import Splits
-from cgs_jax.errors import UserError
 from cgs_jax.methods.cgs import TERMS
-from cgs_jax.writers import is_remote, to_json, write_text
+from cgs_jax.runtime import processes
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import is_remote, to_json, write_text
 
 # How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
 PREDICTION = ("inference", "combine", "upsample", "largest_component")
+
+
 # What may differ between two starts of one run: places, devices, and how to look at it. Not
 # eval_every: it decides which checkpoint is the best.
 FREE = (
@@ -32,14 +34,30 @@ FREE = (
     "mesh.space",
     "mesh.shard_params",
 )
+
+
 # What runs had before there was a field for it.
 BEFORE = {"model.dtype": "float32", "model.lanes": 0, "model.head_classes": 3}
+
+
 BEFORE |= {"model.head_depth": 1}
+
+
 BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0, "combine": "average"}
+
+
 BEFORE |= {"upsample": "nearest", "largest_component": False}
+
+
 BEFORE |= {"pseudo_slices": 64, "test": True, "data.split_seed": 0}
+
+
 BEFORE_CGS = {"method.copy_paste": 0.0}
+
+
 BEFORE_CGS |= {"method.teacher": "train", "method.cutmix": 1.0, "method.ihed": True}
+
+
 BEFORE_CGS |= {"method.terms": TERMS}
 
 
@@ -53,7 +71,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """
     path, token = workdir / "lock", secrets.token_hex()
     with contextlib.ExitStack() as stack:
-        if distributed.is_first():
+        if processes.is_first():
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
                 if not is_remote(workdir):
@@ -66,8 +84,8 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
                 raise UserError(
                     f"can not write to --workdir {workdir}: {error.strerror}"
                 ) from error
-        distributed.barrier("workdir locked")
-        seen = distributed.gather(path.read_text() if path.exists() else "")
+        processes.barrier("workdir locked")
+        seen = processes.gather(path.read_text() if path.exists() else "")
         if len(set(seen)) > 1:
             raise UserError(f"--workdir {workdir} is not one folder for all processes; share it")
         yield

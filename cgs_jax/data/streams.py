@@ -13,10 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data import patches
-from cgs_jax.data.prepare import Prepared
+from cgs_jax.data.cache import Prepared
 
 
-def streams(prepared: Prepared) -> dict[str, np.ndarray]:
+def rows_of(prepared: Prepared) -> dict[str, np.ndarray]:
     """Rows of the labelled and the unlabelled training slices.
 
     Where every training case is labelled, its images serve as unlabelled ones, too.
@@ -46,7 +46,7 @@ def batches(
       {'labelled': {'image' uint16 [B, H, W], 'label' uint8 [B, H, W]}, 'unlabelled': {'image'}},
       H = W = `patches.side`: there is no label in the unlabelled stream that could leak.
     """
-    rows = streams(prepared)
+    rows = rows_of(prepared)
     seed, data = config.seed, config.data
 
     def load(step: int) -> dict[str, dict[str, np.ndarray]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cgs_jax.models import Outputs
+from cgs_jax.models.network import Outputs
 
 BACKGROUND, TARGET, REMAINING = 0, 1, 2
 

@@ -9,9 +9,10 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgs_jax.data import slices, volume
+from cgs_jax.data import nifti, volume
+from cgs_jax.data.layouts import arrays
 from cgs_jax.data.volume import Case, Volume
-from cgs_jax.errors import UserError
+from cgs_jax.runtime.errors import UserError
 
 # BTCV's aorta, gallbladder, left and right kidney, liver, pancreas, spleen, stomach, in the order
 # of TransUNet's labels 1 to 8; its other organs are background here.
@@ -21,7 +22,7 @@ BTCV_LABELS = (8, 4, 3, 2, 6, 11, 1, 7)
 def find(data: ConfigDict) -> dict[str, Case]:
     """Cases below `data.root`, in either layout; `img0001` is `case0001`."""
     root = pathlib.Path(data.root)
-    cases = slices.group_slices(root / "train_npz", r"(case\d+)_slice(\d+)\.npz")
+    cases = arrays.group_slices(root / "train_npz", r"(case\d+)_slice(\d+)\.npz")
     for path in sorted(root.glob("test_vol_h5/case*.npy.h5")):
         name = path.name.split(".")[0]
         cases.setdefault(name, Case(name, (path,), (path,)))
@@ -43,8 +44,8 @@ def find(data: ConfigDict) -> dict[str, Case]:
 def read(case: Case, data: ConfigDict) -> Volume:
     """The case in [0, 1] with labels 0 to 8."""
     if case.image[0].suffix in (".npz", ".h5"):
-        return slices.read_arrays(case, lambda image: np.clip(image, 0, 1))
-    image, label, spacing = volume.read_nifti_case(case, data)
+        return arrays.read_arrays(case, lambda image: np.clip(image, 0, 1))
+    image, label, spacing = nifti.read_nifti_case(case, data)
     if label is not None:
         label = volume.check_label(label, image, case.label[0], [f"BTCV {i}" for i in range(1, 14)])
         table = np.zeros(14, np.uint8)

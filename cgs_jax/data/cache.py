@@ -19,13 +19,20 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cgs_jax.data import case_lists
-from cgs_jax.data.volume import Case, Volume, check_label, resize
-from cgs_jax.errors import UserError
-from cgs_jax.modules import load_by_name
+from cgs_jax.data.grid import resize
+from cgs_jax.data.volume import Case, Volume, check_label
+from cgs_jax.runtime.by_name import load_by_name
+from cgs_jax.runtime.errors import UserError
 
 VERSION = 1  # of the cache layout
+
+
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
+
+
 NO_LABEL = 255
+
+
 OPTIONS = ("name", "size", "normalise", "slicing", "classes")  # of data, that the arrays depend on
 
 
@@ -70,7 +77,7 @@ def quantise(image: np.ndarray) -> np.ndarray:
 
 def dataset(config: ConfigDict) -> ModuleType:
     """The module of `config.data.name`; fills in the classes where they come with the data."""
-    module = load_by_name("cgs_jax.data", config.data.name, "data set")
+    module = load_by_name("cgs_jax.data.layouts", config.data.name, "data set")
     if not config.data.classes:
         config.data.classes = module.classes(config.data)
     return module

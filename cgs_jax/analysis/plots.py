@@ -9,12 +9,17 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from cgs_jax.data.cache import Prepared
+from cgs_jax.inference.predictor import Predict, scoring, segment
+
 SOURCES = {
     "generalist": "generalist, confident",
     "specialists": "specialists",
     "ihed": "specialists after IHED",
     "consensus": "where both agree",
 }
+
+
 ERRORS = {"missed": "deepskyblue", "too much": "red", "other organ": "gold"}
 
 
@@ -78,6 +83,19 @@ class Shown(NamedTuple):
     image: np.ndarray
     truth: np.ndarray
     label: np.ndarray
+
+
+def show(
+    predict: Predict, prepared: Prepared, cases: list[tuple[str, float]], config: Any
+) -> list[Shown]:
+    """Cases with their Dice, predicted again to be looked at."""
+    volumes = [prepared.volume(case) for case, _ in cases]
+    stacks = (volume.image for volume in volumes)
+    labels = segment(predict, stacks, config, scoring(config))
+    return [
+        Shown(*case, volume.image, volume.label, label)
+        for case, volume, (label,) in zip(cases, volumes, labels, strict=True)
+    ]
 
 
 def telling_slice(truth: np.ndarray) -> int:

@@ -13,8 +13,8 @@ import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from cgs_jax import distributed
-from cgs_jax.errors import UserError
+from cgs_jax.runtime import processes
+from cgs_jax.runtime.errors import UserError
 
 
 def cli(main: Callable[[list[str]], None]) -> None:
@@ -24,7 +24,7 @@ def cli(main: Callable[[list[str]], None]) -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    for name in distributed.ENDINGS:  # where nothing is there to be saved
+    for name in processes.ENDINGS:  # where nothing is there to be saved
         signal.signal(name, signal.default_int_handler)
     _quieten_libraries()
     app.define_help_flags()
@@ -44,7 +44,7 @@ def cli(main: Callable[[list[str]], None]) -> None:
         main(arguments)
     except (Exception, KeyboardInterrupt) as error:
         line = _explain(error)
-        distributed.leave(line)
+        processes.leave(line)
         if not line:
             raise
         sys.exit(line)
@@ -88,7 +88,7 @@ def _explain(error: BaseException) -> str:
         return "interrupted; a training run goes on from its last checkpoint"
     if isinstance(error, UserError):
         return f"error: {error}"
-    if distributed.is_lost(error):
+    if processes.is_lost(error):
         reason = " ".join(str(error).split())[:200]
         return (
             f"error: another process is lost ({reason}); the same command in all processes goes on "

@@ -9,7 +9,11 @@ import numpy as np
 from scipy import ndimage
 
 OVERLAP = ("dice", "jaccard")
+
+
 SURFACE = ("hd95", "asd", "hd95_mm", "asd_mm")
+
+
 ABSENT_IN_ONE = {"hd95": 50.0, "asd": 10.0}  # the literature's penalty, in either unit
 
 

@@ -9,15 +9,16 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from cgs_jax.data import slices, volume
+from cgs_jax.data import nifti, volume
+from cgs_jax.data.layouts import arrays
 from cgs_jax.data.volume import Case, Volume
-from cgs_jax.errors import UserError
+from cgs_jax.runtime.errors import UserError
 
 
 def find(data: ConfigDict) -> dict[str, Case]:
     """Cases below `data.root`, in either layout."""
     root = pathlib.Path(data.root)
-    cases = slices.group_slices(root / "data" / "slices", r"(patient\d+_frame\d+)_slice_(\d+)\.h5")
+    cases = arrays.group_slices(root / "data" / "slices", r"(patient\d+_frame\d+)_slice_(\d+)\.h5")
     for path in sorted(root.glob("data/patient*.h5")):
         cases.setdefault(path.stem, Case(path.stem, (path,), (path,)))
     frames: dict[str, list[pathlib.Path]] = {}
@@ -46,5 +47,5 @@ def _truth(path: pathlib.Path) -> pathlib.Path:
 def read(case: Case, data: ConfigDict) -> Volume:
     """The case in [0, 1], min-max scaled as a whole volume."""
     if case.image[0].suffix == ".h5":
-        return slices.read_arrays(case, lambda image: volume.normalise(image, data.normalise))
-    return volume.read_nifti_case(case, data)
+        return arrays.read_arrays(case, lambda image: volume.normalise(image, data.normalise))
+    return nifti.read_nifti_case(case, data)

@@ -11,12 +11,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from cgs_jax import evaluate, run_config
 from cgs_jax.compare import read_summary
 from cgs_jax.data.case_lists import patient
-from cgs_jax.errors import UserError
-from cgs_jax.metrics import OVERLAP
-from cgs_jax.writers import read_lines, spent
+from cgs_jax.runtime import run_folder
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import read_lines
+from cgs_jax.runtime.logs import spent
+from cgs_jax.scoring import summaries
+from cgs_jax.scoring.metrics import OVERLAP
 
 
 class Sweep(NamedTuple):
@@ -56,7 +58,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
         raise UserError(f"no finished run in {folder}")
     runs, curves, cases = [], [], []
     for workdir in found:
-        config, _ = run_config.load(workdir)
+        config, _ = run_folder.load(workdir)
         summary = read_summary(workdir)
         key = {"row": name(workdir), "seed": config.seed}
         minutes, hardware = spent(workdir)
@@ -64,7 +66,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
             key
             | {
                 "workdir": workdir,
-                "method": run_config.name_of(config),
+                "method": run_folder.name_of(config),
                 "steps": config.total_steps,
             }
             | {"best": summary["step"], "val": 100 * number(summary["val"]["mean"]["dice"])}
@@ -73,7 +75,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
         curves += [key | line for line in read_lines(workdir / "metrics.jsonl")]
         last = summary.get("last", {})  # older runs have scored the best only
         for split, scored in {**summary, **{f"last_{k}": v for k, v in last.items()}}.items():
-            if split.removeprefix("last_") not in evaluate.SPLITS:
+            if split.removeprefix("last_") not in summaries.SPLITS:
                 continue
             for case, organs in scored["cases"].items():
                 who = {"split": split, "case": case, "patient": patient(case, config.data.patient)}

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 
 from cgs_jax.data.volume import Case, Volume, finite
-from cgs_jax.errors import UserError
+from cgs_jax.runtime.errors import UserError
 
 
 def group_slices(folder: pathlib.Path, pattern: str) -> dict[str, Case]:

@@ -9,8 +9,9 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from cgs_jax.data.volume import Case, read_nifti_case
-from cgs_jax.errors import UserError
+from cgs_jax.data.nifti import read_nifti_case
+from cgs_jax.data.volume import Case
+from cgs_jax.runtime.errors import UserError
 
 read = read_nifti_case
 

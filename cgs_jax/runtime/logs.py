@@ -1,7 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard files, and lines on the console."""
 
 import errno
-import json
 import math
 import os
 import pathlib
@@ -11,67 +10,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
-from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from cgs_jax import distributed
-from cgs_jax.errors import UserError
-
-
-def to_json(value: Any, **options: Any) -> str:
-    """Strict JSON: nan and infinity become null."""
-
-    def clean(x):
-        if isinstance(x, Mapping):
-            return {k: clean(v) for k, v in x.items()}
-        if isinstance(x, list | tuple):
-            return [clean(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    return json.dumps(clean(value), allow_nan=False, **options)
-
-
-def folder(name: str) -> pathlib.Path:
-    """A local folder, or one in a bucket, such as 'gs://bucket/run'.
-
-    Raises:
-      UserError: what reads such buckets is not installed.
-    """
-    if "://" not in name:
-        return pathlib.Path(name)
-    try:
-        epath.Path(name).exists()
-    except ImportError as error:
-        raise UserError(f"{name}: {error}") from error
-    return epath.Path(name)
-
-
-def is_remote(path: pathlib.Path) -> bool:
-    """Whether `path` is in a bucket: files there can not be locked, or appended to."""
-    return "://" in str(path)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all: a kill leaves the old one."""
-    # Several processes may write the same, such as the table of a sweep.
-    unfinished = path.with_name(f"unfinished_{platform.node()}_{os.getpid()}_{path.name}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl or times.jsonl; one that a kill broke off is left out."""
-    lines = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+from cgs_jax.runtime import processes
+from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text
 
 
 def spent(workdir: pathlib.Path) -> tuple[float, str]:
@@ -92,7 +37,7 @@ def say(text: str) -> None:
 
     Where nobody listens any more, at a closed terminal or pipe, the work goes on.
     """
-    if distributed.is_first():
+    if processes.is_first():
         try:
             tqdm.write(text)
         except OSError as error:
@@ -122,7 +67,7 @@ class Writer:
     """
 
     def __init__(self, workdir: pathlib.Path, start: int):
-        self._first = distributed.is_first()
+        self._first = processes.is_first()
         if not self._first:
             return
         self._workdir = self._folder = workdir

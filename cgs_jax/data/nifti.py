@@ -1,0 +1,113 @@
+"""Reading NIfTI: orientation, and checks that image and label lie on each other."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from cgs_jax.data.volume import Case, Volume, finite, normalise
+from cgs_jax.runtime.errors import UserError
+
+CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # x, y, z of RAS
+
+
+SLICINGS = ("stored", "coarsest", *CANONICAL_AXES)
+
+
+class Scan(NamedTuple):
+    """A NIfTI array turned to [slice, row, column], and how to turn a label map back."""
+
+    array: np.ndarray
+    spacing: tuple[float, float, float]
+    permutation: tuple[int, ...]
+    flipped: tuple[int, ...]
+    nifti: Any
+
+    def corners(self) -> np.ndarray:
+        """World coordinates (mm) of the first voxel and of the last one along each axis: [4, 3]."""
+        index = np.vstack([np.zeros(3), np.diag(np.array(self.array.shape) - 1)])
+        for axis in self.flipped:
+            index[:, axis] = self.array.shape[axis] - 1 - index[:, axis]
+        return nib.affines.apply_affine(self.nifti.affine, index[:, np.argsort(self.permutation)])
+
+    def to_stored(self, array: np.ndarray) -> np.ndarray:
+        """[slice, row, column] -> axes and directions of the file."""
+        array = np.flip(array, self.flipped).transpose(np.argsort(self.permutation))
+        return array.reshape(self.nifti.shape)
+
+
+def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
+    """Reads a 3D NIfTI file as a stack of slices.
+
+    Args:
+      path: `.nii` or `.nii.gz`; trailing axes of length 1 are dropped.
+      slicing: 'axial', 'coronal' or 'sagittal' cut the scan in RAS orientation, 'coarsest' across
+        the axis of largest spacing in RAS orientation, 'stored' along the file's third axis without
+        regard to its orientation (what SimpleITK's arrays are).
+
+    Raises:
+      UserError: not readable, not 3D, or without a usable orientation; names the file.
+    """
+    if slicing not in SLICINGS:
+        raise UserError(f"unknown data.slicing {slicing!r}; there are: {', '.join(SLICINGS)}")
+    try:
+        nifti = nib.load(path)
+        array = np.asanyarray(nifti.dataobj)
+    except FileNotFoundError:
+        raise UserError(f"no such file: {path}") from None
+    except PermissionError:
+        raise UserError(f"{path} is not readable: check its permissions") from None
+    except Exception as error:
+        raise UserError(f"{path} is not a whole NIfTI file, get it again ({error})") from error
+    while array.ndim > 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if array.ndim != 3 or not array.size:
+        raise UserError(f"{path} has shape {nifti.shape}; one 3D volume per file is read")
+    if slicing == "stored":
+        permutation, flipped = (2, 1, 0), ()
+    else:
+        permutation, flipped = _orientation(path, nifti, slicing)
+    array = np.flip(array.transpose(permutation), flipped)
+    zooms = nifti.header.get_zooms()
+    spacing = tuple(float(zooms[axis]) for axis in permutation)
+    return Scan(array, spacing, permutation, flipped, nifti)
+
+
+def _orientation(path, nifti, slicing):
+    to_ras = nib.orientations.io_orientation(nifti.affine)
+    if np.isnan(to_ras).any():
+        raise UserError(
+            f"{path}: its affine has no orientation; repair it or use data.slicing=stored"
+        )
+    stored_axis = np.argsort(to_ras[:, 0])  # of RAS axes x, y, z
+    zooms = np.array(nifti.header.get_zooms()[:3])[stored_axis]
+    if slicing == "coarsest":
+        # Ties, up to rounding of the header, go to the axial direction.
+        cut = max(range(3), key=lambda axis: (round(float(zooms[axis]), 2), axis))
+    else:
+        cut = CANONICAL_AXES[slicing]
+    order = [cut, *(axis for axis in (2, 1, 0) if axis != cut)]
+    permutation = tuple(int(stored_axis[axis]) for axis in order)
+    flipped = tuple(i for i, axis in enumerate(permutation) if to_ras[axis, 1] < 0)
+    return permutation, flipped
+
+
+def read_nifti_case(case: Case, data: Any) -> Volume:
+    """Reads image and, where there is one, label of a NIfTI case by the options of `config.data`.
+
+    Raises:
+      UserError: image and label do not fit each other.
+    """
+    scan = read_nifti(case.image[0], data.slicing)
+    image = normalise(finite(scan.array, case.image[0]), data.normalise)
+    if case.label is None:
+        return Volume(image, None, scan.spacing)
+    label = read_nifti(case.label[0], data.slicing)
+    if label.array.shape == scan.array.shape:  # else `check_label` has its say
+        apart = np.abs(label.corners() - scan.corners()).max()
+        if apart > min(scan.spacing) / 2:
+            raise UserError(
+                f"{case.label[0]} lies up to {apart:.1f} mm off {case.image[0]} by their affines"
+            )
+    return Volume(image, label.array, scan.spacing)

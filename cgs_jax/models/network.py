@@ -1,0 +1,69 @@
+"""Networks. `build(config)` puts a backbone and its heads together."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+from ml_collections import ConfigDict
+
+from cgs_jax.models.heads import Generalist, Pyramid, Specialists
+from cgs_jax.runtime.by_name import load_by_name
+
+
+class Outputs(NamedTuple):
+    """Logits of one forward pass."""
+
+    generalist: jax.Array  # [B, H, W, C]
+    specialists: jax.Array | None  # [K, B, H, W, 3 or 2]; None without specialists
+    pyramid: jax.Array | None = None  # [S, B, H, W, C] of coarser maps, where the network has them
+
+
+class Network(nn.Module):
+    """Backbone, generalist and, where there are any, specialists.
+
+    Attributes:
+      backbone: makes the feature extractor, [B, H, W, 1] -> maps of the decoder.
+      num_classes: background included.
+      specialists: makes a specialist head for every target; None: there are none.
+      pyramid: whether the coarser maps have heads, too.
+      dtype: of the feature maps; parameters, statistics and losses are float32.
+    """
+
+    backbone: Callable[[], nn.Module]
+    num_classes: int
+    specialists: Callable[[], nn.Module] | None
+    pyramid: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, image: jax.Array, train: bool = False, perturb: bool = False) -> Outputs:
+        """`perturb` appends the outputs of the same images with half of the encoder's channels
+        dropped, so there are twice as many."""
+        maps = self.backbone(name="backbone")(image.astype(self.dtype), train, perturb)
+        features, pack = maps[-1]
+        generalist = Generalist(self.num_classes, name="generalist")(features, pack)
+        specialists, pyramid = None, None
+        if self.specialists:
+            specialists = self.specialists(name="specialists")(features, pack, train)
+        if self.pyramid:
+            pyramid = Pyramid(self.num_classes, name="pyramid")(maps[:-1], train)
+        return Outputs(generalist, specialists, pyramid)
+
+
+def build(config: ConfigDict, specialists: bool, pyramid: bool = False) -> Network:
+    """Network of `config.model`, with one specialist per organ of `config.data.classes`."""
+    options = dict(config.model.items())
+    name, dtype = options.pop("name"), options.pop("dtype")
+    heads = {"num_classes": options.pop("head_classes"), "depth": options.pop("head_depth")}
+    heads["num_targets"] = len(config.data.classes)
+    del options["weights"]
+    options["lanes"] = options["lanes"] or (128 if jax.default_backend() == "tpu" else 1)
+    module = load_by_name("cgs_jax.models", name, "model")
+    return Network(
+        backbone=lambda **kw: module.Backbone(**options, **kw),
+        num_classes=len(config.data.classes) + 1,
+        specialists=(lambda **kw: Specialists(**heads, **kw)) if specialists else None,
+        pyramid=pyramid,
+        dtype=dtype,
+    )

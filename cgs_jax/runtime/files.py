@@ -1,0 +1,65 @@
+"""Files that a kill leaves whole, local or in a bucket."""
+
+import json
+import math
+import os
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from cgs_jax.runtime.errors import UserError
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """Strict JSON: nan and infinity become null."""
+
+    def clean(x):
+        if isinstance(x, Mapping):
+            return {k: clean(v) for k, v in x.items()}
+        if isinstance(x, list | tuple):
+            return [clean(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    return json.dumps(clean(value), allow_nan=False, **options)
+
+
+def folder(name: str) -> pathlib.Path:
+    """A local folder, or one in a bucket, such as 'gs://bucket/run'.
+
+    Raises:
+      UserError: what reads such buckets is not installed.
+    """
+    if "://" not in name:
+        return pathlib.Path(name)
+    try:
+        epath.Path(name).exists()
+    except ImportError as error:
+        raise UserError(f"{name}: {error}") from error
+    return epath.Path(name)
+
+
+def is_remote(path: pathlib.Path) -> bool:
+    """Whether `path` is in a bucket: files there can not be locked, or appended to."""
+    return "://" in str(path)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all: a kill leaves the old one."""
+    # Several processes may write the same, such as the table of a sweep.
+    unfinished = path.with_name(f"unfinished_{platform.node()}_{os.getpid()}_{path.name}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl or times.jsonl; one that a kill broke off is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

@@ -1,0 +1,141 @@
+"""Volumes -> slices -> prediction -> volumes -> scores per case and organ."""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from cgs_jax.data.cache import Prepared
+from cgs_jax.inference.predictor import LITERATURE, Predict, Scoring, scoring, segment
+from cgs_jax.runtime import processes
+from cgs_jax.scoring import metrics
+
+SPLITS = {
+    "test": "test",
+    "test_literature": "test, the literature's scoring",
+    "val": "validation",
+    "val_literature": "validation, the literature's scoring",
+}
+
+
+Results = dict[str, dict[str, dict[str, float]]]  # case -> organ -> metric -> value
+
+
+def evaluate(
+    predict: Predict,
+    prepared: Prepared,
+    cases: list[str],
+    config: Any,
+    surface: bool,
+    *scorings: Scoring,
+) -> list[Results]:
+    """Scores `cases`, dealt over the processes, by each scoring; without `surface` only the overlap
+    metrics."""
+    everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
+    volumes = [prepared.volume(case) for case in cases]
+    stacks = (volume.image for volume in volumes)
+    labels = segment(predict, stacks, config, *scorings)
+    labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
+    futures = {}
+    # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
+    # at most, for each takes 45 bytes a voxel of the box around its organ.
+    pool = ThreadPoolExecutor(min(8, os.cpu_count()))
+    try:
+        for case, volume, by_scoring in zip(cases, volumes, labels, strict=True):
+            truth = np.asarray(volume.label)
+            for which, label in enumerate(by_scoring):
+                for i, organ in enumerate(config.data.classes, 1):
+                    task = (label, truth, i, volume.spacing, surface)
+                    futures[which, case, organ] = pool.submit(_score, *task)
+        results = [{case: {} for case in cases} for _ in scorings]
+        for (which, case, organ), future in futures.items():
+            results[which][case][organ] = future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    gathered = processes.gather(results)
+    return [
+        {case: part[which][case] for case in everyone for part in gathered if case in part[which]}
+        for which in range(len(scorings))
+    ]
+
+
+def score(predict: Predict, prepared: Prepared, config: Any) -> dict[str, Any]:
+    """Summaries of all metrics: {'val': ..., 'test': ...}, or the first alone, and from the same
+    predictions what the literature's scoring makes of them: 'val_literature', 'test_literature'."""
+    splits = {"val": prepared.splits.val}
+    if config.test:
+        splits["test"] = prepared.splits.test
+    summaries = {}
+    for name, cases in splits.items():
+        both = evaluate(predict, prepared, cases, config, True, scoring(config), LITERATURE)
+        summaries[name], summaries[f"{name}_literature"] = map(summarise, both)
+    return summaries
+
+
+def final_split(*summaries: dict[str, Any]) -> str:
+    """'test', or 'val' where one of them was not to score the test cases."""
+    return "test" if all("test" in summary for summary in summaries) else "val"
+
+
+def _score(label, truth, i, spacing, surface):
+    masks = label == i, truth == i
+    scores = metrics.score(*masks, spacing) if surface else metrics.overlap(*masks)
+    return scores | {"voxels": int(np.count_nonzero(masks[1]))}  # the organ's size
+
+
+def ranked(results: Results) -> list[tuple[str, float]]:
+    """Cases and their mean Dice in %, worst first; those without any organ only if all are."""
+    dice = {c: 100 * mean(s["dice"] for s in organs.values()) for c, organs in results.items()}
+    defined = [(case, value) for case, value in dice.items() if not np.isnan(value)]
+    return sorted(defined, key=lambda pair: pair[1]) or list(dice.items())
+
+
+def summarise(results: Results) -> dict[str, Any]:
+    """Means over cases for every organ, and over organs, with the number of undefined values.
+
+    'voxels' is an organ's true size.
+
+    Returns {'mean': {metric: value}, 'organs': {organ: {metric: {'mean', 'std', 'undefined'}}},
+    'cases': results}; what no case defines is nan.
+    """
+    organs: dict[str, Any] = {}
+    for by_organ in results.values():
+        for organ, scores in by_organ.items():
+            for metric, value in scores.items():
+                organs.setdefault(organ, {}).setdefault(metric, []).append(value)
+    for by_metric in organs.values():
+        for metric, values in by_metric.items():
+            undefined = int(np.isnan(values).sum())
+            by_metric[metric] = {"mean": mean(values), "std": mean(values, np.std)}
+            by_metric[metric]["undefined"] = undefined
+    names = next(iter(organs.values()))
+    overall = {m: mean([by_metric[m]["mean"] for by_metric in organs.values()]) for m in names}
+    return {"mean": overall, "organs": organs, "cases": results}
+
+
+def mean(values: Iterable[float], statistic: Callable = np.mean) -> float:
+    """Mean, or another statistic, of what is not nan; nan where nothing is left."""
+    known = [v for v in values if not np.isnan(v)]
+    return float(statistic(known)) if known else float("nan")
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The means as text, an organ a line."""
+    head = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD vox", "asd": "ASD vox"}
+    head |= {"hd95_mm": "95HD mm", "asd_mm": "ASD mm"}
+    columns = [name for name in head if name in summary["mean"]]
+    scale = {name: 100 if name in metrics.OVERLAP else 1 for name in columns}
+    width = max(map(len, [*summary["organs"], "organ"]))
+    lines = [f"{'organ':<{width}}" + "".join(f"{head[c]:>11}" for c in columns)]
+    for organ, scores in summary["organs"].items():
+        cells = (f"{scores[c]['mean'] * scale[c]:>11.2f}" for c in columns)
+        undefined = max(scores[c]["undefined"] for c in columns)
+        note = f"   ({undefined} undefined)" if undefined else ""
+        lines.append(f"{organ:<{width}}" + "".join(cells) + note)
+    cells = (f"{summary['mean'][c] * scale[c]:>11.2f}" for c in columns)
+    lines.append(f"{'mean':<{width}}" + "".join(cells))
+    return "\n".join(lines)

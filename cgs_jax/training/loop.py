@@ -1,0 +1,202 @@
+"""The training step and the loop around it."""
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import grain.python as grain
+import jax
+import numpy as np
+import optax
+from clu import parameter_overview
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from cgs_jax.analysis import pseudo_label_quality
+from cgs_jax.data import streams
+from cgs_jax.data.cache import Prepared
+from cgs_jax.inference import predictor
+from cgs_jax.methods.base import Method
+from cgs_jax.runtime import devices, processes, run_folder
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.logs import Writer, say
+from cgs_jax.scoring import summaries
+from cgs_jax.training import optimizers
+from cgs_jax.training.batch_norm import make_precise
+from cgs_jax.training.checkpoints import Checkpoints
+from cgs_jax.training.train_state import Metrics, TrainState
+from cgs_jax.training.train_step import (
+    abstract_state,
+    init_state,
+    make_train_step,
+    seed_of,
+    start_from_weights,
+    stream_sizes,
+)
+
+RESULTS = ("summary.json", "report.html")  # what a finished run has, written in this order
+
+
+def train(
+    config: ConfigDict,
+    method: Method,
+    prepared: Prepared,
+    checkpoints: Checkpoints,
+    workdir: pathlib.Path,
+    mesh: Mesh,
+) -> bool:
+    """Trains to `config.total_steps`, from the latest checkpoint where there is one.
+
+    Order: step, then validation, then checkpoint; data and keys are functions of (seed, step), so
+    a resumed run goes on exactly as the undisturbed one.
+
+    Returns:
+      Whether it got there; False after SIGTERM or Ctrl-C, with a checkpoint of the last step.
+
+    Raises:
+      UserError: the loss is not finite; checkpoints from before are kept.
+    """
+    optimizer, schedule = optimizers.make_optimizer(config)
+    state = checkpoints.restore_latest(abstract_state(method, optimizer, config, mesh))
+    if state is None:
+        start_from_weights(method, config)
+        state = init_state(method, optimizer, config, mesh)
+    start = int(state.step)
+    if start:
+        say(f"resuming {workdir} at step {start}")
+    else:
+        count = f"{parameter_overview.count_parameters(state.params):,} parameters"
+        say(f"{run_folder.name_of(config)} on {config.data.name}: {count}, {mesh.size} device(s)")
+    if start >= config.total_steps:
+        return True
+    if processes.is_first():
+        for name in RESULTS:  # they would be of a state before the end
+            (workdir / name).unlink(missing_ok=True)
+
+    batches = device_batches(config, method, prepared, mesh, start)
+    train_step = make_train_step(method, optimizer, config, mesh)
+    predict = predictor.make_predict(method)
+    measure = pseudo_label_quality.make_measure(config, method, prepared)
+    zero_before = set()
+    progress = tqdm(
+        batches, "training", config.total_steps, initial=start, unit="step", disable=None
+    )
+    with contextlib.closing(Writer(workdir, start)) as writer, processes.Stop() as stop:
+        precise = make_precise(config, method, prepared, mesh)
+        logged = steps(config, train_step, state, progress, start, checkpoints, stop, precise)
+        for step, state, means in logged:
+            means["lr"] = float(schedule(step - 1))
+            writer.write(step, means)
+            progress.set_postfix(loss=f"{means['loss']:.3f}")
+            if progress.disable:
+                say(f"step {step}/{config.total_steps}  loss {means['loss']:.4f}")
+            validates = _validates(step, config)
+            if not (validates or stop.now):
+                continue
+            if not np.isfinite(optax.tree.norm(state.params)):
+                raise _diverged("a parameter is not finite", step, checkpoints)
+            if not validates:
+                writer.publish(step)
+                checkpoints.save(state)
+                return False
+            scores = validate(predict(state), prepared, config) | measure(state)
+            writer.write(step, scores)
+            writer.publish(step)
+            organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
+            say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
+            zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}
+            stays = zero if step == config.total_steps else zero & zero_before
+            if stays:
+                say(f"WARNING: validation Dice stays 0 for {', '.join(sorted(stays))}")
+            zero_before = zero
+            checkpoints.save(state, scores["val/dice"])
+            if stop.asked:
+                return False
+    return True
+
+
+def host_batches(
+    config: ConfigDict, method: Method, prepared: Prepared, mesh: Mesh, start: int = 0
+) -> grain.MapDataset:
+    """What the steps from `start` on take, as this process reads it."""
+    mine = lambda size: devices.local_rows(mesh, size)  # noqa: E731
+    return streams.batches(prepared, config, stream_sizes(config, method), start, mine)
+
+
+def device_batches(
+    config: ConfigDict, method: Method, prepared: Prepared, mesh: Mesh, start: int = 0
+) -> Iterator[Any]:
+    """The same on the devices, read ahead of the step."""
+    dataset = host_batches(config, method, prepared, mesh, start)
+    return streams.prefetched(dataset, lambda batch: devices.put_batch(mesh, batch))
+
+
+def steps(
+    config: ConfigDict,
+    train_step: Any,
+    state: TrainState,
+    batches: Iterable[Any],
+    start: int,
+    checkpoints: Checkpoints | None,
+    stop: processes.Stop,
+    precise: Callable[[TrainState], TrainState] = lambda state: state,
+) -> Iterator[tuple[int, TrainState, dict[str, float]]]:
+    """Trains on `batches`; yields (step, state, mean metrics since the last) to log, validate or
+    stop; `precise` is laid over states to validate.
+
+    Only there the host waits for the device. The next step donates the yielded state.
+    """
+    unlogged, seed = [], seed_of(config)
+    for step, batch in enumerate(batches, start + 1):
+        state, metrics = train_step(state, batch, seed)
+        unlogged.append(metrics)
+        if _validates(step, config):
+            state = precise(state)
+        if stop.at(step) or step % config.log_every == 0 or _validates(step, config):
+            yield step, state, _means(unlogged, step, checkpoints)
+            unlogged = []
+
+
+def _validates(step: int, config: ConfigDict) -> bool:
+    return step % config.eval_every == 0 or step == config.total_steps
+
+
+def restore_best(
+    config: ConfigDict, method: Method, checkpoints: Checkpoints, workdir: pathlib.Path, mesh: Mesh
+) -> TrainState:
+    """The state with the best validation Dice."""
+    optimizer, _ = optimizers.make_optimizer(config)
+    state = checkpoints.restore_best(abstract_state(method, optimizer, config, mesh))
+    if state is None:
+        raise UserError(f"{workdir} holds no validated checkpoint; train first")
+    return state
+
+
+def validate(
+    predict: predictor.Predict, prepared: Prepared, config: ConfigDict
+) -> dict[str, float]:
+    """Mean validation Dice (%) by organ, 'val/<organ>', and of all, 'val/dice'."""
+    cases, scoring = prepared.splits.val, predictor.scoring(config)
+    (results,) = summaries.evaluate(predict, prepared, cases, config, False, scoring)
+    summary = summaries.summarise(results)
+    scores = {f"val/{o}": 100 * s["dice"]["mean"] for o, s in summary["organs"].items()}
+    return scores | {"val/dice": 100 * float(np.nan_to_num(summary["mean"]["dice"]))}
+
+
+def _means(unlogged: list[Metrics], step: int, checkpoints: Checkpoints):
+    rows = jax.device_get(unlogged)
+    means = np.mean([row.values for row in rows], axis=0)
+    means = dict(zip(rows[0].names, means.tolist(), strict=True))
+    if not np.isfinite(means["loss"]):
+        bad = next(i for i, row in enumerate(rows) if not np.isfinite(row["loss"]))
+        raise _diverged(f"the loss is {rows[bad]['loss']}", step - len(rows) + bad + 1, checkpoints)
+    return means
+
+
+def _diverged(what: str, step: int, checkpoints: Checkpoints) -> UserError:
+    kept = checkpoints and checkpoints.latest
+    kept = f"the checkpoint of step {kept} is kept" if kept else "there is no checkpoint yet"
+    advice = "try a lower --config.optimizer.lr in a new --workdir"
+    return UserError(f"{what} at step {step}; {kept}; {advice}")
