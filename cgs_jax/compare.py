@@ -10,6 +10,7 @@ from typing import Any
 
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder
+from cgs_jax.scoring import summaries
 
 
 def read_summary(workdir: pathlib.Path) -> dict[str, Any]:

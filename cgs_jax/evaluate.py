@@ -1,6 +1,6 @@
 """Scores a trained run by other heads or options of prediction, or several runs together.
 
-python -m cgs_jax.ensemble --workdir RUN [--workdir RUN ...] [--inference both] [--combine vote] \
+python -m cgs_jax.evaluate --workdir RUN [--workdir RUN ...] [--inference both] [--combine vote] \
     [--upsample linear] [--largest_component] [--root FOLDER] [--cache FOLDER] [--output FILE.json]
 """
 

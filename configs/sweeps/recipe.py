@@ -3,7 +3,7 @@
 python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/recipe.py \
     --workdir runs/recipe --seeds 3 --config.test=False --config.data.root=FOLDER
 
-What changes prediction alone needs no training: cgs_jax.ensemble --workdir runs/recipe/cgs/seed0
+What changes prediction alone needs no training: cgs_jax.evaluate --workdir runs/recipe/cgs/seed0
 --upsample nearest --nolargest_component.
 """
 
