@@ -1,4 +1,8 @@
-"""Parity with numbers made by the authors' PyTorch code (its crash mended by one line)."""
+"""Parity with numbers made by the authors' PyTorch code (its crash mended by one line).
+
+Every test runs on the compact set of `tests/oracle` and, where CGS_TEST_DATA is given, on the full
+one; oracle/README.md says what the compact set leaves out.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -50,9 +54,10 @@ def network(oracle):
     return network, load_variables(network, oracle("ovrunet_c4_state"), 64)
 
 
-def test_network_has_the_published_number_of_parameters(network):
-    count = sum(x.size for x in jax.tree.leaves(network[1]["params"]))
-    assert count == 1_813_764 + 3 * 739
+def test_network_has_the_published_number_of_parameters():
+    network = build(make_config(), specialists=True)
+    variables = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 64, 64, 1)))
+    assert sum(x.size for x in jax.tree.leaves(variables["params"])) == 1_813_764 + 3 * 739
 
 
 def test_weights_survive_the_round_trip(network, oracle):
@@ -107,6 +112,8 @@ def test_forward_train_statistics_loss_and_gradients(network, oracle):
 @pytest.mark.parametrize("case", ["c3", "c3_absent", "c4", "c4_absent", "c5", "c9", "c9_absent"])
 def test_losses(oracle, case):
     data = state_dict(oracle("sup_loss"), f"{case}/")
+    if not data:
+        pytest.skip(f"only the full set has {case}")
     ce, dice = losses.segmentation_loss(nhwc(data["logits"]), data["labels"])
     np.testing.assert_allclose([ce, dice], [data["ce"], data["dice"]], **LOSS)
     for zero in ("", "_zero"):
@@ -272,8 +279,11 @@ def test_three_full_iterations(oracle):
             "ema": {"params": state.extra["params"], **state.extra["model_state"]},
         }
         for who, variables in ours.items():
+            reference = state_dict(step, f"{who}/")
+            if t < 2 and not reference:
+                continue  # the compact set has the variables after the last step only
             for name, value in torch_weights.to_torch(variables).items():
-                expected = step[f"{who}/{name}"]
+                expected = reference[name]
                 if name.endswith("running_var"):
                     # Flax's biased variance against torch's unbiased one: what two passes a step
                     # added to the start differs by n / (n - 1).

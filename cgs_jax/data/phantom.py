@@ -21,7 +21,7 @@ from cgs_jax.runtime.errors import UserError
 
 ESOPHAGUS, HEART, TRACHEA, AORTA = 1, 2, 3, 4
 FOV_MM, HEIGHT_MM = 380.0, 176.0
-SPLITS = Path(__file__).parent / "splits" / "segthor"
+SPLITS = Path(__file__).parent / "published" / "segthor"
 MARK = "PHANTOM.txt"  # only folders that carry it are written over
 
 
