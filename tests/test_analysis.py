@@ -126,7 +126,7 @@ class Withheld:
     """Five training slices: labelled, two withheld, one without label, and again withheld."""
 
     class splits:  # noqa: N801
-        loop, labelled = list("abcd"), ["a"]
+        train, labelled = list("abcd"), ["a"]
 
     labels = np.stack([np.full((16, 16), k, np.uint8) for k in (1, 1, 2, 255, 0)])
     images = np.arange(5, dtype=np.uint16)[:, None, None] * np.ones((1, 16, 16), np.uint16)

@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data.cache import NO_LABEL, Prepared
-from cgs_jax.data.streams import streams
+from cgs_jax.data.streams import rows_of
 from cgs_jax.inference import predictor
 from cgs_jax.methods import pseudo_labels
 from cgs_jax.methods.base import Method
@@ -58,7 +58,7 @@ def make_measure(
     and label cleaning of a method's own (UA-MT, BCP) are not applied, and one without `tau` counts
     as sure everywhere.
     """
-    rows = streams(prepared)["unlabelled"] if method.unlabelled else np.zeros(0, int)
+    rows = rows_of(prepared)["unlabelled"] if method.unlabelled else np.zeros(0, int)
     labelled = set(prepared.rows(prepared.splits.labelled))
     known = [r for r in rows if r not in labelled and prepared.labels[r, 0, 0] != NO_LABEL]
     if not known or not config.pseudo_slices:
