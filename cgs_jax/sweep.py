@@ -140,7 +140,9 @@ def _config(path, arguments, overrides, fields, row):
     except ValueError as error:
         raise UserError(f"{row}: {error}") from None
     plain = run_folder.flatten(config.to_dict())
-    shared = {k: v for k, v in overrides.items() if k in plain or not k.startswith("method.")}
+    shared = {
+        k: v for k, v in overrides.items() if k in plain or not k.startswith(("method.", "cgs."))
+    }
     for name, value in (shared | fields).items():
         if name not in plain:
             raise UserError(f"{row}: there is no config field {name}")

@@ -40,5 +40,6 @@ def patches(config: ConfigDict) -> None:
     config.data.normalise = "percentile"
     config.precise_bn = 50
     config.optimizer.lr = 0.02
-    if config.method.name == "cgs":
-        config.method.lambda_max = 1.0
+    for section in (config.method, config.get("cgs")):
+        if section and "terms" in section:
+            section.lambda_max = 1.0

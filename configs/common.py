@@ -5,6 +5,8 @@ import importlib.util
 
 from ml_collections import ConfigDict
 
+from configs.methods import cgs
+
 
 def parse(arg: str | None, **defaults: str) -> dict[str, str]:
     """'method=cgs,labelled=3' -> {'method': 'cgs', 'labelled': '3'} over `defaults`."""
@@ -22,8 +24,10 @@ def parse(arg: str | None, **defaults: str) -> dict[str, str]:
 def get_config(method: str, base: str = "") -> ConfigDict:
     """Common fields with those of configs/methods/<method>.py laid over.
 
-    `base` names a method over which `method` is laid; its fields come first.
+    With `base`, CGS is laid over that method, which `config.method` then is; CGS has `config.cgs`.
     """
+    if base and method != "cgs":
+        raise ValueError(f"config argument base={base}: it goes with method=cgs")
     config = ConfigDict()
     config.seed = 0
     config.total_steps = 30_000  # 0 on a trained workdir: evaluate only
@@ -76,7 +80,7 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     # back to the grid of the scan: probabilities, 'linear'; or labels, 'nearest', as the literature
     config.upsample = "linear"
     config.largest_component = False  # keep only the largest piece of every organ of a scan
-    config.method = ConfigDict({"name": method})
+    config.method = ConfigDict({"name": base or method})
     config.data = ConfigDict()
     config.data.root = "data"  # folder of the data set
     config.data.cache = ""  # prepared data; '' means ROOT/cgs_cache
@@ -93,11 +97,11 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.test_fraction = 0.2
     config.data.patient = r"(.+?)(?:_(?:frame|time|visit|phase)\d+)?$"  # of a case name, by regex
 
-    for name in filter(None, (base, method)):  # of an unknown name main lists those that there are
-        if name.isidentifier() and importlib.util.find_spec(f"configs.methods.{name}"):
-            importlib.import_module(f"configs.methods.{name}").update(config)
+    # Of an unknown name main lists those that there are.
+    name = config.method.name
+    if name.isidentifier() and importlib.util.find_spec(f"configs.methods.{name}"):
+        importlib.import_module(f"configs.methods.{name}").update(config)
     if base:
-        if method != "cgs":
-            raise ValueError(f"config argument base={base}: it goes with method=cgs")
-        config.method.base = base
+        config.cgs = ConfigDict()
+        cgs.consistency(config.cgs)
     return config

@@ -158,13 +158,14 @@ def test_ict_blends_images_and_what_the_teacher_says():
 def test_every_term_has_a_gradient_where_it_counts(name, pairs):
     """At the student's outputs; where a mask leaves pixels out, not there."""
     method = train_step.make_method(tiny(name))
-    if "tau" in method.config.method:
-        method.config.method.tau = 0.4
+    for section in (method.config.method, method.config.get("cgs", {})):
+        if "tau" in section:
+            section.tau = 0.4
     keys = jax.random.split(jax.random.key(0), 6 * pairs)
     where = jnp.arange(8)[None, :, None] < jnp.full((2, 1, 8), 5)
 
     def outputs(keys):
-        shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3), (2, 2, 8, 8, 3)
+        shapes = (2, 8, 8, 3), (2, 8, 8, 2, 3), (2, 8, 8, 2, 3)
         return Outputs(*(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)))
 
     students = [outputs(keys[6 * i : 6 * i + 3]) for i in range(pairs)]
@@ -173,7 +174,10 @@ def test_every_term_has_a_gradient_where_it_counts(name, pairs):
 
     def terms(students):
         made = map(base.Pair, students, teachers, [where if masked else None] * pairs)
-        return method.unsupervised(list(made), jnp.asarray(30))[0]
+        state = TrainState(jnp.asarray(30), {}, {}, None, {})
+        method.passes = lambda *_: base.Passes([], list(made), {}, {})
+        metrics = method.loss({}, state, {}, None)[1][2]
+        return {n: v for n, v in metrics.items() if n.endswith(("ce", "dice", "mse", "variance"))}
 
     gradients = jax.jit(jax.jacrev(terms))(students)
     for which, of_students in gradients.items():
@@ -181,7 +185,7 @@ def test_every_term_has_a_gradient_where_it_counts(name, pairs):
         assert any(jnp.abs(g).max() > 0 for g in gradient), which
         assert all(jnp.isfinite(g).all() for g in gradient), which
         if masked:
-            assert all((g[..., 5:, :, :] == 0).all() for g in gradient), which
+            assert all((g[:, :, 5:] == 0).all() for g in gradient), which
 
 
 def test_perturbed_stream_loses_half_of_the_channels():
@@ -311,28 +315,37 @@ def test_cps_each_network_has_its_own_terms():
 
 def test_shares_of_pixels_stay_shares():
     """Two pairs, as of CPS: the mean over both."""
-    method = train_step.make_method(tiny("cgs:cps"))
-    shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3)
+    options = tiny("cgs:cps").cgs
+    shapes = (2, 8, 8, 3), (2, 8, 8, 2, 3)
     outputs = Outputs(*(5 * jax.random.normal(jax.random.key(0), shape) for shape in shapes))
-    _, one = method.unsupervised([base.Pair(outputs, outputs)], 0)
-    _, two = method.unsupervised([base.Pair(outputs, outputs)] * 2, 0)
+    _, one = cgs.consistency([base.Pair(outputs, outputs)], options)
+    _, two = cgs.consistency([base.Pair(outputs, outputs)] * 2, options)
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, rtol=1e-6)
 
 
 def test_cgs_adds_its_terms_to_those_of_the_method_below():
-    method = train_step.make_method(tiny("cgs:mean_teacher", **{"method.begin": 0}))
+    """Either has a threshold, a weight and a ramp of its own."""
+    fields = {"method.begin": 0.0, "method.lambda_max": 3.0, "cgs.lambda_max": 0.5, "cgs.tau": 0.7}
+    method = train_step.make_method(tiny("cgs:mean_teacher", **fields))
+    alone = train_step.make_method(tiny("mean_teacher", **{"method.begin": 0.0}))
+    assert (method.specialists, alone.specialists) == (True, False)
     key = jax.random.key(0)
-    shapes = (2, 8, 8, 3), (2, 2, 8, 8, 3)
+    shapes = (2, 8, 8, 3), (2, 8, 8, 2, 3)
     student = Outputs(*(jax.random.normal(key, shape) for shape in shapes))
     teacher = Outputs(*(3 * jax.random.normal(jax.random.key(1), shape) for shape in shapes))
     where = jax.random.bernoulli(key, 0.5, (2, 8, 8))
-    terms, _ = method.unsupervised([base.Pair(student, teacher, where)], 0)
-    tau = method.config.method.tau
-    own, _ = cgs.consistency_losses(student, pseudo_labels.from_teacher(teacher, tau), where)
-    assert terms.keys() == own.keys() | {"unsup/mse"}
+    pairs = [base.Pair(student, teacher, where)]
+    below, _ = alone.unsupervised(pairs, 60)
+    own, _ = cgs.consistency_losses(student, pseudo_labels.from_teacher(teacher, 0.7), where)
+    method.passes = lambda *_: base.Passes([], pairs, "statistics", "extra")
+    state = TrainState(jnp.asarray(60), {}, {}, None, {})  # the end of the ramps
+    loss, (model_state, extra, metrics) = method.loss({}, state, {}, None)
+    np.testing.assert_allclose(loss, 3 * below["unsup/mse"] + 0.5 * sum(own.values()), rtol=1e-5)
+    assert (model_state, extra) == ("statistics", "extra")
+    np.testing.assert_allclose(metrics["unsup/mse"], below["unsup/mse"], rtol=1e-6)
     for name, value in own.items():
-        np.testing.assert_allclose(terms[name], value, rtol=1e-6)
+        np.testing.assert_allclose(metrics[f"cgs/{name[6:]}"], value, rtol=1e-6)
     elsewhere = student._replace(generalist=jnp.where(where[..., None], student.generalist, 9.0))
-    again, _ = cgs.consistency_losses(elsewhere, pseudo_labels.from_teacher(teacher, tau), where)
+    again, _ = cgs.consistency_losses(elsewhere, pseudo_labels.from_teacher(teacher, 0.7), where)
     np.testing.assert_allclose(again["unsup/G_from_s_ce"], own["unsup/G_from_s_ce"], rtol=1e-6)

@@ -93,13 +93,13 @@ def test_pytorch_counterpart_computes_the_same_losses():
         variables, image, train=True, mutable=["batch_stats"]
     )
     generalist, specialists = model(torch.tensor(np.moveaxis(np.asarray(image), -1, 1)))
-    theirs = generalist.movedim(1, -1), torch.stack(specialists).movedim(2, -1)
+    theirs = generalist.movedim(1, -1), torch.stack(specialists).permute(1, 3, 4, 0, 2)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b.detach(), atol=1e-4)
 
     def to_torch(outputs):
         generalist, specialists = (torch.tensor(np.asarray(x)) for x in outputs[:2])
-        return generalist.movedim(-1, 1), list(specialists.movedim(-1, 2))
+        return generalist.movedim(-1, 1), list(specialists.permute(3, 0, 4, 1, 2))
 
     rng = np.random.default_rng(0)
     student, teacher = (

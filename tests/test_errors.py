@@ -155,10 +155,10 @@ def test_two_processes_in_one_workdir(trained, scans):
 @pytest.mark.parametrize(
     ("base", "fields", "message"),
     [
-        ("cgs", {}, "method.base=cgs: CGS lies over methods with unlabelled images only"),
-        ("supervised", {}, "method.base=supervised: CGS lies over methods"),
+        ("cgs", {}, "base=cgs: CGS lies over other methods with unlabelled images only"),
+        ("supervised", {}, "base=supervised: CGS lies over other methods"),
         ("nonsense", {}, "unknown method 'nonsense'; there are: ad_mt, bcp"),
-        ("fixmatch", {"method.plan": "full"}, "method.plan is for CGS without base"),
+        ("fixmatch", {"cgs.terms": ("G_from_x",)}, "unknown --config.method.terms G_from_x"),
         (
             "bcp",
             {"method.pretrain": 9000.0},

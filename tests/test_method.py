@@ -17,6 +17,10 @@ from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
 
 
+def heads_first(x):
+    return np.moveaxis(np.asarray(x), -1, 0)
+
+
 def test_losses_by_hand():
     # one image of two pixels, two classes: p = (.8, .2) with label 0, p = (.4, .6) with label 1
     logits = jnp.log(jnp.array([[[[0.8, 0.2], [0.4, 0.6]]]]))
@@ -52,7 +56,7 @@ def test_ramp():
 def test_relabel_by_hand():
     labels = jnp.array([[[0, 1], [2, 3]]])
     expected = [[[[0, 1], [2, 2]]], [[[0, 2], [1, 2]]], [[[0, 2], [2, 1]]]]
-    np.testing.assert_array_equal(pseudo_labels.relabel(labels, 3), expected)
+    np.testing.assert_array_equal(heads_first(pseudo_labels.relabel(labels, 3)), expected)
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -60,12 +64,12 @@ def test_ihed_sum_test_is_the_rule(k):
     """All say background, or one says target and all others remaining: over all 3^K votes."""
     votes = np.indices((3,) * k).reshape(k, 1, 1, -1)
     rule = (votes == 0).all(0) | (((votes == 1).sum(0) == 1) & ((votes == 2).sum(0) == k - 1))
-    np.testing.assert_array_equal(pseudo_labels.ihed_mask(votes), rule)
+    np.testing.assert_array_equal(pseudo_labels.ihed_mask(np.moveaxis(votes, 0, -1)), rule)
     assert rule.sum() == k + 1
 
 
 def test_merge_by_hand():
-    probs = jnp.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).reshape(2, 1, 1, 1, 3)
+    probs = jnp.array([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]).reshape(1, 1, 1, 2, 3)
     np.testing.assert_allclose(pseudo_labels.merge(probs)[0, 0, 0], [0.3, 0.3, 0.6], atol=1e-6)
 
 
@@ -77,7 +81,7 @@ def test_pseudo_labels_by_hand():
     # two pixels: sure target 1, unsure target 2; specialists agree on the first only
     generalist = np.stack([one_hot(1, 0.95), one_hot(2, 0.6)])[None, None]
     heads = [[one_hot(1, 0.9), one_hot(1, 0.9)], [one_hot(2, 0.9), one_hot(1, 0.8)]]
-    teacher = Outputs(jnp.asarray(generalist), jnp.asarray(heads)[:, None, None])
+    teacher = Outputs(jnp.asarray(generalist), jnp.moveaxis(jnp.asarray(heads), 0, 1)[None, None])
     pseudo = pseudo_labels.from_teacher(teacher, tau=0.9)
     np.testing.assert_array_equal(pseudo.generalist, [[[1, 2]]])
     np.testing.assert_array_equal(pseudo.confident, [[[True, False]]])
@@ -163,7 +167,7 @@ def test_heads_compute_what_plain_layers_would(dtype):
     np.testing.assert_allclose(state["batch_stats"]["bn"]["var"], 0.9 + 0.1 * var, rtol=1e-3)
     hidden = (hidden - mean[:, None, None, None]) / jnp.sqrt(var + 1e-5)[:, None, None, None]
     hidden = jnp.maximum(hidden, 0.01 * hidden)
-    wanted = jnp.stack([packed.conv(hidden[k], p["conv2_kernel"][k], 1) for k in range(2)])
+    wanted = jnp.stack([packed.conv(hidden[k], p["conv2_kernel"][k], 1) for k in range(2)], -2)
     assert np.abs(got - wanted).max() < (1e-4 if dtype == "float32" else 0.05)
 
 
@@ -188,8 +192,8 @@ def test_stacked_specialists_are_independent_heads():
     kernel = variables["params"]["specialists"]["conv2_kernel"]
     variables["params"]["specialists"]["conv2_kernel"] = kernel.at[1].multiply(2)
     after = apply(variables, image).specialists
-    np.testing.assert_array_equal(before[0], after[0])
-    assert np.abs(before[1] - after[1]).max() > 1e-4
+    np.testing.assert_array_equal(before[..., 0, :], after[..., 0, :])
+    assert np.abs(before[..., 1, :] - after[..., 1, :]).max() > 1e-4
 
 
 def test_weights_with_another_class_count_are_refused():
@@ -372,8 +376,8 @@ def test_step_learns_and_every_part_gets_gradient(name, options):
 
 def test_every_unsupervised_term_has_a_gradient():
     key = jax.random.key(0)
-    student = Outputs(jax.random.normal(key, (2, 8, 8, 3)), jax.random.normal(key, (2, 2, 8, 8, 3)))
-    teacher = Outputs(student.generalist * 5, student.specialists[:, ::-1] * 5)
+    student = Outputs(jax.random.normal(key, (2, 8, 8, 3)), jax.random.normal(key, (2, 8, 8, 2, 3)))
+    teacher = Outputs(student.generalist * 5, student.specialists[..., ::-1, :] * 5)
     pseudo = pseudo_labels.from_teacher(teacher, 0.5)
     gradients = jax.jit(jax.jacrev(lambda s: cgs.consistency_losses(s, pseudo)[0]))(student)
     assert len(gradients) == 12

@@ -44,6 +44,16 @@ def nhwc(x):
     return jnp.moveaxis(x, -3, -1)
 
 
+def heads_last(x):
+    """[K, B, ...] as the fixtures have it -> [B, ..., K]."""
+    return np.moveaxis(np.asarray(x), 0, -1)
+
+
+def specialists(x):
+    """[K, B, C, H, W] -> [B, H, W, K, C]."""
+    return jnp.moveaxis(nhwc(x), 0, -2)
+
+
 def nchw(x):
     return np.moveaxis(np.asarray(x), -1, -3)
 
@@ -72,7 +82,7 @@ def test_forward_eval(network, oracle):
     io = oracle("ovrunet_c4_io")
     out = jax.jit(network[0].apply)(network[1], nhwc(io["x"]))
     np.testing.assert_allclose(nchw(out.generalist), io["eval_g"], **CLOSE)
-    np.testing.assert_allclose(nchw(out.specialists), io["eval_s"], **CLOSE)
+    np.testing.assert_allclose(out.specialists, specialists(io["eval_s"]), **CLOSE)
 
 
 def test_forward_train_statistics_loss_and_gradients(network, oracle):
@@ -89,7 +99,7 @@ def test_forward_train_statistics_loss_and_gradients(network, oracle):
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     (total, (out, stats, terms)), grads = step(variables["params"])
     np.testing.assert_allclose(nchw(out.generalist), io["train_g"], **CLOSE)
-    np.testing.assert_allclose(nchw(out.specialists), io["train_s"], **CLOSE)
+    np.testing.assert_allclose(out.specialists, specialists(io["train_s"]), **CLOSE)
     np.testing.assert_allclose(total, io["sup_total"], **LOSS)
     generalist = terms["sup/generalist_ce"] + terms["sup/generalist_dice"]
     np.testing.assert_allclose(generalist, io["sup_g"], **LOSS)
@@ -126,20 +136,21 @@ def test_losses(oracle, case):
 @pytest.mark.parametrize("classes", [2, 3, 4, 5, 9])
 def test_relabel(oracle, classes):
     data = state_dict(oracle("relabel"), f"c{classes}/")
-    np.testing.assert_array_equal(pseudo_labels.relabel(data["label"], classes - 1), data["ovr"])
+    relabelled = pseudo_labels.relabel(data["label"], classes - 1)
+    np.testing.assert_array_equal(relabelled, heads_last(data["ovr"]))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 8])
 def test_ihed_and_merge(oracle, k):
     data = state_dict(oracle("ihed_merge"), f"k{k}/")
-    probs = nhwc(data["probs"])
+    probs = specialists(data["probs"])
     votes = jnp.argmax(probs, -1)
-    np.testing.assert_array_equal(votes, data["argmax"])
+    np.testing.assert_array_equal(votes, heads_last(data["argmax"]))
     np.testing.assert_array_equal(pseudo_labels.ihed_mask(votes), data["mask"])
     merged = pseudo_labels.merge(probs)
     np.testing.assert_allclose(nchw(merged), data["merged"], atol=1e-6)
     np.testing.assert_array_equal(jnp.argmax(merged, -1), data["pseudo"])
-    every_vote = np.indices((3,) * k).reshape(k, 1, 1, -1)
+    every_vote = heads_last(np.indices((3,) * k).reshape(k, 1, 1, -1))
     accepted = oracle("ihed_merge")["enumeration"][k - 1][2]
     assert pseudo_labels.ihed_mask(every_vote).sum() == accepted == k + 1
 
@@ -152,7 +163,7 @@ def test_cutmix_boxes(oracle):
 
 
 def outputs(arrays, prefix):
-    return Outputs(nhwc(arrays[f"{prefix}/g"]), nhwc(arrays[f"{prefix}/s"]))
+    return Outputs(nhwc(arrays[f"{prefix}/g"]), specialists(arrays[f"{prefix}/s"]))
 
 
 def check_terms(terms, expected):
@@ -166,11 +177,11 @@ def test_pseudo_labels_and_unsupervised_terms(oracle):
     data = oracle("unsup_c4")
     n = int(data["labeled_bs"])
     own, partner, student = (
-        Outputs(*(x[..., n:, :, :, :] for x in outputs(data, name)[:2]))
+        jax.tree.map(lambda x: x[n:], outputs(data, name))
         for name in ("ema_weak", "ema_mix", "strong")
     )
     tau = float(data["conf_thresh"])
-    pseudo = cgs.mix_labels(
+    pseudo = base.cutmix(
         data["img_mask"][n:] == 1,
         pseudo_labels.from_teacher(own, tau),
         pseudo_labels.from_teacher(partner, tau),
@@ -178,17 +189,18 @@ def test_pseudo_labels_and_unsupervised_terms(oracle):
     out = state_dict(data, "out/")
     np.testing.assert_array_equal(pseudo.generalist, out["pseudo_g"])
     np.testing.assert_array_equal(pseudo.specialists, out["pseudo_s"])
-    np.testing.assert_array_equal(pseudo.votes, out["pseudo_heads"])
+    np.testing.assert_array_equal(pseudo.votes, heads_last(out["pseudo_heads"]))
     np.testing.assert_array_equal(pseudo.confident, out["conf_mask"])
     np.testing.assert_array_equal(pseudo.consistent, out["ihed_mask"])
-    np.testing.assert_array_equal(pseudo_labels.relabel(pseudo.generalist, 3), out["pseudo_g_ovr"])
+    relabelled = pseudo_labels.relabel(pseudo.generalist, 3)
+    np.testing.assert_array_equal(relabelled, heads_last(out["pseudo_g_ovr"]))
     np.testing.assert_array_equal(pseudo.generalist == pseudo.specialists, out["ens_mask"])
 
     terms, _ = cgs.consistency_losses(student, pseudo)
     check_terms(terms, state_dict(data, "applied/"))
     total = sum(terms.values())
     np.testing.assert_allclose(total, data["applied/unsup_total"], rtol=1e-6)
-    labelled = Outputs(*(x[..., :n, :, :, :] for x in outputs(data, "weak")[:2]))
+    labelled = jax.tree.map(lambda x: x[:n], outputs(data, "weak"))
     sup = sum(base.supervised_loss(base.Labelled(labelled, data["label"][:n])).values())
     np.testing.assert_allclose(sup, data["sup_loss"], **LOSS)
     weight = losses.gaussian_ramp(15000, 30000, 2.0)

@@ -106,12 +106,13 @@ def test_precise_statistics(prepared):
     state = state.replace(step=state.step + 5)
     params, start = method.inference_variables(state)
     other = method.with_inference_state(state, jax.tree.map(lambda x: x + 3, start))
-    precise = batch_norm.make_precise(config, method, prepared, mesh)
+    dataset = loop.host_batches(config, method, prepared, mesh)
+    precise = batch_norm.make_precise(config, method, dataset, mesh)
     (_, stats), (_, again) = (method.inference_variables(precise(s)) for s in (state, other))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), stats, again)
     # The first layer by hand: no dropout comes before it.
     kernel = params["backbone"]["down0"]["conv1"]["kernel"]
-    means, dataset = [], loop.host_batches(config, method, prepared, mesh)
+    means = []
     for step in (2, 3, 4):
         k_views, _ = train_step.step_keys(np.uint32(config.seed), step)
         views = train_step.make_views(method, mesh, dataset[step], k_views)
@@ -124,7 +125,7 @@ def test_precise_statistics(prepared):
     bias = params["backbone"]["down0"]["conv1"]["bias"]
     found = stats["batch_stats"]["backbone"]["down0"]["bn1"]["mean"]
     np.testing.assert_allclose(found, np.mean(means, 0) + bias, rtol=1e-4, atol=1e-6)
-    assert batch_norm.make_precise(options(), method, prepared, mesh)(state) is state
+    assert batch_norm.make_precise(options(), method, dataset, mesh)(state) is state
 
 
 def test_runs_with_windows_resume_to_the_bit(scans, tmp_path, monkeypatch):

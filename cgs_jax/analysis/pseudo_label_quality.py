@@ -65,7 +65,7 @@ def make_measure(
         return lambda state: {}
     spread = np.linspace(0, len(known) - 1, min(config.pseudo_slices, len(known)))
     rows = np.array(known)[spread.round().astype(int)]
-    mesh, tau = devices.local_mesh(), config.method.get("tau", 0.0)
+    mesh, tau = devices.local_mesh(), config.get("cgs", config.method).get("tau", 0.0)
     size = -(-min(config.eval_batch, len(rows)) // mesh.size) * mesh.size
 
     def measure(state, image, truth):

@@ -19,8 +19,8 @@ from cgs_jax.models.network import Outputs
 class Method(base.Method):
     """The student predicts."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, specialists=False):
+        super().__init__(config, specialists)
         self.ramp = base.steps_of(config, "ramp")
         self.second = second_is_active(config.seed, config.total_steps)
 
@@ -113,5 +113,5 @@ def together(first: Outputs, second: Outputs, student: Outputs) -> Outputs:
         return Outputs(generalist, None)
     specialists = (x.specialists.astype(jnp.float32) for x in (first, second, student))
     first, second, own = map(jax.nn.softmax, specialists)
-    mean = share[0] * first + share[1] * second
-    return Outputs(generalist, jnp.log(jnp.where(decides[..., None], own, mean) + 1e-10))
+    mean = share[0][..., None] * first + share[1][..., None] * second
+    return Outputs(generalist, jnp.log(jnp.where(decides[..., None, None], own, mean) + 1e-10))

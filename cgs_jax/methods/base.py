@@ -2,7 +2,7 @@
 
 A method says which passes a step makes (`passes`), and what its student loses on unlabelled pixels
 against what teaches it there (`unsupervised`). The rest is shared. CGS can be laid over any method
-with unlabelled images, since all that it needs is in the passes.
+with unlabelled images (`cgs.Over`), since all that it needs is in the passes.
 """
 
 import math
@@ -27,8 +27,8 @@ class Labelled(NamedTuple):
     """The student on labelled pixels."""
 
     student: Outputs
-    label: jax.Array  # [B, H, W]
-    where: jax.Array | None = None  # [B, H, W], True where it counts; None: everywhere
+    label: jax.Array  # [B, *S]
+    where: jax.Array | None = None  # [B, *S], True where it counts; None: everywhere
 
 
 class Pair(NamedTuple):
@@ -36,7 +36,7 @@ class Pair(NamedTuple):
 
     student: Outputs
     teacher: Outputs | pseudo_labels.PseudoLabels
-    where: jax.Array | None = None  # [B, H, W], True where it counts; None: everywhere
+    where: jax.Array | None = None  # [B, *S], True where it counts; None: everywhere
     share: float = 1.0  # in the terms that CGS adds
 
 
@@ -63,12 +63,12 @@ class Method:
     """
 
     unlabelled = True
-    specialists = False
     draws = 1
     start: Any = None
 
-    def __init__(self, config: ConfigDict):
-        self.config = config
+    def __init__(self, config: ConfigDict, specialists: bool = False):
+        """`specialists`: with them, though the method alone has none."""
+        self.config, self.specialists = config, specialists
         self.network = build(config, self.specialists)
         self.num_targets = len(config.data.classes)
 
@@ -117,16 +117,21 @@ class Method:
     ) -> tuple[jax.Array, tuple[Any, Any, Terms]]:
         """Returns (loss, (model_state, extra, metrics)); differentiated by `params`."""
         passes = self.passes(params, state, views, key)
+        loss, metrics = self.objective(passes, state.step)
+        return loss, (passes.model_state, passes.extra, metrics)
+
+    def objective(self, passes: Passes, step: jax.Array) -> tuple[jax.Array, Terms]:
+        """The loss of all passes, and its parts by name."""
         terms = add(map(supervised_loss, passes.labelled))
         supervised = sum(terms.values())
         metrics = {"loss": supervised, "sup": supervised, **terms}
         if passes.pairs:
-            terms, coverage = self.unsupervised(passes.pairs, state.step)
+            terms, coverage = self.unsupervised(passes.pairs, step)
             unsupervised = sum(terms.values())
-            weight = self.weight(state.step)
+            weight = self.weight(step)
             loss = supervised + weight * unsupervised
             metrics |= {"loss": loss, "unsup": unsupervised, "lambda": weight, **terms, **coverage}
-        return metrics["loss"], (passes.model_state, passes.extra, metrics)
+        return metrics["loss"], metrics
 
     def after_update(self, state: TrainState) -> TrainState:
         """Called after the optimiser, e.g. to move a teacher; `state.step` counts this update."""
@@ -186,8 +191,8 @@ class WithTeacher(Method):
     statistics of its own; with 'eval' without dropout, by an average of the student's statistics.
     """
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, specialists=False):
+        super().__init__(config, specialists)
         mode = config.method.teacher
         if mode not in ("train", "eval"):
             raise UserError(f"unknown --config.method.teacher {mode!r}; there are: eval, train")
@@ -228,41 +233,47 @@ def steps_of(config: ConfigDict, field: str) -> int:
     return round(share * config.total_steps)
 
 
-def join(labelled: jax.Array, unlabelled: jax.Array) -> jax.Array:
+def join(labelled: Any, unlabelled: Any) -> Any:
     """Both batches as one, dealt in turn: so each device's rows of both stay on that device."""
-    groups = math.gcd(len(labelled), len(unlabelled))
-    parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (labelled, unlabelled)]
-    return jnp.concatenate(parts, 1).reshape(-1, *labelled.shape[1:])
+
+    def both(a, b):
+        groups = math.gcd(len(a), len(b))
+        parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (a, b)]
+        return jnp.concatenate(parts, 1).reshape(-1, *a.shape[1:])
+
+    return jax.tree.map(both, labelled, unlabelled)
 
 
-def split(outputs: Outputs, labelled: int) -> tuple[Outputs, Outputs]:
-    """The outputs of `join`ed batches, apart again."""
-    total = len(outputs.generalist)
-    groups = math.gcd(labelled, total - labelled)
+def split(outputs: Any, labelled: int) -> tuple[Any, Any]:
+    """What was made of `join`ed batches, apart again."""
 
-    def part(x, which):
-        dealt = x.reshape(*x.shape[:-4], groups, -1, *x.shape[-3:])
-        return dealt[..., which, :, :, :].reshape(*x.shape[:-4], -1, *x.shape[-3:])
+    def parts(x):
+        groups = math.gcd(labelled, len(x) - labelled)
+        dealt = jnp.split(x.reshape(groups, -1, *x.shape[1:]), [labelled // groups], axis=1)
+        return [part.reshape(-1, *x.shape[1:]) for part in dealt]
 
-    first, rest = slice(labelled // groups), slice(labelled // groups, None)
-    apart = ([None if x is None else part(x, which) for x in outputs] for which in (first, rest))
-    return tuple(Outputs(*parts) for parts in apart)
+    leaves, shape = jax.tree.flatten(outputs)
+    return tuple(map(shape.unflatten, zip(*map(parts, leaves), strict=True)))
 
 
 def cutmix(keep: jax.Array, own: Any, partner: Any) -> Any:
-    """Images [B, H, W, 1] or outputs [..., B, H, W, C]: `own` where `keep` [B, H, W], else
+    """Images, labels, masks or outputs, [B, *S, ...] each: `own` where `keep` [B, *S] is true, else
     `partner`."""
-    return jax.tree.map(lambda a, b: jnp.where(keep[..., None], a, b), own, partner)
+
+    def mix(a, b):
+        return jnp.where(keep.reshape(*keep.shape, *[1] * (a.ndim - keep.ndim)), a, b)
+
+    return jax.tree.map(mix, own, partner)
 
 
 def rolled(tree: Any) -> Any:
-    """Images or outputs of each image's neighbour in the batch."""
-    return jax.tree.map(lambda x: jnp.roll(x, 1, axis=-4), tree)
+    """Of each image what belongs to its neighbour in the batch."""
+    return jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), tree)
 
 
 def scales(outputs: Outputs) -> jax.Array:
-    """Logits of all classes at all scales of the decoder, finest first: [1 + S, B, H, W, C]."""
-    return jnp.concatenate([outputs.generalist[None], outputs.pyramid])
+    """Logits of all classes at all scales of the decoder, finest first: [B, *S, scales, C]."""
+    return jnp.concatenate([outputs.generalist[..., None, :], outputs.pyramid], -2)
 
 
 def add(terms: Iterable[Terms]) -> Terms:
@@ -276,8 +287,9 @@ def add(terms: Iterable[Terms]) -> Terms:
 def heads_loss(
     logits: jax.Array, labels: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """CE and Dice, means over the heads [K, B, H, W, 3] against [K, B, H, W]."""
-    ce, dice = jax.vmap(losses.segmentation_loss, in_axes=(0, 0, None))(logits, labels, where)
+    """CE and Dice, means over the heads: logits [B, *S, K, C] against labels [B, *S, K], where
+    `where` [B, *S] is true."""
+    ce, dice = jax.vmap(losses.segmentation_loss, (-2, -1, None))(logits, labels, where)
     return jnp.mean(ce), jnp.mean(dice)
 
 
@@ -301,10 +313,10 @@ def supervised_loss(labelled: Labelled) -> Terms:
         ce, dice = losses.segmentation_loss(outputs.generalist, label, where)
     else:
         logits = scales(outputs)
-        ce, dice = heads_loss(logits, jnp.broadcast_to(label, logits.shape[:-1]), where)
+        ce, dice = heads_loss(logits, jnp.broadcast_to(label[..., None], logits.shape[:-1]), where)
     terms = {"sup/generalist_ce": ce, "sup/generalist_dice": dice}
     if outputs.specialists is not None:
-        count, *_, classes = outputs.specialists.shape
+        *_, count, classes = outputs.specialists.shape
         relabelled = pseudo_labels.relabel(label, count, classes)
         ce, dice = heads_loss(outputs.specialists, relabelled, where)
         terms |= {"sup/specialists_ce": ce, "sup/specialists_dice": dice}

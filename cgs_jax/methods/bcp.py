@@ -20,8 +20,8 @@ class Method(base.WithTeacher):
 
     weight = base.Method.constant_weight
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, specialists=False):
+        super().__init__(config, specialists)
         if config.batch.labelled % 2 or config.batch.labelled != config.batch.unlabelled:
             raise UserError("bcp: batch.labelled and batch.unlabelled must be the same even number")
         # One step at least, for the teacher to start as the student.

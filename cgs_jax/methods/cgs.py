@@ -4,23 +4,25 @@ A teacher (EMA of the student) labels the weak view of unlabelled images twice: 
 where that is confident, and by its specialists where inter-head error detection (IHED) finds no
 contradiction. Both labels, and where they agree the consensus, teach both kinds of heads of the
 student on the CutMixed strong view.
+
+`Method` is CGS by its own recipe; `Over` lays specialists and their terms over another method.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cgs_jax.methods import augment, base, losses, pseudo_labels
+from cgs_jax.methods.pseudo_labels import PseudoLabels
 from cgs_jax.models.network import Outputs
-from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
 TERMS = ("G_from_g", "G_from_s", "G_from_e", "S_from_g", "S_from_s", "S_from_e")
 
 
-class Recipe(base.WithTeacher):
+class Method(base.WithTeacher):
     """The passes of CGS by either of two plans, `config.method.plan`. The teacher predicts.
 
     'full' runs what the authors' code runs: the student on weak and strong views of all images in
@@ -28,16 +30,22 @@ class Recipe(base.WithTeacher):
     'lean' runs what enters a loss: the student on [labelled weak, unlabelled strong] in one pass,
     the teacher on the unlabelled weak views, whose rolled batch serves as CutMix partners.
     They differ in what batch norm sees, and by a factor of two in work.
+
+    Without specialists (`config.method.specialists` False) the generalist's own labels are all that
+    is left, the term 'G_from_g': the control that tells what teacher and CutMix do alone.
     """
 
-    def __init__(self, config: ConfigDict):
-        super().__init__(config)
-        plan = config.method.plan
-        if plan not in ("lean", "full"):
-            raise UserError(f"unknown --config.method.plan {plan!r}; there are: full, lean")
-        self.draws = 2 if plan == "full" else 1
-        if config.method.copy_paste and (
-            plan == "full" or config.batch.labelled != config.batch.unlabelled
+    def __init__(self, config: ConfigDict, specialists: bool = True):
+        super().__init__(config, specialists and config.method.specialists)
+        options = config.method
+        check_terms(options)
+        if not self.specialists and tuple(options.terms) != ("G_from_g",):
+            raise UserError("method.specialists=False goes with method.terms=('G_from_g',)")
+        if options.plan not in ("lean", "full"):
+            raise UserError(f"unknown --config.method.plan {options.plan!r}; there are: full, lean")
+        self.draws = 2 if options.plan == "full" else 1
+        if options.copy_paste and (
+            options.plan == "full" or config.batch.labelled != config.batch.unlabelled
         ):
             raise UserError(
                 "method.copy_paste is for plan=lean and as many labelled as unlabelled slices"
@@ -46,7 +54,7 @@ class Recipe(base.WithTeacher):
     def views(self, batch, key):
         """As the base class, and 'keep', the CutMix boxes; the full plan adds a strong view of the
         labelled images and the second half of the batch as 'partner', with views of its own;
-        copy-paste that strong view and 'unpasted' [B, 1, 1], False where it fills the box."""
+        copy-paste that strong view and 'unpasted' [B], False where it fills the box."""
         k_own, k_partner, k_strong, k_keep, k_paste = jax.random.split(key, 5)
         options = self.config.method
         if options.plan == "lean":
@@ -59,7 +67,7 @@ class Recipe(base.WithTeacher):
         if options.plan == "full" or options.copy_paste:
             labelled["strong"] = augment.strong(k_strong, labelled["image"], self.config.augment)
         if options.copy_paste:
-            shape = (len(labelled["image"]), 1, 1)
+            shape = (len(labelled["image"]),)
             views["unpasted"] = ~jax.random.bernoulli(k_paste, options.copy_paste, shape)
         views["keep"] = augment.cutmix_keep(
             k_keep, *views["unlabelled"]["weak"].shape[:2], options.cutmix
@@ -72,46 +80,49 @@ class Recipe(base.WithTeacher):
         labelled = base.Labelled(labelled, views["labelled"]["label"])
         return base.Passes([labelled], [base.Pair(mixed, pseudo)], model_state, extra)
 
+    def unsupervised(self, pairs, step):
+        return consistency(pairs, self.config.method)
+
     def _lean(self, params, state, views, key):
         k_student, k_teacher = jax.random.split(key)
         image, unlabelled = views["labelled"]["image"], views["unlabelled"]
         teacher, extra = self.teacher(state, unlabelled["weak"], k_teacher)
-        own = pseudo_labels.from_teacher(teacher, self.config.method.tau)
-        partner = jax.tree.map(lambda x: jnp.roll(x, 1, axis=-3), own)
-        strong = unlabelled["strong"]
-        other = base.rolled(strong)
+        own = unlabelled["strong"], pseudo_labels.from_teacher(teacher, self.config.method.tau)
+        partner = base.rolled(own)
         if self.config.method.copy_paste:
-            pasted, classes = views["labelled"], self.config.model.head_classes
-            truth = pseudo_labels.from_truth(pasted["label"], self.num_targets, classes)
-            if not self.specialists:
-                truth = pseudo_labels.PseudoLabels(truth.generalist, truth.confident)
-            other = base.cutmix(views["unpasted"], other, pasted["strong"])
-            partner = mix_labels(views["unpasted"], partner, truth)
-        strong = base.cutmix(views["keep"], strong, other)
+            pasted = views["labelled"]
+            truth = self._truth(pasted["label"])
+            partner = base.cutmix(views["unpasted"], partner, (pasted["strong"], truth))
+        strong, pseudo = base.cutmix(views["keep"], own, partner)
         labelled, mixed, model_state = self.student(
             params, state.model_state, image, strong, k_student
         )
-        return labelled, mixed, mix_labels(views["keep"], own, partner), model_state, extra
+        return labelled, mixed, pseudo, model_state, extra
+
+    def _truth(self, label):
+        if not self.specialists:
+            return PseudoLabels(label, jnp.ones_like(label, bool))
+        classes = self.config.model.head_classes
+        return pseudo_labels.from_truth(label, self.num_targets, classes)
 
     def _full(self, params, state, views, key):
         k_weak, k_strong, k_own, k_partner = jax.random.split(key, 4)
         keep, partner_views = views["keep"], views["partner"]
-        count = len(views["labelled"]["image"])
+        count, tau = len(views["labelled"]["image"]), self.config.method.tau
 
         partner, extra = self.teacher(state, _all_weak(partner_views), k_partner)
         own, extra = self.teacher(state.replace(extra=extra), _all_weak(views), k_own)
         own, partner = (
-            pseudo_labels.from_teacher(base.split(x, count)[1], self.config.method.tau)
-            for x in (own, partner)
+            pseudo_labels.from_teacher(base.split(x, count)[1], tau) for x in (own, partner)
         )
 
         weak, model_state = self.forward(params, state.model_state, _all_weak(views), k_weak)
         strong, strong_partner = (v["unlabelled"]["strong"] for v in (views, partner_views))
-        strong = base.cutmix(keep, strong, strong_partner)
+        strong, pseudo = base.cutmix(keep, (strong, own), (strong_partner, partner))
         _, mixed, model_state = self.student(
             params, model_state, views["labelled"]["strong"], strong, k_strong
         )
-        return base.split(weak, count)[0], mixed, mix_labels(keep, own, partner), model_state, extra
+        return base.split(weak, count)[0], mixed, pseudo, model_state, extra
 
     inference_variables = base.WithTeacher.labelling_variables
 
@@ -119,74 +130,75 @@ class Recipe(base.WithTeacher):
         return state.replace(extra=state.extra | {"model_state": model_state})
 
 
-class Consistency:
-    """What CGS lays over the passes of a method: specialists, `consistency_losses`, its ramp.
+class Over:
+    """CGS over another method, which trains as it does alone but with specialists, and keeps its
+    threshold, weight and ramp; the terms of CGS come on top, with those of `config.cgs`.
 
-    Without specialists (`config.method.specialists` False) the generalist's own labels are all that
-    is left, the term 'G_from_g': the control that tells what teacher and CutMix do alone.
+    What is not defined here is the other method's, such as who predicts.
     """
 
-    weight = base.Method.weight
+    def __init__(self, method: base.Method):
+        if isinstance(method, Method) or not method.unlabelled:
+            name = method.config.method.name
+            raise UserError(f"base={name}: CGS lies over other methods with unlabelled images only")
+        check_terms(method.config.cgs)
+        self.method = method
 
-    def __init__(self, config):
-        self.specialists = config.method.specialists
-        super().__init__(config)
-        if not self.specialists and tuple(config.method.terms) != ("G_from_g",):
-            raise UserError("method.specialists=False goes with method.terms=('G_from_g',)")
-        wrong = set(config.method.terms) - set(TERMS)
-        if wrong:
-            raise UserError(
-                f"unknown --config.method.terms {', '.join(sorted(wrong))}; "
-                f"there are: {', '.join(TERMS)}"
-            )
+    def __getattr__(self, name):
+        return getattr(self.method, name)
 
-    def unsupervised(self, pairs, step):
-        terms, coverage = super().unsupervised(pairs, step)
-        shares = sum(pair.share for pair in pairs)
-        for student, teacher, where, share in pairs:
-            pseudo = teacher
-            if not isinstance(teacher, pseudo_labels.PseudoLabels):
-                pseudo = pseudo_labels.from_teacher(teacher, self.config.method.tau)
-            if self.specialists and not self.config.method.ihed:
-                pseudo = pseudo._replace(consistent=jnp.ones_like(pseudo.consistent))
-            more, covered = consistency_losses(student, pseudo, where, self.config.method.terms)
-            more = {name: share * term for name, term in more.items()}
-            covered = {name: share / shares * part for name, part in covered.items()}
-            terms, coverage = base.add([terms, more]), base.add([coverage, covered])
-        return terms, coverage
+    def loss(self, params, state, views, key):
+        """The other method's, and what CGS adds; its metrics are 'cgs/...'."""
+        options, passes = self.config.cgs, self.passes(params, state, views, key)
+        loss, metrics = self.method.objective(passes, state.step)
+        terms, coverage = consistency(passes.pairs, options)
+        added = sum(terms.values())
+        weight = losses.gaussian_ramp(state.step, self.config.total_steps, options.lambda_max)
+        more = {"unsup": added, "lambda": weight, **terms}
+        metrics |= {"loss": loss + weight * added, **coverage}
+        metrics |= {f"cgs/{name.removeprefix('unsup/')}": value for name, value in more.items()}
+        return metrics["loss"], (passes.model_state, passes.extra, metrics)
 
 
-def Method(config: ConfigDict) -> base.Method:
-    """CGS by its own recipe, or over the method that `config.method.base` names.
+def check_terms(options: ConfigDict) -> None:
+    """Raises UserError where `options.terms` names none of `TERMS`."""
+    wrong = set(options.terms) - set(TERMS)
+    if wrong:
+        raise UserError(
+            f"unknown --config.method.terms {', '.join(sorted(wrong))}; "
+            f"there are: {', '.join(TERMS)}"
+        )
 
-    Its tau, lambda_max and ramp then hold for all terms, those of the other method included; who
-    predicts, student or teacher, is that method's choice.
-    """
-    name, under = config.method.get("base", ""), Recipe
-    if name:
-        under = load_by_name("cgs_jax.methods", name, "method").Method
-        if name == "cgs" or not under.unlabelled:
-            raise UserError(
-                f"method.base={name}: CGS lies over methods with unlabelled images only"
-            )
-        for field, lean in (("plan", "lean"), ("copy_paste", 0)):
-            if config.method[field] != lean:
-                raise UserError(f"method.{field} is for CGS without base")
-    return type("Method", (Consistency, under), {})(config)
+
+def consistency(pairs: Iterable[base.Pair], options: ConfigDict) -> tuple[base.Terms, base.Terms]:
+    """Sums over the pairs of `consistency_losses`; a pair counts by its share."""
+    terms, coverage = {}, {}
+    shares = sum(pair.share for pair in pairs)
+    for student, teacher, where, share in pairs:
+        pseudo = teacher
+        if not isinstance(teacher, PseudoLabels):
+            pseudo = pseudo_labels.from_teacher(teacher, options.tau)
+        if pseudo.consistent is not None and not options.ihed:
+            pseudo = pseudo._replace(consistent=jnp.ones_like(pseudo.consistent))
+        more, covered = consistency_losses(student, pseudo, where, options.terms)
+        more = {name: share * term for name, term in more.items()}
+        covered = {name: share / shares * part for name, part in covered.items()}
+        terms, coverage = base.add([terms, more]), base.add([coverage, covered])
+    return terms, coverage
 
 
 def consistency_losses(
     student: Outputs,
-    pseudo: pseudo_labels.PseudoLabels,
+    pseudo: PseudoLabels,
     where: jax.Array | None = None,
     names: Sequence[str] = TERMS,
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+) -> tuple[base.Terms, base.Terms]:
     """The six unsupervised terms L_G and L_S, each as CE and Dice, and what the masks let through.
 
     G and S are the student's generalist and specialists, _from_g, _from_s and _from_e what teaches
     them: the teacher's generalist, its specialists, or the consensus of both.
 
-    `where` [B, H, W] leaves pixels out; `names` chooses among the terms.
+    `where` [B, *S] leaves pixels out; `names` chooses among the terms.
 
     Returns:
       Terms such as 'unsup/G_from_s_ce' (S: mean over the heads), and shares of pixels 'cover/...'.
@@ -194,7 +206,7 @@ def consistency_losses(
     # label for the generalist, labels for the specialists, mask of both
     sources = {"g": (pseudo.generalist, None, pseudo.confident)}
     if student.specialists is not None:
-        num_targets, *_, num_classes = student.specialists.shape
+        *_, num_targets, num_classes = student.specialists.shape
         agree = pseudo.generalist == pseudo.specialists
         from_generalist = pseudo_labels.relabel(pseudo.generalist, num_targets, num_classes)
         sources = {
@@ -213,13 +225,6 @@ def consistency_losses(
             terms |= {f"unsup/S_from_{name}_ce": ce, f"unsup/S_from_{name}_dice": dice}
         coverage[f"cover/{name}"] = jnp.mean(mask)
     return terms, coverage
-
-
-def mix_labels(
-    keep: jax.Array, own: pseudo_labels.PseudoLabels, partner: pseudo_labels.PseudoLabels
-) -> pseudo_labels.PseudoLabels:
-    """All labels and masks at once: `own` where `keep` [B, H, W] is true, else `partner`."""
-    return jax.tree.map(lambda a, b: jnp.where(keep, a, b), own, partner)
 
 
 def _all_weak(views):

@@ -17,8 +17,8 @@ class Method(base.WithTeacher):
         k_student, k_teacher, k_share = jax.random.split(key, 3)
         image, label = views["labelled"]["image"], views["labelled"]["label"]
         weak, alpha = views["unlabelled"]["weak"], self.config.method.alpha
-        share = jax.random.beta(k_share, alpha, alpha, (len(weak), 1, 1, 1))
-        blend = lambda own: share * own + (1 - share) * base.rolled(own)  # noqa: E731
+        share = jax.random.beta(k_share, alpha, alpha, (len(weak),))
+        blend = lambda own: _blend(share, own)  # noqa: E731
         teacher, extra = self.teacher(state, weak, k_teacher)
         teacher = jax.tree.map(
             lambda x: jnp.log(blend(jax.nn.softmax(x.astype(jnp.float32))) + 1e-10), teacher
@@ -33,3 +33,8 @@ class Method(base.WithTeacher):
         ((student, teacher, *_),) = pairs
         error = mean_teacher.squared_error(student.generalist, teacher.generalist)
         return {"unsup/mse": jnp.mean(error)}, {}
+
+
+def _blend(share, own):
+    share = share.reshape(-1, *[1] * (own.ndim - 1))
+    return share * own + (1 - share) * base.rolled(own)

@@ -15,9 +15,9 @@ def segmentation_loss(
     """Cross-entropy and Dice loss of one head against one label map.
 
     Args:
-      logits: [B, H, W, C].
-      labels: [B, H, W] integers below C.
-      mask: [B, H, W], 1 where a pixel counts; None counts all.
+      logits: [B, *S, C], with any spatial axes *S.
+      labels: [B, *S] integers below C.
+      mask: [B, *S], 1 where a pixel counts; None counts all.
 
     Returns:
       CE: sum of masked -log p_y over the number of *all* pixels, so a small mask weighs little.

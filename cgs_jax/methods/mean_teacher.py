@@ -13,9 +13,9 @@ from cgs_jax.methods import base
 class Method(base.WithTeacher):
     """The student predicts."""
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.begin = base.steps_of(config, "begin") if "begin" in config.method else 0
+    def __init__(self, config, specialists=False):
+        super().__init__(config, specialists)
+        self.begin = base.steps_of(config, "begin")
 
     def passes(self, params, state, views, key):
         k_student, k_noise, k_teacher = jax.random.split(key, 3)

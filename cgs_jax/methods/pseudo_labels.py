@@ -16,51 +16,51 @@ BACKGROUND, TARGET, REMAINING = 0, 1, 2
 
 
 def relabel(labels: jax.Array, num_targets: int, num_classes: int = 3) -> jax.Array:
-    """Multi-class labels [B, H, W] -> labels of each specialist [K, B, H, W]."""
-    targets = jnp.arange(1, num_targets + 1).reshape(-1, *[1] * labels.ndim)
+    """Multi-class labels [B, *S] -> labels of each specialist [B, *S, K]."""
+    labels = labels[..., None]
+    targets = jnp.arange(1, num_targets + 1)
     others = jnp.asarray(REMAINING if num_classes == 3 else BACKGROUND, labels.dtype)
     rest = jnp.where(labels == 0, jnp.asarray(BACKGROUND, labels.dtype), others)
     return jnp.where(labels == targets, jnp.asarray(TARGET, labels.dtype), rest)
 
 
 def merge(specialist_probs: jax.Array) -> jax.Array:
-    """Probabilities of the specialists [K, B, H, W, 3 or 2] -> scores [B, H, W, K + 1].
+    """Probabilities of the specialists [B, *S, K, 3 or 2] -> scores [B, *S, K + 1].
 
     Background scores the mean of all heads, target k what its specialist gives it; the scores are
-    not renormalised. Of binary heads, background scores the least that any gives to all else: where
-    one organ is likely, it is not the others' doubt that counts.
+    not renormalised. Of binary heads, background scores the least that any gives to all else: a
+    head that sees its organ lowers the background, whatever the other heads say.
     """
     background = specialist_probs[..., BACKGROUND]
     binary = specialist_probs.shape[-1] == 2
-    background = jnp.min(background, 0) if binary else jnp.mean(background, 0)
-    targets = jnp.moveaxis(specialist_probs[..., TARGET], 0, -1)
-    return jnp.concatenate([background[..., None], targets], -1)
+    background = jnp.min(background, -1) if binary else jnp.mean(background, -1)
+    return jnp.concatenate([background[..., None], specialist_probs[..., TARGET]], -1)
 
 
 def ihed_mask(votes: jax.Array, num_classes: int = 3) -> jax.Array:
-    """True where the specialists' votes [K, B, H, W] fit together: [B, H, W].
+    """True where the specialists' votes [B, *S, K] fit together: [B, *S].
 
     Either all say background, or exactly one says target and all others say remaining. Since 2K - 1
     is one below the largest sum, the sum of the votes tells both cases. Binary heads contradict
     each other only where more than one says target.
     """
-    total = jnp.sum(votes, 0)
+    total = jnp.sum(votes, -1)
     if num_classes == 2:
         return total <= 1
-    return (total == 0) | (total == 2 * votes.shape[0] - 1)
+    return (total == 0) | (total == 2 * votes.shape[-1] - 1)
 
 
 class PseudoLabels(NamedTuple):
-    """What a teacher says of unlabelled images; every entry ends in [B, H, W], so all mix alike.
+    """What a teacher says of unlabelled images, batch first.
 
     Without specialists only the first two are there.
     """
 
-    generalist: jax.Array  # y_g [B, H, W]
-    confident: jax.Array  # M_g [B, H, W]: its probability exceeds tau
-    specialists: jax.Array | None = None  # y_s [B, H, W]: argmax of the merged specialists
-    votes: jax.Array | None = None  # z_k [K, B, H, W]: each specialist's own classes
-    consistent: jax.Array | None = None  # M_d [B, H, W]: the IHED mask
+    generalist: jax.Array  # y_g [B, *S]
+    confident: jax.Array  # M_g [B, *S]: its probability exceeds tau
+    specialists: jax.Array | None = None  # y_s [B, *S]: argmax of the merged specialists
+    votes: jax.Array | None = None  # z_k [B, *S, K]: each specialist's own classes
+    consistent: jax.Array | None = None  # M_d [B, *S]: the IHED mask
 
 
 def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
@@ -80,14 +80,14 @@ def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
 
 
 def from_truth(label: jax.Array, num_targets: int, num_classes: int) -> PseudoLabels:
-    """What a teacher without error would say of images with `label` [B, H, W]."""
+    """What a teacher without error would say of images with `label` [B, *S]."""
     everywhere = jnp.ones_like(label, bool)
     votes = relabel(label, num_targets, num_classes)
     return PseudoLabels(label, everywhere, label, votes, everywhere)
 
 
 def confident(logits: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:
-    """Labels, and where their probability exceeds `tau`: [B, H, W] each."""
+    """Labels, and where their probability exceeds `tau`: [B, *S] each."""
     probs = jax.nn.softmax(logits.astype(jnp.float32))
     return _argmax(probs), jnp.max(probs, -1) > tau
 

@@ -17,9 +17,8 @@ class Method(base.Method):
 
     unlabelled = False
 
-    def __init__(self, config: ConfigDict):
-        self.specialists = config.method.specialists
-        super().__init__(config)
+    def __init__(self, config: ConfigDict, specialists: bool = False):
+        super().__init__(config, specialists or config.method.specialists)
 
     def views(self, batch, key):
         """As the base class; with probabilities of their own jittered, and CutMixed with the

@@ -8,7 +8,6 @@ are the rolled batch instead of a second one, labelled in the same pass.
 import jax
 
 from cgs_jax.methods import augment, base
-from cgs_jax.models.network import Outputs
 
 SHARES = (0.25, 0.25, 0.5)  # of both strong views and of the perturbed stream
 
@@ -38,7 +37,7 @@ class Method(base.Method):
         images = base.join(image, unlabelled["weak"])
         outputs, model_state = self.forward(params, state.model_state, images, k_weak, perturb=True)
         clean, perturbed = (
-            Outputs(*(None if x is None else x[..., part, :, :, :] for x in outputs))
+            jax.tree.map(lambda x, part=part: x[part], outputs)
             for part in (slice(None, len(images)), slice(len(images), None))
         )
         labelled, own = base.split(clean, len(image))

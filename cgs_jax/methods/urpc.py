@@ -15,8 +15,8 @@ from cgs_jax.runtime.errors import UserError
 class Method(base.Method):
     """The student alone; its head at full resolution predicts, and teaches what CGS adds."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, specialists=False):
+        super().__init__(config, specialists)
         if len(config.model.channels) < 3:
             raise UserError("urpc: model.channels needs at least 3 levels")
         self.network = build(config, self.specialists, pyramid=True)
@@ -33,10 +33,10 @@ class Method(base.Method):
     def unsupervised(self, pairs, step):
         ((student, *_),) = pairs
         log_probs = jax.nn.log_softmax(base.scales(student).astype(jnp.float32))
-        mean = jnp.mean(jnp.exp(log_probs), 0)
-        variance = jnp.sum(mean * (jnp.log(mean + 1e-10) - log_probs), -1)  # [1 + S, B, H, W]
+        mean = jnp.mean(jnp.exp(log_probs), -2, keepdims=True)
+        variance = jnp.sum(mean * (jnp.log(mean + 1e-10) - log_probs), -1)  # [B, *S, scales]
         weight = jnp.exp(-variance)
         error = jnp.mean((mean - jnp.exp(log_probs)) ** 2, -1)
-        pixels = (1, 2, 3)
+        pixels = tuple(range(weight.ndim - 1))
         rectified = jnp.mean(error * weight, pixels) / (jnp.mean(weight, pixels) + 1e-8)
         return {"unsup/mse": jnp.mean(rectified), "unsup/variance": jnp.mean(variance)}, {}

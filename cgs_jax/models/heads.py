@@ -25,7 +25,7 @@ class Specialists(nn.Module):
     """K heads conv1x1 - batch norm - LeakyReLU - conv3x3, parameters stacked [K, ...].
 
     Specialist k (0-based) separates background, target k + 1, and remaining targets, or with two
-    classes its target and all else: packed features of F channels -> [K, B, H, W, num_classes].
+    classes its target and all else: packed features of F channels -> [B, H, W, K, num_classes].
 
     The parameters are those of a `nn.vmap`ped head. Only the lowering differs: `vmap` over both
     features and kernels makes XLA emit a grouped convolution, whose gradient is 40 to 60 times
@@ -63,8 +63,8 @@ class Specialists(nn.Module):
             wide = _block_diagonal(kernel[part]) if self.depth else _side_by_side(kernel[part])
             y = packed.affine(packed.conv(h, wide, pack), None, bias[part].ravel(), pack)
             y = packed.unpack_pixels(y, pack)
-            logits.append(jnp.moveaxis(y.reshape(*y.shape[:-1], n, c), -2, 0))
-        return jnp.concatenate(logits)
+            logits.append(y.reshape(*y.shape[:-1], n, c))
+        return jnp.concatenate(logits, -2)
 
     def _first_layer(self, x, pack, train, parts):
         k, f = self.num_targets, x.shape[-1] // pack
@@ -110,7 +110,7 @@ class Pyramid(nn.Module):
 
     In training each reads its map perturbed in a way of its own: noise at 1/2 of the resolution,
     the most active pixels left out at 1/4, dropout at 1/8 and below. Maps are coarsest first;
-    returns logits [scales, B, H, W, num_classes], upsampled to the nearest, finest first.
+    returns logits [B, H, W, scales, num_classes], upsampled to the nearest, finest first.
     """
 
     num_classes: int
@@ -124,7 +124,7 @@ class Pyramid(nn.Module):
                 x = self._perturb(x, i, self.make_rng("dropout"))
             y = Generalist(self.num_classes, name=f"head{i}")(x, 1)
             logits.append(jnp.repeat(jnp.repeat(y, 2**i, 1), 2**i, 2))
-        return jnp.stack(logits)
+        return jnp.stack(logits, -2)
 
     def _perturb(self, x, i, key):
         if i == 1:

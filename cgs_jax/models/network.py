@@ -12,11 +12,11 @@ from cgs_jax.runtime.by_name import load_by_name
 
 
 class Outputs(NamedTuple):
-    """Logits of one forward pass."""
+    """Logits of one forward pass, batch first; *S are the spatial axes."""
 
-    generalist: jax.Array  # [B, H, W, C]
-    specialists: jax.Array | None  # [K, B, H, W, 3 or 2]; None without specialists
-    pyramid: jax.Array | None = None  # [S, B, H, W, C] of coarser maps, where the network has them
+    generalist: jax.Array  # [B, *S, C]
+    specialists: jax.Array | None  # [B, *S, K, 3 or 2]; None without specialists
+    pyramid: jax.Array | None = None  # [B, *S, scales, C] of coarser maps, where there are any
 
 
 class Network(nn.Module):

@@ -130,8 +130,7 @@ def _tuples(mapping: dict[str, Any]) -> dict[str, Any]:
 
 def name_of(config: ConfigDict) -> str:
     """Such as 'cgs', or 'cgs over fixmatch'."""
-    base = config.method.get("base", "")
-    return config.method.name + (f" over {base}" if base else "")
+    return ("cgs over " if "cgs" in config else "") + config.method.name
 
 
 def check_same(

@@ -2,25 +2,24 @@
 
 from typing import Any
 
+import grain.python as grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cgs_jax.data.cache import Prepared
 from cgs_jax.methods import base
 from cgs_jax.methods.base import Method
 from cgs_jax.models import unet
 from cgs_jax.runtime import devices
-from cgs_jax.training.loop import host_batches
 from cgs_jax.training.train_step import make_method, make_views, seed_of, step_keys
 
 
-def make_precise(config: ConfigDict, method: Method, prepared: Prepared, mesh: Mesh) -> Any:
+def make_precise(config: ConfigDict, method: Method, dataset: grain.MapDataset, mesh: Mesh) -> Any:
     """state -> the same with other batch statistics of the network that predicts: means over the
     weak views of the last `config.precise_bn` steps, labelled and unlabelled images in one batch,
-    without dropout; state -> state where that is 0.
+    without dropout; state -> state where that is 0. `dataset` has the batches of all steps.
 
     Running averages remember some ten batches, which are few and small; and dropout, which they
     have seen, is off in prediction. (Wu and Johnson, 2105.07576, call it precise batch norm.)
@@ -30,7 +29,6 @@ def make_precise(config: ConfigDict, method: Method, prepared: Prepared, mesh: M
     plain = config.copy_and_resolve_references()
     plain.model.dropout = (0.0,) * len(config.model.dropout)
     plain = make_method(plain)
-    dataset = host_batches(config, method, prepared, mesh)
 
     def statistics(state, batch, seed, step):
         k_views, _ = step_keys(seed, step)

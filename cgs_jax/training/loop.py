@@ -84,7 +84,7 @@ def train(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )
     with contextlib.closing(Writer(workdir, start)) as writer, processes.Stop() as stop:
-        precise = make_precise(config, method, prepared, mesh)
+        precise = make_precise(config, method, host_batches(config, method, prepared, mesh), mesh)
         logged = steps(config, train_step, state, progress, start, checkpoints, stop, precise)
         for step, state, means in logged:
             means["lr"] = float(schedule(step - 1))

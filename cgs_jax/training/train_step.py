@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from cgs_jax.data import patches
 from cgs_jax.inference import predictor
+from cgs_jax.methods import cgs
 from cgs_jax.methods.base import Method
 from cgs_jax.models import torch_weights
 from cgs_jax.runtime import devices
@@ -48,7 +49,11 @@ def make_method(config: ConfigDict) -> Method:
             raise UserError(f"unknown {name} {value!r}; there are: {', '.join(map(str, known))}")
     if config.model.head_depth < 0:
         raise UserError("model.head_depth must be at least 0")
-    method = load_by_name("cgs_jax.methods", config.method.name, "method").Method(config)
+    module = load_by_name("cgs_jax.methods", config.method.name, "method")
+    if "cgs" in config:
+        method = cgs.Over(module.Method(config, specialists=True))
+    else:
+        method = module.Method(config)
     if config.inference != "generalist" and not method.specialists:
         raise UserError(f"inference={config.inference}: {config.method.name} trains no specialists")
     at_least_one = ["log_every", "eval_every", "eval_batch", "batch.labelled"]
