@@ -104,7 +104,7 @@ def differences(
     cases: pd.DataFrame, first: str, metric: str = "dice", split: str = "test"
 ) -> pd.DataFrame:
     """By row: how far its mean over all its seeds is above that of row `first`, in the same organs
-    and cases: columns difference, low, high, seeds, and seeds of the first.
+    and cases: columns difference, low, high, and seeds of first.
 
     What either row leaves undefined in all its seeds is left out. The 95 % bootstrap interval draws
     the patients, whose cases and organs go together, and the seeds of both rows independently of
@@ -131,8 +131,8 @@ def differences(
             draws = [rng.multinomial(n, [1 / n] * n, 10_000) for n in (*seeds, len(patients))]
             low, high = np.percentile(gain(*draws), (2.5, 97.5))
         difference = gain(*whole)[0] if len(patients) else np.nan
-        lines[row] = (difference, low, high, *seeds)
-    columns = ["difference", "low", "high", "seeds", "seeds of first"]
+        lines[row] = (difference, low, high, seeds[1])
+    columns = ["difference", "low", "high", "seeds of first"]
     return pd.DataFrame.from_dict(lines, "index", columns=columns)
 
 
@@ -159,8 +159,7 @@ def table(
     parts = {"seeds": groups.size()}
     for organ in by_seed.columns:
         parts |= {organ: groups[organ].mean(), f"{organ} sd": groups[organ].std(ddof=1)}
-    gains = differences(cases, first, metric, split).drop(columns="seeds")
-    return pd.DataFrame(parts).join(gains)
+    return pd.DataFrame(parts).join(differences(cases, first, metric, split))
 
 
 def as_text(table: pd.DataFrame, first: str) -> pd.DataFrame:
