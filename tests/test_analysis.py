@@ -44,33 +44,42 @@ def test_table_by_hand():
     np.testing.assert_allclose(table.loc["base", ["a", "b", "mean"]].astype(float), [41, 46, 43.5])
     np.testing.assert_allclose(table.loc["base", "a sd"], np.sqrt(2))
     np.testing.assert_allclose(table.loc["other", ["a", "a sd"]].astype(float), [45, 0])
-    # by patient: a and b of one case and a of the other, in two seeds; and those of one case
-    gains = np.mean([10, 10, 0, 8, 8, -2]), np.mean([5, 5, 3, 3])
+    # by patient: a and b of one case and a of the other, over both seeds; and those of one case
+    gains = np.mean([9, 9, -1]), np.mean([4, 4])
     np.testing.assert_allclose(table.loc["other", "difference"], np.mean(gains))
-    assert table.loc["third", "difference"] == 0  # in seed 0, which both have
+    # its one seed against the mean of both of the first: as the means in the table
+    assert table.loc["third", "difference"] == -1
     assert np.isnan(table.loc["base", "difference"])
     text = tables.as_text(table, "base")
     assert text.loc["base", "a"] == "41.00 ± 1.41"
     assert text.loc["third", "a"] == "40.00"
-    assert text.loc["other", "against base"] == "+4.83 [+4.00, +5.67]"
+    assert text.loc["other", "against base"] == "+4.83 [+3.00, +6.67] (2 and 2 seeds)"
     missing = tables.as_text(tables.table(frame, "not trained yet"), "not trained yet")
     assert set(missing["against not trained yet"]) == {""}
     assert "| other | 2 | 45.00 ± 0.00 |" in tables.markdown(text)
     assert r"other & 2 & 45.00 $\pm$ 0.00" in tables.latex(text)
 
 
-def test_bootstrap_interval_is_over_patients():
+def test_bootstrap_interval_is_over_patients_and_seeds():
+    """Against the variances of the means; the second scan of a patient adds no information."""
     rng = np.random.default_rng(0)
-    gains = rng.normal(2, 3, 20)
-    values = {("base", 0): {}, ("other", 0): {}}
-    for i, gain in enumerate(gains):
-        for frame in (1, 2):  # the second scan of a patient adds no information
-            values["base", 0][f"{i:02d}_{frame}"] = [50, 50]
-            values["other", 0][f"{i:02d}_{frame}"] = [50 + gain, 50 + gain]
+    gains, noise = rng.normal(2, 3, 20), {"base": rng.normal(0, 2, 8), "other": rng.normal(0, 1, 8)}
+    values = {
+        (row, seed): {f"{i:02d}_{frame}": [50, 50] for i in range(20) for frame in (1, 2)}
+        for row in noise
+        for seed in range(8)
+    }
+    for (row, seed), by_case in values.items():
+        for case in by_case:
+            gain = gains[int(case[:2])] if row == "other" else 0
+            by_case[case] = [50 + gain + noise[row][seed]] * 2
     found = tables.differences(cases(values), "base").loc["other"]
-    half = 1.96 * gains.std() / np.sqrt(20)
-    np.testing.assert_allclose(found.difference, gains.mean())
-    np.testing.assert_allclose([found.low, found.high], gains.mean() + [-half, half], atol=0.1)
+    mean = gains.mean() + noise["other"].mean() - noise["base"].mean()
+    variance = gains.var() / 20 + noise["other"].var() / 8 + noise["base"].var() / 8
+    half = 1.96 * np.sqrt(variance)
+    np.testing.assert_allclose(found.difference, mean)
+    np.testing.assert_allclose([found.low, found.high], mean + [-half, half], atol=0.1)
+    assert found["seeds of first"] == 8
 
 
 def test_what_one_leaves_undefined_is_no_loss():
@@ -82,7 +91,7 @@ def test_what_one_leaves_undefined_is_no_loss():
             ("other", 0): {"p1_1": [90, 0], "p2_1": [80, 70]},
         }
     )
-    assert tables.differences(frame, "base").loc["other"].tolist() == [0, 0, 0]
+    assert tables.differences(frame, "base").loc["other"].tolist() == [0, 0, 0, 1]
     nothing = frame.assign(dice=frame.dice.where(frame.organ == "a"))
     assert np.isnan(tables.table(nothing, "base").loc["base", "b"])
 

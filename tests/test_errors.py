@@ -11,7 +11,7 @@ import pytest
 from runs import command, config_of, start
 
 from cgs_jax import main, predict
-from cgs_jax.runtime import logs, processes
+from cgs_jax.runtime import devices, logs, processes
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import summaries
@@ -125,7 +125,7 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("devices", "fields", "message"),
+    ("count", "fields", "message"),
     [
         (8, {}, "12 does not divide by mesh.data, 8 devices; --config.mesh.data=4 --config.mesh.s"),
         (8, {"batch.unlabelled": 6}, "8 devices; --config.mesh.data=2 --config.mesh.space=4 fit"),
@@ -133,11 +133,11 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
         (5, {}, "does not divide by mesh.data, 5 devices; use fewer devices"),
     ],
 )
-def test_devices_that_do_not_share_the_work(devices, fields, message):
+def test_devices_that_do_not_share_the_work(count, fields, message):
     config = segthor.get_config()
     config.update_from_flattened_dict(fields)
     with pytest.raises(UserError, match=message):
-        devices.make_mesh(config, [None] * devices)
+        devices.make_mesh(config, [None] * count)
 
 
 def test_coordinator_without_port():

@@ -5,11 +5,11 @@ Used by `cgs_jax.sweep` and `notebooks/ablation.ipynb`. Scores are in %, distanc
 
 import json
 import pathlib
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from cgs_jax.compare import read_summary
 from cgs_jax.data.case_lists import patient
@@ -103,25 +103,51 @@ def scores(cases: pd.DataFrame, metric: str = "dice", split: str = "test") -> pd
 def differences(
     cases: pd.DataFrame, first: str, metric: str = "dice", split: str = "test"
 ) -> pd.DataFrame:
-    """By row: how far it is above row `first` in the same organ, case and seed, on average, with a
-    95 % bootstrap interval over the patients: columns difference, low, high.
+    """By row: how far its mean over all its seeds is above that of row `first`, in the same organs
+    and cases: columns difference, low, high, and seeds of first.
 
-    What either leaves undefined is left out. A patient's cases and organs go together. Seeds are
-    averaged: the interval is not about them.
+    What either row leaves undefined in all its seeds is left out. The 95 % bootstrap interval draws
+    the patients, whose cases and organs go together, and the seeds of both rows independently of
+    each other, since training noise is not shared. Where a row has one seed, its training noise can
+    not be known and is not in the interval; with two or three it is underestimated.
     """
     cases = cases[cases.split == split]
-    keys = ["row", "seed", "patient", "case", "organ"]
-    values = cases.set_index(keys)[metric].unstack("row", sort=False)
+    values = cases.set_index(["row", "seed", "patient", "case", "organ"])[metric]
+    values = values.unstack(["patient", "case", "organ"], sort=False)
     lines = {}
-    for row in values.columns.drop(first) if first in values else ():
-        gains = (values[row] - values[first]).dropna().groupby("patient").mean().to_numpy()
+    rows = list(dict.fromkeys(values.index.get_level_values("row")))
+    for row in (row for row in rows if first in rows and row != first):
+        pair = values.loc[[row]], values.loc[[first]]
+        both = pair[0].notna().any() & pair[1].notna().any()
+        pair = [runs.loc[:, both] for runs in pair]
+        patients, of = np.unique(pair[0].columns.get_level_values("patient"), return_inverse=True)
+        share = (of == np.arange(len(patients))[:, None]) / np.bincount(of)[:, None]
+        gain = partial(_gain, *(runs.to_numpy() for runs in pair), share)
+        seeds = tuple(map(len, pair))
+        whole = [np.ones((1, n)) for n in (*seeds, len(patients))]
         low, high = np.nan, np.nan
-        if len(gains) > 1:
-            done = stats.bootstrap((gains,), np.mean, method="percentile", rng=0)
-            low, high = done.confidence_interval
-        mean = gains.mean() if len(gains) else np.nan
-        lines[row] = {"difference": mean, "low": low, "high": high}
-    return pd.DataFrame.from_dict(lines, "index", columns=["difference", "low", "high"])
+        if len(patients) > 1:
+            rng = np.random.default_rng(0)
+            draws = [rng.multinomial(n, [1 / n] * n, 10_000) for n in (*seeds, len(patients))]
+            low, high = np.percentile(gain(*draws), (2.5, 97.5))
+        difference = gain(*whole)[0] if len(patients) else np.nan
+        lines[row] = (difference, low, high, seeds[1])
+    columns = ["difference", "low", "high", "seeds of first"]
+    return pd.DataFrame.from_dict(lines, "index", columns=columns)
+
+
+def _gain(ours, theirs, share, our_seeds, their_seeds, patients):
+    """Differences [draws] of the means of ours and theirs [seeds, items], where `share` [patients,
+    items] averages a patient's items, and a draw counts each seed and patient so many times."""
+
+    def mean(runs, times):
+        defined = times @ ~np.isnan(runs)
+        with np.errstate(invalid="ignore"):  # none of the seeds drawn defines the item
+            return (times @ np.nan_to_num(runs)) / defined
+
+    gains = mean(ours, our_seeds) - mean(theirs, their_seeds)
+    by_patient = np.nan_to_num(gains) @ share.T / (~np.isnan(gains) @ share.T)
+    return np.nansum(patients * by_patient, 1) / np.sum(patients * ~np.isnan(by_patient), 1)
 
 
 def table(
@@ -137,7 +163,7 @@ def table(
 
 
 def as_text(table: pd.DataFrame, first: str) -> pd.DataFrame:
-    """The same as readers want it: '79.1 ± 0.4', '+3.2 [1.0, 5.1]'."""
+    """The same as readers want it: '79.1 ± 0.4', '+3.2 [1.0, 5.1] (3 and 3 seeds)'."""
     organs = [c for c in table.columns if f"{c} sd" in table.columns]
 
     def spread(row, organ):
@@ -148,7 +174,8 @@ def as_text(table: pd.DataFrame, first: str) -> pd.DataFrame:
         if np.isnan(row["difference"]):
             return ""
         interval = "" if np.isnan(row["low"]) else f" [{row['low']:+.2f}, {row['high']:+.2f}]"
-        return f"{row['difference']:+.2f}{interval}"
+        seeds = f"{row['seeds']:.0f} and {row['seeds of first']:.0f} seeds"
+        return f"{row['difference']:+.2f}{interval} ({seeds})"
 
     lines = {
         name: {"seeds": str(int(row["seeds"]))}
