@@ -13,7 +13,7 @@ from cgs_jax.methods import base
 from cgs_jax.methods.base import Method
 from cgs_jax.models import unet
 from cgs_jax.runtime import devices
-from cgs_jax.training.loop import host_batches
+from cgs_jax.training import loop
 from cgs_jax.training.train_step import make_method, make_views, seed_of, step_keys
 
 
@@ -30,7 +30,7 @@ def make_precise(config: ConfigDict, method: Method, prepared: Prepared, mesh: M
     plain = config.copy_and_resolve_references()
     plain.model.dropout = (0.0,) * len(config.model.dropout)
     plain = make_method(plain)
-    dataset = host_batches(config, method, prepared, mesh)
+    dataset = loop.host_batches(config, method, prepared, mesh)
 
     def statistics(state, batch, seed, step):
         k_views, _ = step_keys(seed, step)
