@@ -236,7 +236,9 @@ def test_labelled_slices_mix_with_their_labels():
     config = tiny("supervised", **still)
     batch = {"labelled": dict(tiny_batch(config, draws=2)["labelled"])}
     batch["labelled"]["label"][::2] = 0  # so that neighbours differ
-    batch["labelled"]["image"] = predictor.to_image(batch["labelled"]["label"] * np.uint16(20000))
+    batch["labelled"]["image"] = predictor.to_image(
+        batch["labelled"]["label"][..., None] * np.uint16(20000)
+    )
     views = train_step.make_method(config).views(batch, jax.random.key(0))["labelled"]
     image, label = views["image"][..., 0], np.asarray(views["label"])
     np.testing.assert_allclose(image, label.astype(float) * 20000 / 65535, rtol=1e-5)

@@ -1,7 +1,8 @@
 """Your own data in nnU-Net's raw layout (github.com/MIC-DKFZ/nnUNet, dataset format).
 
-`dataset.json`, `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`; images without a label file are
-the unlabelled pool. Cases of `imagesTs` that have a label in `labelsTs` are the test set.
+`dataset.json`, `imagesTr/CASE_0000.nii.gz` and so on, a file a channel, `labelsTr/CASE.nii.gz`;
+images without a label file are the unlabelled pool. Cases of `imagesTs` that have a label in
+`labelsTs` are the test set.
 """
 
 import json
@@ -21,20 +22,27 @@ def find(data: ConfigDict) -> dict[str, Case]:
     root, ending = (pathlib.Path(data.root), _description(data).get("file_ending", ".nii.gz"))
     if ending not in (".nii.gz", ".nii"):
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; NIfTI is read")
-    cases = {}
+    cases, count = {}, channels(data)
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
         for path in sorted((root / images).glob(f"*{ending}")):
             if path.name.startswith("."):
                 continue
             stem = path.name.removesuffix(ending)
-            name, _, channel = stem.rpartition("_")
-            if channel != "0000":
-                raise UserError(f"{path}: one channel is read, CASE_0000{ending}")
+            name = stem.rpartition("_")[0]
+            files = [path.with_name(f"{name}_{i:04d}{ending}") for i in range(count)]
+            if path not in files:
+                raise UserError(
+                    f"{path}: dataset.json names {count} channel(s), CASE_0000{ending} and so on"
+                )
+            if path != files[0] and files[0].exists():
+                continue
+            if lacking := [file for file in files if not file.exists()]:
+                raise UserError(f"no {lacking[0]}: dataset.json names {count} channels")
             if name in cases:
                 raise UserError(f"{name} is in imagesTr and in imagesTs of {root}")
             label, test = root / labels / f"{name}{ending}", images == "imagesTs"
             if label.exists() or not test:
-                cases[name] = Case(name, (path,), (label,) if label.exists() else None, test)
+                cases[name] = Case(name, tuple(files), (label,) if label.exists() else None, test)
     if not cases:
         raise UserError(f"no scans in {root / 'imagesTr'} (CASE_0000{ending})")
     return cases
@@ -52,6 +60,12 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
     if len(names) < 2 or "ignore" in labels or [v for v, _ in names] != list(range(len(labels))):
         raise UserError(f"{path}: labels must be background 0 and organs 1, 2, ...; got {labels}")
     return tuple(name for _, name in names[1:])
+
+
+def channels(data: ConfigDict) -> int:
+    """How many dataset.json names; one where it does not tell."""
+    description = _description(data)
+    return len(description.get("channel_names") or description.get("modality") or "1")
 
 
 def _description(data):
