@@ -163,8 +163,8 @@ def test_several_methods_predict_together():
 
     first, second = jnp.array([0.6, 0.4, 0.0]), jnp.array([0.0, 0.5, 0.5])
     predict = predictor.make_predict(Says(), Says())(first, second)
-    slices = np.zeros((3, 16, 16), np.uint16)
-    assert predict(slices).shape == (*slices.shape, 3)
+    slices = np.zeros((3, 16, 16, 1), np.uint16)
+    assert predict(slices).shape == (3, 16, 16, 3)
     np.testing.assert_allclose(predict(slices)[2, 3, 4], [0.3, 0.45, 0.25], rtol=1e-6)
 
 
