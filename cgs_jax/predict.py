@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cgs_jax import evaluate
 from cgs_jax.data.cache import quantise
-from cgs_jax.data.nifti import Scan, read_channels
+from cgs_jax.data.nifti import Scan, channels_of, read_channels
 from cgs_jax.inference import predictor
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.cli import cli
@@ -75,7 +75,7 @@ def predict(
 
 def find(
     source: pathlib.Path, output: pathlib.Path, overwrite: bool, channels: int
-) -> dict[str, list[pathlib.Path]]:
+) -> dict[str, tuple[pathlib.Path, ...]]:
     """The scans of `source`, a file or a folder, after checks of where their labels would go: the
     files of their channels by the name of the label map."""
     if not source.exists():
@@ -87,9 +87,10 @@ def find(
         raise UserError(f"no .nii or .nii.gz in {source}")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
-    scans = {path.name: [path] for path in files}
+    scans = {path.name: (path,) for path in files}
     if channels > 1:
-        scans = dict(channels_of(path, channels) for path in files)
+        found = [channels_of(path, channels) for path in files]
+        scans = {case + ending: paths for case, ending, paths in found}
     for name, paths in scans.items():
         target = output / name
         if target.exists() and any(map(target.samefile, paths)):
@@ -97,17 +98,6 @@ def find(
         if target.exists() and not overwrite:
             raise UserError(f"{target} exists; choose another --output or give --overwrite")
     return scans
-
-
-def channels_of(path: pathlib.Path, count: int) -> tuple[str, list[pathlib.Path]]:
-    """CASE.nii.gz, and the files of all channels of that case, of which `path` is one."""
-    stem, dot, ending = path.name.partition(".nii")
-    case, ending = stem.rpartition("_")[0], dot + ending
-    paths = [path.with_name(f"{case}_{i:04d}{ending}") for i in range(count)]
-    for other in (path, *paths):
-        if other not in paths or not other.exists():
-            raise UserError(f"{other}: the run reads {count} channels, CASE_0000{ending} and so on")
-    return case + ending, paths
 
 
 def write(scan: Scan, label: np.ndarray, path: pathlib.Path) -> None:

@@ -19,7 +19,7 @@ def test_bad_nnunet_descriptions(tmp_path):
         cache.prepare(config)
     config, _ = nnunet_folder(tmp_path)
     save(root / "imagesTr" / "mine_000_0001.nii.gz", np.zeros((9, 8, 4), np.float32))
-    with pytest.raises(UserError, match=r"mine_000_0001.nii.gz: dataset.json names 1 channel"):
+    with pytest.raises(UserError, match=r"unexpected .*mine_000_0001.nii.gz: scans have 1 channel"):
         cache.prepare(config)
     (root / "dataset.json").unlink()
     with pytest.raises(UserError, match=r"no .*dataset.json: --config.data.root must hold"):
@@ -36,11 +36,11 @@ def test_bad_channels(tmp_path):
     with pytest.raises(UserError, match=r"mine_003_0001.nii.gz lies up to 3.0 mm off .*_0000"):
         cache.prepare(config)
     path.unlink()
-    with pytest.raises(UserError, match=r"no .*mine_003_0001.nii.gz: dataset.json names 2"):
+    with pytest.raises(UserError, match=r"no .*mine_003_0001.nii.gz: scans have 2"):
         cache.prepare(config)
     save(path, np.zeros((9, 8, 4), np.float32))
     path.with_name("mine_003_0000.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"no .*mine_003_0000.nii.gz: dataset.json names 2"):
+    with pytest.raises(UserError, match=r"no .*mine_003_0000.nii.gz: scans have 2"):
         cache.prepare(config)
 
 

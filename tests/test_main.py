@@ -217,7 +217,7 @@ def test_two_channels_end_to_end(tmp_path):
     (one,) = predict.predict([workdir], inputs / "new_0001.nii.gz", tmp_path / "one")
     np.testing.assert_array_equal(nib.load(one).dataobj, label.dataobj)
     (inputs / "new_0000.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"new_0000.nii.gz: the run reads 2 channels, CASE_0000"):
+    with pytest.raises(UserError, match=r"no .*new_0000.nii.gz: scans have 2 channel"):
         predict.predict([workdir], inputs, tmp_path / "more")
 
 

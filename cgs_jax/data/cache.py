@@ -31,20 +31,11 @@ from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
 VERSION = 2  # of the cache layout
-
-
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
-
-
 NO_LABEL = 255
-
-
 # of data, that the arrays depend on
 OPTIONS = ("name", "size", "normalise", "slicing", "classes", "channels")
-
-
-# Arrays that stay mapped: each holds a file open, and most systems allow a process 1,024.
-MAPPED = 400
+MAPPED = 400  # arrays at most: each holds a file open, and most systems allow a process 1,024
 
 
 class Prepared:
@@ -64,13 +55,9 @@ class Prepared:
 
     def rows(self, cases: Iterable[str]) -> np.ndarray:
         """Rows, one a slice, of those training cases that are in `cases`."""
-        wanted, spans = set(cases), zip(self._first, self._first[1:], strict=False)
-        rows = [
-            np.arange(*span)
-            for case, span in zip(self.splits.train, spans, strict=True)
-            if case in wanted
-        ]
-        return np.concatenate([np.zeros(0, np.int64), *rows])
+        wanted = set(cases)
+        taken = [case in wanted for case in self.splits.train]
+        return np.flatnonzero(np.repeat(taken, np.diff(self._first)))
 
     def images(self, rows: np.ndarray, corners: Any = None, side: int = 0) -> np.ndarray:
         """uint16 [B, H, W, C], intensity times 65535: the slices `rows` on the training grid, or

@@ -109,6 +109,23 @@ def read_nifti_case(case: Case, data: Any) -> Volume:
     return Volume(image, label.array, scan.spacing)
 
 
+def channels_of(path: pathlib.Path, count: int) -> tuple[str, str, tuple[pathlib.Path, ...]]:
+    """Case, file ending, and the files CASE_0000.nii.gz, CASE_0001.nii.gz, ... of the `count`
+    channels of the scan that `path` belongs to.
+
+    Raises:
+      UserError: one is missing, or `path` is none of them.
+    """
+    stem, dot, ending = path.name.rpartition(".nii")
+    case, ending = stem.rpartition("_")[0], dot + ending
+    paths = tuple(path.with_name(f"{case}_{i:04d}{ending}") for i in range(count))
+    lacking = [other for other in paths if not other.exists()]
+    if lacking or path not in paths:
+        problem = f"no {lacking[0]}" if path in paths else f"unexpected {path}"
+        raise UserError(f"{problem}: scans have {count} channel(s), CASE_0000{ending} and so on")
+    return case, ending, paths
+
+
 def read_channels(paths: Sequence[pathlib.Path], data: Any) -> tuple[np.ndarray, Scan]:
     """Reads an image, a file a channel, each scaled on its own by the options of `config.data`.
 

@@ -10,7 +10,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from cgs_jax.data.nifti import read_nifti_case
+from cgs_jax.data.nifti import channels_of, read_nifti_case
 from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
 
@@ -27,22 +27,14 @@ def find(data: ConfigDict) -> dict[str, Case]:
         for path in sorted((root / images).glob(f"*{ending}")):
             if path.name.startswith("."):
                 continue
-            stem = path.name.removesuffix(ending)
-            name = stem.rpartition("_")[0]
-            files = [path.with_name(f"{name}_{i:04d}{ending}") for i in range(count)]
-            if path not in files:
-                raise UserError(
-                    f"{path}: dataset.json names {count} channel(s), CASE_0000{ending} and so on"
-                )
-            if path != files[0] and files[0].exists():
+            name, _, files = channels_of(path, count)
+            if path != files[0]:
                 continue
-            if lacking := [file for file in files if not file.exists()]:
-                raise UserError(f"no {lacking[0]}: dataset.json names {count} channels")
             if name in cases:
                 raise UserError(f"{name} is in imagesTr and in imagesTs of {root}")
             label, test = root / labels / f"{name}{ending}", images == "imagesTs"
             if label.exists() or not test:
-                cases[name] = Case(name, tuple(files), (label,) if label.exists() else None, test)
+                cases[name] = Case(name, files, (label,) if label.exists() else None, test)
     if not cases:
         raise UserError(f"no scans in {root / 'imagesTr'} (CASE_0000{ending})")
     return cases
