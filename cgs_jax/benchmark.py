@@ -8,7 +8,6 @@ kept but the JSON.
 
 import contextlib
 import itertools
-import json
 import pathlib
 import resource
 import tempfile
@@ -25,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from scipy import ndimage
 
 from cgs_jax.data import cache, case_lists
+from cgs_jax.data.volume import Volume
 from cgs_jax.inference import predictor
 from cgs_jax.runtime import devices, processes
 from cgs_jax.runtime.cli import cli, output_file
@@ -77,26 +77,19 @@ def data(config: ConfigDict) -> Iterator[cache.Prepared]:
         yield cache.prepare(config)
         return
     say(f"no {config.data.root}: random scans")
-    rng, size = np.random.default_rng(0), config.data.size
+    rng, size, classes = np.random.default_rng(0), config.data.size, len(config.data.classes)
     cases = [f"case{i}" for i in range(12)]
     splits = case_lists.Splits(train=cases[:8], labelled=cases[:2], val=cases[8:], test=[])
     with tempfile.TemporaryDirectory() as folder:
-        folder, depth = pathlib.Path(folder), 12
-        (folder / "volumes").mkdir()
-        shape = (8 * depth, size, size)
-        rng.integers(0, cache.LEVELS, shape, np.uint16).tofile(folder / "images.u16")
-        rng.integers(0, len(config.data.classes) + 1, shape, np.uint8).tofile(folder / "labels.u8")
-        for case in splits.val:
-            smooth = ndimage.gaussian_filter(rng.normal(size=shape)[:depth], (1, 8, 8))
-            cuts = np.quantile(smooth, np.linspace(0.5, 1, len(config.data.classes) + 1)[:-1])
+        folders = {case: pathlib.Path(folder) / case for case in cases}
+        for path in folders.values():
+            smooth = ndimage.gaussian_filter(rng.normal(size=(12, size, size)), (1, 8, 8))
+            cuts = np.quantile(smooth, np.linspace(0.5, 1, classes + 1)[:-1])
             label = np.searchsorted(cuts, smooth).astype(np.uint8)
-            image = (cache.LEVELS * (label / label.max())).astype(np.uint16)
-            for name, array in (("image", image), ("label", label)):
-                np.save(folder / "volumes" / f"{case}_{name}.npy", array)
-        first = [[name, i * depth] for i, name in enumerate(splits.train)] + [["", 8 * depth]]
-        index = {"first_slice": first, "spacing": dict.fromkeys(splits.val)}
-        (folder / "index.json").write_text(json.dumps(index))
-        yield cache.Prepared(folder, splits, size)
+            image = cache.quantise(label / label.max())
+            image = np.stack([image] * config.data.channels)
+            cache.write(path, Volume(image, label, None), size)
+        yield cache.Prepared(folders, splits, size)
 
 
 def time_step(
@@ -128,7 +121,7 @@ def time_step(
     block = BLOCK if once < seconds / 50 else 1
     blocks = int(np.clip(seconds / once / block, 3, 40))
     ms = [1000 * some(block) for _ in range(blocks)]
-    images = sum(train_step.stream_sizes(config, method).values()) // method.draws
+    images = sum(stream.count for stream in method.streams().values()) // method.draws
     result = {
         "compile_s": compile_s,
         "blocks_ms": ms,
@@ -189,7 +182,7 @@ def time_input(
     per_batch = (time.perf_counter() - started) / count
     return {
         "ms": 1000 * per_batch,
-        "slices_per_s": sum(train_step.stream_sizes(config, method).values()) / per_batch,
+        "slices_per_s": sum(stream.count for stream in method.streams().values()) / per_batch,
     }
 
 
@@ -234,7 +227,7 @@ def time_evaluation(
     cases = prepared.splits.val
     stacks = [prepared.volume(case).image for case in cases]
     size, batch = config.data.size, config.eval_batch
-    predict(np.zeros((batch, size, size), np.uint16))
+    predict(np.zeros((batch, size, size, config.data.channels), np.uint16))
     started = time.perf_counter()
     for _ in predictor.segment(predict, stacks, config, predictor.scoring(config)):
         pass
@@ -243,7 +236,7 @@ def time_evaluation(
     evaluated = time.perf_counter()
     return {
         "volumes": len(cases),
-        "slices": sum(map(len, stacks)),
+        "slices": sum(stack.shape[1] for stack in stacks),
         "prediction_ms": 1000 * (predicted - started) / len(cases),
         "evaluation_ms": 1000 * (evaluated - predicted) / len(cases),
     }

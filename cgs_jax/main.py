@@ -47,7 +47,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict | None:
         options = config.copy_and_resolve_references()
         options.data.root = options.data.cache = ""  # each host may have its own
         processes.check_same("options", options.to_json())
-        processes.check_same("scans", (prepared.splits, prepared.images.shape))
+        slices = len(prepared.rows(prepared.splits.train))
+        processes.check_same("scans", (prepared.splits, slices))
         if (finished or not splits) and processes.is_first():
             run_folder.save(config, prepared.splits, workdir)
         if not only_evaluate and not loop.train(

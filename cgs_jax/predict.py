@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from cgs_jax import evaluate
 from cgs_jax.data.cache import quantise
-from cgs_jax.data.nifti import Scan, read_nifti
-from cgs_jax.data.volume import finite, normalise
+from cgs_jax.data.nifti import Scan, channels_of, read_channels
 from cgs_jax.inference import predictor
+from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder
@@ -32,46 +32,52 @@ def predict(
 ) -> list[pathlib.Path]:
     """Writes one label map (uint8) for every scan, with its grid and header, under its name.
 
+    Of runs with several channels a scan is CASE_0000.nii.gz, CASE_0001.nii.gz and so on, as
+    nnU-Net names them, and its label map CASE.nii.gz.
+
     `options` such as {'inference': 'both'} replace the run's own. Returns the files written.
 
     Raises:
       UserError: no run, no scans, a file that would be overwritten; or, after all others are
         written, a scan that can not be read.
     """
-    files = find(source, output, overwrite)
+    channels = run_folder.load(workdirs[0])[0].data.channels
+    files = find(source, output, overwrite, channels)
     config, predict = evaluate.restore(workdirs, options or {})
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can not write to --output {output}: {error.strerror}") from error
-    waiting: list[tuple[pathlib.Path, Scan]] = []  # for their labels
+    waiting: list[tuple[str, Scan]] = []  # for their labels
     problems: list[str] = []
 
     def stacks():
-        for path in tqdm(files, "segmenting", unit="scan", disable=None):
+        for name, paths in tqdm(files.items(), "segmenting", unit="scan", disable=None):
             try:
-                scan = read_nifti(path, config.data.slicing)
-                image = normalise(finite(scan.array, path), config.data.normalise)
+                image, scan = read_channels(paths, config.data)
             except UserError as error:
                 problems.append(str(error))
                 continue
-            waiting.append((path, scan._replace(array=None)))
+            waiting.append((name, scan._replace(array=None)))
             yield quantise(image)
 
     written = []
     scoring = predictor.scoring(config)
     for (label,) in predictor.segment(predict, stacks(), config, scoring):
-        path, scan = waiting.pop(0)
-        write(scan, label, output / path.name)
-        written.append(output / path.name)
+        name, scan = waiting.pop(0)
+        write(scan, label, output / name)
+        written.append(output / name)
     if problems:
         rest = f"; {len(written)} others are written to {output}" if written else ""
         raise UserError("; ".join(problems) + rest)
     return written
 
 
-def find(source: pathlib.Path, output: pathlib.Path, overwrite: bool) -> list[pathlib.Path]:
-    """The scans of `source`, a file or a folder, after checks of where their labels would go."""
+def find(
+    source: pathlib.Path, output: pathlib.Path, overwrite: bool, channels: int
+) -> dict[str, tuple[pathlib.Path, ...]]:
+    """The scans of `source`, a file or a folder, after checks of where their labels would go: the
+    files of their channels by the name of the label map."""
     if not source.exists():
         raise UserError(f"no such file or folder: {source}")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
@@ -81,13 +87,17 @@ def find(source: pathlib.Path, output: pathlib.Path, overwrite: bool) -> list[pa
         raise UserError(f"no .nii or .nii.gz in {source}")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
-    for path in files:
-        target = output / path.name
-        if target.exists() and target.samefile(path):
-            raise UserError(f"--output would replace the input {path}; choose another folder")
+    scans = {path.name: (path,) for path in files}
+    if channels > 1:
+        found = [channels_of(path, channels) for path in files]
+        scans = {case + ending: paths for case, ending, paths in found}
+    for name, paths in scans.items():
+        target = output / name
+        if target.exists() and any(map(target.samefile, paths)):
+            raise UserError(f"--output would replace the input {target}; choose another folder")
         if target.exists() and not overwrite:
             raise UserError(f"{target} exists; choose another --output or give --overwrite")
-    return files
+    return scans
 
 
 def write(scan: Scan, label: np.ndarray, path: pathlib.Path) -> None:

@@ -84,6 +84,7 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data = ConfigDict()
     config.data.root = "data"  # folder of the data set
     config.data.cache = ""  # prepared data; '' means ROOT/cgs_cache
+    config.data.channels = 1  # of an image
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
     config.data.patch = 0  # training sees windows of patch x patch pixels of them; 0: whole slices
     config.data.patch_anywhere = 0.15  # share of the windows that lie anywhere

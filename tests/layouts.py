@@ -21,10 +21,13 @@ def save(path, array, affine=None):
 
 
 def nnunet_folder(tmp_path, labels=None, cases=12, **description):
-    root = tmp_path / "Dataset001_Mine"
+    """Random scans of as many channels as `description` names in channel_names."""
+    root, channels = tmp_path / "Dataset001_Mine", len(description.get("channel_names", "1"))
     rng = np.random.default_rng(0)
     for i in range(cases):
-        save(root / "imagesTr" / f"mine_{i:03d}_0000.nii.gz", rng.random((9, 8, 4), np.float32))
+        for c in range(channels):
+            path = root / "imagesTr" / f"mine_{i:03d}_{c:04d}.nii.gz"
+            save(path, (c + 1) * rng.random((9, 8, 4), np.float32))
         if i < cases - 3:
             label = rng.integers(0, 3, (9, 8, 4)).astype(np.uint8)
             save(root / "labelsTr" / f"mine_{i:03d}.nii.gz", label)

@@ -22,5 +22,5 @@ def tiny_batch(config, draws=1):
     label = np.zeros((n, size, size), np.uint8)
     label[:, 3:12, 2:9] = 1
     label[:, 5:8, 11:14] = 2
-    image = (label * 20000.0 + rng.integers(0, 9000, label.shape)).astype(np.uint16)
+    image = (label * 20000.0 + rng.integers(0, 9000, label.shape)).astype(np.uint16)[..., None]
     return {"labelled": {"image": image, "label": label}, "unlabelled": {"image": image[::-1]}}

@@ -163,8 +163,8 @@ def test_several_methods_predict_together():
 
     first, second = jnp.array([0.6, 0.4, 0.0]), jnp.array([0.0, 0.5, 0.5])
     predict = predictor.make_predict(Says(), Says())(first, second)
-    slices = np.zeros((3, 16, 16), np.uint16)
-    assert predict(slices).shape == (*slices.shape, 3)
+    slices = np.zeros((3, 16, 16, 1), np.uint16)
+    assert predict(slices).shape == (3, 16, 16, 3)
     np.testing.assert_allclose(predict(slices)[2, 3, 4], [0.3, 0.45, 0.25], rtol=1e-6)
 
 
@@ -237,7 +237,9 @@ def test_labelled_slices_mix_with_their_labels():
     config = tiny("supervised", **still)
     batch = {"labelled": dict(tiny_batch(config, draws=2)["labelled"])}
     batch["labelled"]["label"][::2] = 0  # so that neighbours differ
-    batch["labelled"]["image"] = predictor.to_image(batch["labelled"]["label"] * np.uint16(20000))
+    batch["labelled"]["image"] = predictor.to_image(
+        batch["labelled"]["label"][..., None] * np.uint16(20000)
+    )
     views = train_step.make_method(config).views(batch, jax.random.key(0))["labelled"]
     image, label = views["image"][..., 0], np.asarray(views["label"])
     np.testing.assert_allclose(image, label.astype(float) * 20000 / 65535, rtol=1e-5)

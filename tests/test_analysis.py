@@ -139,12 +139,18 @@ class Withheld:
     class splits:  # noqa: N801
         train, labelled = list("abcd"), ["a"]
 
-    labels = np.stack([np.full((16, 16), k, np.uint8) for k in (1, 1, 2, 255, 0)])
-    images = np.arange(5, dtype=np.uint16)[:, None, None] * np.ones((1, 16, 16), np.uint16)
+    def labels(self, rows):
+        return np.stack([np.full((16, 16), (1, 1, 2, 255, 0)[row], np.uint8) for row in rows])
+
+    def images(self, rows):
+        return np.uint16(rows)[:, None, None, None] * np.ones((1, 16, 16, 1), np.uint16)
+
+    def has_label(self, case):
+        return case != "c"
 
     def rows(self, names):
         of = {"a": [0], "b": [1, 2], "c": [3], "d": [4]}
-        return np.array([row for name in names for row in of[name]])
+        return np.array([row for name in sorted(names) for row in of[name]])
 
 
 def test_quality_is_measured_on_withheld_labels_only():

@@ -19,10 +19,28 @@ def test_bad_nnunet_descriptions(tmp_path):
         cache.prepare(config)
     config, _ = nnunet_folder(tmp_path)
     save(root / "imagesTr" / "mine_000_0001.nii.gz", np.zeros((9, 8, 4), np.float32))
-    with pytest.raises(UserError, match=r"mine_000_0001.nii.gz: one channel is read"):
+    with pytest.raises(UserError, match=r"unexpected .*mine_000_0001.nii.gz: scans have 1 channel"):
         cache.prepare(config)
     (root / "dataset.json").unlink()
     with pytest.raises(UserError, match=r"no .*dataset.json: --config.data.root must hold"):
+        cache.prepare(config)
+
+
+def test_bad_channels(tmp_path):
+    config, root = nnunet_folder(tmp_path, channel_names={"0": "T1", "1": "T2"})
+    path = root / "imagesTr" / "mine_003_0001.nii.gz"
+    save(path, np.zeros((9, 8, 5), np.float32))
+    with pytest.raises(UserError, match=r"mine_003_0001.nii.gz has shape \(9, 8, 5\), .*one grid"):
+        cache.prepare(config)
+    save(path, np.zeros((9, 8, 4), np.float32), np.diag([1, 1, 2, 1]))
+    with pytest.raises(UserError, match=r"mine_003_0001.nii.gz lies up to 3.0 mm off .*_0000"):
+        cache.prepare(config)
+    path.unlink()
+    with pytest.raises(UserError, match=r"no .*mine_003_0001.nii.gz: scans have 2"):
+        cache.prepare(config)
+    save(path, np.zeros((9, 8, 4), np.float32))
+    path.with_name("mine_003_0000.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"no .*mine_003_0000.nii.gz: scans have 2"):
         cache.prepare(config)
 
 
@@ -46,6 +64,10 @@ def with_nan(x):
     return np.where(x > 1, np.nan, x).astype(np.float32)
 
 
+def coloured(x):
+    return np.repeat(x[..., None], 3, -1).view([(c, "u1") for c in "RGB"])[..., 0]
+
+
 SCAN, LABEL = "Patient_01.nii.gz", "GT.nii.gz"
 
 
@@ -56,6 +78,8 @@ SCAN, LABEL = "Patient_01.nii.gz", "GT.nii.gz"
         (LABEL, edited(with_nan), "GT.nii.gz has label value nan"),
         (LABEL, edited(lambda x: x[1:]), r"GT.nii.gz has shape \(6, 24, 23\), its"),
         (LABEL, edited(np.array, np.diag([-1, -1, 1, 1])), r"GT.nii.gz lies up to \d+.\d mm off"),
+        (LABEL, edited(coloured), r"GT.nii.gz holds \[.*'R'.*\] values; one label a voxel"),
+        (LABEL, edited(lambda x: x + 0j), r"GT.nii.gz holds complex\d+ values; one label a"),
         (LABEL, removed, "labelled case Patient_01 has no label"),
         (SCAN, edited(with_nan), r"Patient_01.nii.gz has \d+ voxels that are NaN"),
         (SCAN, truncated, r"Patient_01.nii.gz is not a whole NIfTI file"),

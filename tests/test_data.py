@@ -10,12 +10,18 @@ import pytest
 from layouts import lists, nnunet_folder, save
 
 from cgs_jax.data import cache, case_lists, streams
+from cgs_jax.data.grid import resize
 from cgs_jax.data.layouts import acdc as acdc_layout
+from cgs_jax.data.layouts import nnunet as nnunet_layout
+from cgs_jax.data.layouts import segthor as segthor_layout
 from cgs_jax.data.layouts import synapse as synapse_layout
 from cgs_jax.data.nifti import read_nifti
+from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import normalise
 from cgs_jax.runtime.errors import UserError
 from configs import acdc, nnunet, segthor, synapse
+
+STREAMS = {"labelled": Stream("labelled", True, 4), "unlabelled": Stream("unlabelled", False, 3)}
 
 
 def test_orientation_round_trip(tmp_path):
@@ -53,63 +59,134 @@ def test_normalise():
             normalise(image, wrong)
 
 
+def everything(data):
+    """Images and labels of all training slices."""
+    rows = data.rows(data.splits.train)
+    return data.images(rows), data.labels(rows)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Names of the cases that the layouts read, as they are read."""
+    seen = []
+    for layout in (segthor_layout, nnunet_layout):
+
+        def read(case, data, read=layout.read):
+            seen.append(case.name)
+            return read(case, data)
+
+        monkeypatch.setattr(layout, "read", read)
+    return seen
+
+
 def test_prepared_slices_and_volumes(thorax):
     config, root = thorax
     data = cache.prepare(config)
-    assert data.images.shape == data.labels.shape == (18, 16, 16)
+    images, labels = everything(data)
+    assert images.shape == (18, 16, 16, 1)
+    assert labels.shape == (18, 16, 16)
     np.testing.assert_array_equal(data.rows(["Patient_02"]), range(6, 12))
-    assert (data.labels[12:] == cache.NO_LABEL).all()  # the image-only patient
-    assert data.labels[:12].max() == 4
+    assert (labels[12:] == cache.NO_LABEL).all()  # the image-only patient
+    assert labels[:12].max() == 4
+    assert data.volume("Patient_03").label is None
+    volume = data.volume("Patient_02")  # slices are those of the volume, resized
+    np.testing.assert_array_equal(images[6:12, ..., 0], resize(volume.image[0], 16, 16))
+    np.testing.assert_array_equal(labels[6:12], resize(volume.label, 16, 16))
     volume = data.volume("Patient_05")
+    assert volume.image.shape == (1, 6, 24, 24)
     truth = np.asarray(nib.load(root / "Patient_05" / "GT.nii.gz").dataobj)
     # stored LPS, read RAS
     np.testing.assert_array_equal(volume.label, truth[::-1, ::-1].transpose(2, 1, 0))
     assert volume.spacing == pytest.approx((176 / 6, 380 / 24, 380 / 24))
 
 
-def test_cache_knows_its_sources(thorax):
+def test_cache_knows_its_sources(thorax, reads):
     config, root = thorax
-    first = cache.prepare(config).folder
-    stamp = (first / "index.json").stat().st_mtime_ns
-    assert cache.prepare(config).folder == first
-    assert (first / "index.json").stat().st_mtime_ns == stamp
+    cache.prepare(config)
+    assert len(reads) == 5
+    cache.prepare(config)
+    assert len(reads) == 5
     config.data.size = 32
-    assert cache.prepare(config).folder != first
+    cache.prepare(config)
+    assert len(reads) == 10
     config.data.size = 16
     scan = root / "Patient_02" / "Patient_02.nii.gz"
     scan.write_bytes(gzip.compress(gzip.decompress(scan.read_bytes()), mtime=1))
-    assert cache.prepare(config).folder != first
+    cache.prepare(config)
+    assert reads[10:] == ["Patient_02"]
+    (root / "Patient_01" / "GT.nii.gz").touch()
+    cache.prepare(config)
+    assert reads[11:] == ["Patient_01"]
 
 
-def test_broken_off_preparation_is_not_taken_for_whole(thorax, monkeypatch):
+def test_other_splits_prepare_nothing(thorax, reads):
     config, root = thorax
-    read, seen = cache._read, []
+    before = everything(cache.prepare(config))
+    reads.clear()
+    names = [f"Patient_0{i}" for i in (5, 2, 3, 4, 1)]
+    lists(root.parent / "lists", train=names[:3], val=names[3:4], test=names[4:])
+    other = cache.prepare(config)
+    assert not reads
+    for mine, its in zip(before, everything(other), strict=True):
+        np.testing.assert_array_equal(its[6:], mine[6:])  # Patient_02 and Patient_03
+    assert other.volume("Patient_01").image.shape == (1, 6, 24, 24)
 
-    def breaks(*args):
-        seen.append(args)
-        if len(seen) == 3:
+
+def test_one_more_scan_prepares_only_that_one(tmp_path, reads):
+    config, root = nnunet_folder(tmp_path)
+    cache.prepare(config)
+    assert len(reads) == 12
+    save(root / "imagesTr" / "mine_100_0000.nii.gz", np.zeros((9, 8, 4), np.float32))
+    assert len(cache.prepare(config).splits.train) == 10
+    assert reads[12:] == ["mine_100"]
+
+
+def test_broken_off_preparation_is_not_taken_for_whole(thorax, monkeypatch, reads):
+    config, root = thorax
+    rename, renamed = cache.pathlib.Path.rename, []
+
+    def breaks(*paths):
+        renamed.append(paths)
+        if len(renamed) == 3:
             raise KeyboardInterrupt
-        return read(*args)
+        return rename(*paths)
 
-    monkeypatch.setattr(cache, "_read", breaks)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
+        patched.setattr(cache.pathlib.Path, "rename", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            cache.prepare(config)
+    assert len(list((root / "cgs_cache").iterdir())) == 2
+    assert everything(cache.prepare(config))[0].shape == (18, 16, 16, 1)
+    assert reads == [f"Patient_0{i}" for i in (1, 2, 3, 3, 4, 5)]
+
+
+def test_many_cases_share_few_open_files(thorax, monkeypatch):
+    config, _ = thorax
+    expected = everything(cache.prepare(config))
+    monkeypatch.setattr(cache, "MAPPED", 1)
+    for few, all_of_them in zip(everything(cache.prepare(config)), expected, strict=True):
+        np.testing.assert_array_equal(few, all_of_them)
+
+
+def test_cache_that_can_not_be_written(thorax, tmp_path):
+    config, _ = thorax
+    (tmp_path / "a_file").write_text("")
+    config.data.cache = str(tmp_path / "a_file")
+    with pytest.raises(UserError, match="can not write to .*a_file .*--config.data.cache"):
         cache.prepare(config)
-    assert not list((root / "cgs_cache").iterdir())
-    assert cache.prepare(config).images.shape == (18, 16, 16)
 
 
 def test_stream_is_a_function_of_seed_and_step(thorax):
     config, _ = thorax
     data = cache.prepare(config)
-    sizes = {"labelled": 4, "unlabelled": 3}
-    whole, rest = (streams.batches(data, config, sizes, start) for start in (0, 10))
+    whole, rest = (streams.batches(data, config, STREAMS, start) for start in (0, 10))
     assert len(whole) == 40
     assert len(rest) == 30
     for i in (0, 7, 29):
-        for name in sizes:
+        for name in STREAMS:
             np.testing.assert_array_equal(rest[i][name]["image"], whole[i + 10][name]["image"])
     config.seed = 1
-    other = streams.batches(data, config, sizes, 0)
+    other = streams.batches(data, config, STREAMS, 0)
     assert any(
         (other[i]["labelled"]["image"] != whole[i]["labelled"]["image"]).any() for i in (0, 1)
     )
@@ -118,34 +195,65 @@ def test_stream_is_a_function_of_seed_and_step(thorax):
     np.testing.assert_array_equal(loaded[5]["labelled"]["label"], rest[5]["labelled"]["label"])
 
 
+def test_order_of_the_slices_stays(thorax):
+    """It decides the results of every seed, so no change may touch it."""
+    config, _ = thorax
+    data = cache.prepare(config)
+    row = {x.tobytes(): i for i, x in enumerate(everything(data)[0])}
+    batches = streams.batches(data, config, STREAMS, 0)
+    for step, labelled, unlabelled in (
+        (0, [4, 11, 2, 6], [15, 12, 16]),
+        (7, [8, 11, 6, 3], [14, 13, 15]),
+        (39, [4, 10, 7, 3], [15, 12, 17]),
+    ):
+        batch = batches[step]
+        assert [row[x.tobytes()] for x in batch["labelled"]["image"]] == labelled
+        assert [row[x.tobytes()] for x in batch["unlabelled"]["image"]] == unlabelled
+        np.testing.assert_array_equal(batch["labelled"]["label"], data.labels(np.array(labelled)))
+
+
+def test_a_method_may_ask_for_any_streams(thorax):
+    config, _ = thorax
+    two = {"exemplar": Stream("labelled", True, 1), "images": Stream("labelled", False, 2)}
+    batch = streams.batches(cache.prepare(config), config, two, 0)[0]
+    shapes = {name: {key: x.shape for key, x in part.items()} for name, part in batch.items()}
+    image, label = (16, 16, 1), (16, 16)
+    assert shapes == {
+        "exemplar": {"image": (1, *image), "label": (1, *label)},
+        "images": {"image": (2, *image)},
+    }
+
+
 def test_every_slice_once_an_epoch_and_no_label_in_the_unlabelled_stream(thorax):
     config, _ = thorax
     data = cache.prepare(config)
-    batches = streams.batches(data, config, {"labelled": 4, "unlabelled": 3}, 0)
+    images, _ = everything(data)
+    batches = streams.batches(data, config, STREAMS, 0)
     assert set(batches[0]["unlabelled"]) == {"image"}
     labelled = np.concatenate([batches[i]["labelled"]["image"] for i in range(6)])
     for epoch in (labelled[:12], labelled[12:]):  # 12 slices, 4 a step
-        assert {x.tobytes() for x in epoch} == {x.tobytes() for x in data.images[:12]}
+        assert {x.tobytes() for x in epoch} == {x.tobytes() for x in images[:12]}
     unlabelled = np.concatenate([batches[i]["unlabelled"]["image"] for i in range(2)])
-    assert {x.tobytes() for x in unlabelled} == {x.tobytes() for x in data.images[12:]}
+    assert {x.tobytes() for x in unlabelled} == {x.tobytes() for x in images[12:]}
 
 
 def test_labels_may_be_stored_otherwise_than_their_image(thorax):
     """As floats off by rounding, and in another orientation that its own affine tells."""
     config, root = thorax
-    expected = np.array(cache.prepare(config).labels)
+    _, expected = everything(cache.prepare(config))
     path = root / "Patient_01" / "GT.nii.gz"
     label = nib.as_closest_canonical(nib.load(path))
     save(path, np.asarray(label.dataobj) * np.float32(0.9999999), label.affine)
-    np.testing.assert_array_equal(cache.prepare(config).labels, expected)
+    np.testing.assert_array_equal(everything(cache.prepare(config))[1], expected)
 
 
 def test_fewer_labelled_slices_than_the_batch_repeat(thorax):
     config, _ = thorax
-    batches = streams.batches(cache.prepare(config), config, {"labelled": 30}, 0)
-    assert batches[0]["labelled"]["image"].shape == (30, 16, 16)
+    many, one = ({"labelled": Stream("labelled", True, count)} for count in (30, 1))
+    batches = streams.batches(cache.prepare(config), config, many, 0)
+    assert batches[0]["labelled"]["image"].shape == (30, 16, 16, 1)
     assert len({x.tobytes() for x in batches[0]["labelled"]["image"]}) == 12
-    single = streams.batches(cache.prepare(config), config, {"labelled": 1}, 0)
+    single = streams.batches(cache.prepare(config), config, one, 0)
     assert single[39]["labelled"]["label"].shape == (1, 16, 16)
 
 
@@ -154,9 +262,9 @@ def test_processes_share_one_global_batch(thorax):
     data = cache.prepare(config)
 
     def images(*mine):
-        return streams.batches(data, config, {"labelled": 4}, 0, *mine)[3]["labelled"]["image"]
+        return streams.batches(data, config, STREAMS, 0, *mine)[3]["labelled"]["image"]
 
-    halves = [images(lambda n, i=i: np.arange(n).reshape(2, -1)[i]) for i in (0, 1)]
+    halves = [images(lambda n, i=i: np.array_split(np.arange(n), 2)[i]) for i in (0, 1)]
     np.testing.assert_array_equal(np.concatenate(halves), images())
 
 
@@ -261,7 +369,7 @@ def test_synapse_layouts(tmp_path):
     data.root = str(tmp_path / "arrays")
     for case in synapse_layout.find(data).values():
         volume = synapse_layout.read(case, data)
-        np.testing.assert_allclose(volume.image, image)  # scaled already: no window
+        np.testing.assert_allclose(volume.image, image[None])  # scaled already: no window
         np.testing.assert_array_equal(volume.label, label)
 
     raw = np.arange(14).reshape(14, 1, 1) * np.ones((14, 2, 2))
@@ -269,7 +377,7 @@ def test_synapse_layouts(tmp_path):
     save(tmp_path / "raw" / "label" / "label0005.nii.gz", raw.astype(np.uint8))
     data.root = str(tmp_path / "raw")
     volume = synapse_layout.read(synapse_layout.find(data)["case0005"], data)
-    np.testing.assert_allclose(volume.image[0, 0], np.arange(14) / 13, atol=1e-6)
+    np.testing.assert_allclose(volume.image[0, 0, 0], np.arange(14) / 13, atol=1e-6)
     # BTCV: 1 spleen, 2 right kidney, 3 left kidney, 4 gallbladder, 6 liver, 7 stomach, 8 aorta, 11
     # pancreas
     expected = [0, 7, 4, 3, 2, 0, 5, 8, 1, 0, 0, 6, 0, 0]
@@ -299,5 +407,53 @@ def test_nnunet_layout(tmp_path):
 def test_unlabelled_pool_falls_back_to_the_labelled_images(thorax):
     config, root = thorax
     lists(root.parent / "lists", train=["Patient_01", "Patient_02"])
-    rows = streams.rows_of(cache.prepare(config))
-    np.testing.assert_array_equal(rows["labelled"], rows["unlabelled"])
+    cases = streams.sources(cache.prepare(config).splits)
+    assert cases["labelled"] == cases["unlabelled"] == ["Patient_01", "Patient_02"]
+
+
+def test_channels_of_array_files(tmp_path):
+    """Where image files have an axis more than their label, it is that of the channels."""
+    rng = np.random.default_rng(0)
+    image, label = rng.random((2, 3, 8, 6), np.float32) * 9, rng.integers(0, 9, (3, 8, 6))
+    slices, volumes = tmp_path / "data" / "slices", tmp_path / "data"
+    slices.mkdir(parents=True)
+    for i in range(3):
+        with h5py.File(slices / f"patient001_frame01_slice_{i}.h5", "w") as file:
+            file["image"], file["label"] = image[:, i], label[i]
+    with h5py.File(volumes / "patient002_frame01.h5", "w") as file:
+        file["image"], file["label"] = image, label
+    data = acdc.get_config().data
+    data.root = str(tmp_path)
+    cases = acdc_layout.find(data)
+    assert len(cases) == 2
+    for case in cases.values():
+        volume = acdc_layout.read(case, data)
+        np.testing.assert_array_equal(volume.image, [normalise(x, "minmax") for x in image])
+        np.testing.assert_array_equal(volume.label, label)
+
+
+def test_channels_of_nnunet(tmp_path):
+    """A file a channel; each is scaled on its own, and all move together."""
+    config, root = nnunet_folder(tmp_path, channel_names={"0": "T1", "1": "T2"})
+    data = cache.prepare(config)
+    assert config.data.channels == 2
+    case = data.splits.labelled[0]
+    volume = data.volume(case)
+    for i, channel in enumerate(volume.image):
+        stored = np.asarray(nib.load(root / "imagesTr" / f"{case}_000{i}.nii.gz").dataobj)
+        expected = cache.quantise(normalise(stored.transpose(2, 1, 0), "percentile"))
+        np.testing.assert_array_equal(channel, expected)
+    assert (volume.image[0] != volume.image[1]).any()
+    batch = streams.batches(data, config, STREAMS, 0)[0]
+    assert batch["labelled"]["image"].shape == (4, 16, 16, 2)
+    images, _ = everything(data)
+    whole = images[data.rows([case])]
+    np.testing.assert_array_equal(np.moveaxis(whole, -1, 0), resize(volume.image, 16, 16))
+    old = {"labels": {"background": 0, "head": 1, "tail": 2}, "modality": {"0": "T1", "1": "T2"}}
+    (root / "dataset.json").write_text(json.dumps(old))
+    config.data.channels = 0
+    cache.dataset(config)
+    assert config.data.channels == 2
+    config.data.channels = 1
+    with pytest.raises(UserError, match=r"_0000.nii.gz has 2 channel.*--config.data.channels=2"):
+        cache.prepare(config)

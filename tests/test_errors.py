@@ -56,7 +56,7 @@ def test_stopped_before_the_first_validation(scans, tmp_path, monkeypatch):
 def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
     def no_trachea(predict, stacks, config, *scorings):
         for stack in stacks:
-            yield [np.full(stack.shape, 2, np.uint8)] * len(scorings)
+            yield [np.full(stack.shape[1:], 2, np.uint8)] * len(scorings)
 
     monkeypatch.setattr(summaries, "segment", no_trachea)
     main.run(config_of(scans, "supervised", total_steps=40), tmp_path / "run")

@@ -7,6 +7,7 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+from layouts import nnunet_folder, save
 from runs import TINY, command, config_of, start
 
 from cgs_jax import compare, evaluate, main, predict, sweep
@@ -14,6 +15,8 @@ from cgs_jax.analysis import tables
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.errors import UserError
 from configs import nnunet
+
+NEW = "new.nii.gz"
 
 
 def test_outputs_of_a_run(trained):
@@ -193,6 +196,29 @@ def test_prediction_scores_as_the_evaluation_says(trained, scans, tmp_path):
         total = (label == i).sum() + (truth == i).sum()
         dice = 2 * ((label == i) & (truth == i)).sum() / total if total else None
         assert dice == pytest.approx(cases[case][organ]["dice"])
+
+
+def test_two_channels_end_to_end(tmp_path):
+    """nnU-Net's layout with two files a scan: trained, tested, and predicted on the same grid."""
+    config, root = nnunet_folder(tmp_path, cases=8, channel_names={"0": "T1", "1": "T2"})
+    config.update_from_flattened_dict(TINY | {"total_steps": 4})
+    workdir, inputs = tmp_path / "run", root / "imagesTr"
+    summary = main.run(config, workdir)
+    assert list(summary["test"]["organs"]) == ["head", "tail"]
+    affine = nib.affines.from_matvec(np.diag([-1.5, 2, 3]), [5, 6, 7])
+    for channel in (0, 1):
+        image = np.random.default_rng(channel).random((7, 12, 5), np.float32)
+        save(inputs / f"new_{channel:04d}.nii.gz", image, affine)
+    written = predict.predict([workdir], inputs, tmp_path / "labels")
+    assert [path.name for path in written] == [*(f"mine_00{i}.nii.gz" for i in range(8)), NEW]
+    label = nib.load(tmp_path / "labels" / NEW)
+    assert label.shape == (7, 12, 5)
+    np.testing.assert_array_equal(label.affine, affine)
+    (one,) = predict.predict([workdir], inputs / "new_0001.nii.gz", tmp_path / "one")
+    np.testing.assert_array_equal(nib.load(one).dataobj, label.dataobj)
+    (inputs / "new_0000.nii.gz").unlink()
+    with pytest.raises(UserError, match=r"no .*new_0000.nii.gz: scans have 2 channel"):
+        predict.predict([workdir], inputs, tmp_path / "more")
 
 
 def test_hippocampus_end_to_end(test_data, tmp_path):

@@ -246,6 +246,23 @@ def test_image_and_label_move_together():
     assert 8 <= changed.sum() < 16  # a quarter stays as it is
 
 
+def test_channels_move_and_change_together():
+    """The second channel is half the first; one draw moves and jitters both."""
+    config = tiny().augment
+    first = jax.random.uniform(jax.random.key(0), (16, 8, 8, 1), minval=0.4, maxval=0.6)
+    both = jnp.concatenate([first, 0.5 * first], -1)
+    config.strength = 0.2  # so that nothing is clamped
+    moved, _ = jax.jit(lambda key: augment.weak(key, both, None, config))(jax.random.key(1))
+    alone, _ = jax.jit(lambda key: augment.weak(key, first, None, config))(jax.random.key(1))
+    np.testing.assert_array_equal(moved[..., :1], alone)
+    np.testing.assert_array_equal(moved[..., 1], 0.5 * moved[..., 0])
+    jittered = jax.jit(lambda key: augment.strong(key, both, config))(jax.random.key(2))
+    alone = jax.jit(lambda key: augment.strong(key, first, config))(jax.random.key(2))
+    np.testing.assert_allclose(jittered[..., :1], alone, rtol=1e-6)
+    np.testing.assert_allclose(jittered[..., 1], 0.5 * jittered[..., 0], rtol=1e-5)
+    assert (np.asarray(jittered) != np.asarray(both)).any((1, 2, 3)).sum() > 8
+
+
 def test_rotation_is_about_the_centre_and_nearest():
     """What a pixel holds came from within two pixels of where an exact rotation takes it from."""
     size, degrees = 64, 20.0

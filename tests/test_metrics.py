@@ -70,12 +70,13 @@ def test_summary_counts_undefined_and_leaves_them_out():
     assert "(1 undefined)" in summaries.table(summary)
 
 
-CONFIG = ConfigDict({"data": {"size": 16, "classes": ("a", "b", "c")}, "eval_batch": 4})
+CONFIG = ConfigDict({"data": {"size": 16, "classes": ("a", "b", "c"), "channels": 1}})
+CONFIG.eval_batch = 4
 
 
 def one_hot(slices):
     """A prediction whose labels are the intensities."""
-    return np.eye(4, dtype=np.float32)[slices]
+    return np.eye(4, dtype=np.float32)[slices[..., 0]]
 
 
 def test_segment_returns_every_volume_on_its_own_grid():
@@ -89,8 +90,10 @@ def test_segment_returns_every_volume_on_its_own_grid():
         batches.append(slices.shape)
         return one_hot(slices)
 
-    labels = list(predictor.segment(predict, iter(stacks), CONFIG, predictor.LITERATURE))
-    assert set(batches) == {(4, 16, 16)}
+    labels = list(
+        predictor.segment(predict, (x[None] for x in stacks), CONFIG, predictor.LITERATURE)
+    )
+    assert set(batches) == {(4, 16, 16, 1)}
     assert len(batches) == 4  # 13 slices
     for stack, (label,) in zip(stacks, labels, strict=True):
         expected = resize(resize(stack, 16, 16), *stack.shape[1:])
@@ -147,11 +150,11 @@ def test_scorings_share_a_prediction():
         predictor.Scoring("linear", False),
         predictor.Scoring("linear", True),
     ]
-    ((nearest, linear, cleaned),) = predictor.segment(predict, [stack], CONFIG, *ways)
+    ((nearest, linear, cleaned),) = predictor.segment(predict, [stack[None]], CONFIG, *ways)
     assert len(calls) == 2  # five slices, four a batch
     small = resize(stack, 16, 16)
     np.testing.assert_array_equal(nearest, resize(small, 30, 20))
-    np.testing.assert_array_equal(linear, likeliest(one_hot(small), 30, 20))
+    np.testing.assert_array_equal(linear, likeliest(one_hot(small[..., None]), 30, 20))
     assert (nearest != linear).any()
     assert (linear[4, -1, -1], linear[4, 8, 8]) == (2, 2)
     assert (cleaned[4, -1, -1], cleaned[4, 8, 8]) == (0, 2)

@@ -41,7 +41,7 @@ def participation(
         raise UserError(f"{method.config.method.name} has no specialists")
     rows = prepared.rows(prepared.splits.labelled)
     rows = rows[np.linspace(0, len(rows) - 1, min(slices, len(rows))).round().astype(int)]
-    image, label = predictor.to_image(prepared.images[rows]), jnp.asarray(prepared.labels[rows])
+    image, label = predictor.to_image(prepared.images(rows)), jnp.asarray(prepared.labels(rows))
     variables = method.labelling_variables(state)
     found = jax.jit(gradients, static_argnums=0)(method, variables, image, label)
     organs = method.config.data.classes

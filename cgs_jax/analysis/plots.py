@@ -76,7 +76,7 @@ def _of_sources(what):
 
 
 class Shown(NamedTuple):
-    """A case to look at: volumes [D, H, W]."""
+    """A case to look at: volumes [D, H, W], of the image the first channel."""
 
     case: str
     dice: float  # %, mean over the organs
@@ -93,7 +93,7 @@ def show(
     stacks = (volume.image for volume in volumes)
     labels = segment(predict, stacks, config, scoring(config))
     return [
-        Shown(*case, volume.image, volume.label, label)
+        Shown(*case, volume.image[0], volume.label, label)
         for case, volume, (label,) in zip(cases, volumes, labels, strict=True)
     ]
 

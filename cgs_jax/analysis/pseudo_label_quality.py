@@ -11,7 +11,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data.cache import NO_LABEL, Prepared
-from cgs_jax.data.streams import rows_of
 from cgs_jax.inference import predictor
 from cgs_jax.methods import pseudo_labels
 from cgs_jax.methods.base import Method
@@ -58,13 +57,12 @@ def make_measure(
     and label cleaning of a method's own (UA-MT, BCP) are not applied, and one without `tau` counts
     as sure everywhere.
     """
-    rows = rows_of(prepared)["unlabelled"] if method.unlabelled else np.zeros(0, int)
-    labelled = set(prepared.rows(prepared.splits.labelled))
-    known = [r for r in rows if r not in labelled and prepared.labels[r, 0, 0] != NO_LABEL]
-    if not known or not config.pseudo_slices:
+    withheld = set(prepared.splits.train) - set(prepared.splits.labelled)
+    known = prepared.rows(filter(prepared.has_label, withheld))
+    if not len(known) or not method.unlabelled or not config.pseudo_slices:
         return lambda state: {}
     spread = np.linspace(0, len(known) - 1, min(config.pseudo_slices, len(known)))
-    rows = np.array(known)[spread.round().astype(int)]
+    rows = known[spread.round().astype(int)]
     mesh, tau = devices.local_mesh(), config.get("cgs", config.method).get("tau", 0.0)
     size = -(-min(config.eval_batch, len(rows)) // mesh.size) * mesh.size
 
@@ -86,8 +84,8 @@ def make_measure(
         for some in (rows[i : i + size] for i in range(0, len(rows), size)):
             pad = ((0, size - len(some)), (0, 0), (0, 0))
             batch = (
-                np.pad(prepared.images[some], pad),
-                np.pad(prepared.labels[some], pad, constant_values=NO_LABEL),
+                np.pad(prepared.images(some), (*pad, (0, 0))),
+                np.pad(prepared.labels(some), pad, constant_values=NO_LABEL),
             )
             for name, part in compiled(state, *devices.put_batch(mesh, batch)).items():
                 total[name] = total.get(name, 0) + np.asarray(part)

@@ -1,16 +1,22 @@
-"""Raw scans -> arrays that training and evaluation read, once, cached.
+"""Raw scans -> arrays that training and evaluation read, once, cached: a folder a case.
 
-A cache folder holds the training slices at training size as two flat files, and the validation and
-test volumes on their own grids. Its name carries a fingerprint of the options and of every source
-file, so a change prepares anew; it is written under another name and renamed when whole.
+Its name carries a fingerprint of the case's files and of the options that shape its arrays, and
+nothing of the splits: other lists prepare nothing, one more scan prepares only that one. A folder
+is written under another name and renamed when whole. It holds
+
+- `image.npy` uint16 [C, D, H, W], and `label.npy` uint8 [D, H, W] where there is a label file;
+- `image_SIZE.npy` and `label_SIZE.npy`, slices resized to the training grid, where that is another;
+- `case.json`: shape, whether there is a label, and spacing.
 """
 
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -18,56 +24,77 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cgs_jax.data import case_lists
+from cgs_jax.data import case_lists, patches
 from cgs_jax.data.grid import resize
 from cgs_jax.data.volume import Case, Volume, check_label
 from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
-VERSION = 1  # of the cache layout
-
-
+VERSION = 2  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
-
-
 NO_LABEL = 255
-
-
-OPTIONS = ("name", "size", "normalise", "slicing", "classes")  # of data, that the arrays depend on
+# of data, that the arrays depend on
+OPTIONS = ("name", "size", "normalise", "slicing", "classes", "channels")
+MAPPED = 400  # arrays at most: each holds a file open, and most systems allow a process 1,024
 
 
 class Prepared:
-    """A prepared data set.
+    """A prepared data set: the training slices as rows, and every case as a volume.
 
     Attributes:
-      images: [N, size, size] uint16 training slices, intensity times 65535, memory-mapped.
-      labels: [N, size, size] uint8; 255 where a case has no label.
       splits: the case lists.
     """
 
-    def __init__(self, folder: pathlib.Path, splits: case_lists.Splits, size: int):
-        self.folder, self.splits = folder, splits
-        index = json.loads((folder / "index.json").read_text())
-        self._first, self._spacing = index["first_slice"], index["spacing"]
-        shape = (self._first[-1][1], size, size)
-        self.images = np.memmap(folder / "images.u16", np.uint16, "r", shape=shape)
-        self.labels = np.memmap(folder / "labels.u8", np.uint8, "r", shape=shape)
+    def __init__(self, folders: dict[str, pathlib.Path], splits: case_lists.Splits, size: int):
+        """`folders` holds the cache entry of every case of `splits`."""
+        self.splits, self._folders, self._size = splits, folders, size
+        self._about = {c: json.loads((f / "case.json").read_text()) for c, f in folders.items()}
+        depths = [self._about[case]["shape"][1] for case in splits.train]
+        self._first = np.cumsum([0, *depths])
+        self._mapped = functools.lru_cache(MAPPED)(self._map)
 
-    def rows(self, cases: list[str]) -> np.ndarray:
-        """Rows of `images` that belong to `cases`."""
-        wanted, rows = set(cases), []
-        for (name, start), (_, stop) in zip(self._first, self._first[1:], strict=False):
-            rows += range(start, stop) if name in wanted else ()
-        return np.array(rows, np.int64)
+    def rows(self, cases: Iterable[str]) -> np.ndarray:
+        """Rows, one a slice, of those training cases that are in `cases`."""
+        wanted = set(cases)
+        taken = [case in wanted for case in self.splits.train]
+        return np.flatnonzero(np.repeat(taken, np.diff(self._first)))
+
+    def images(self, rows: np.ndarray, corners: Any = None, side: int = 0) -> np.ndarray:
+        """uint16 [B, H, W, C], intensity times 65535: the slices `rows` on the training grid, or
+        of each the window of `side` x `side` pixels that begins at its corner."""
+        stack = patches.cut(self.slices("image", rows), corners, side)
+        return np.ascontiguousarray(np.moveaxis(stack, 1, -1))
+
+    def labels(self, rows: np.ndarray, corners: Any = None, side: int = 0) -> np.ndarray:
+        """The same of the labels, uint8 [B, H, W]; 255 where a case has none."""
+        return patches.cut(self.slices("label", rows), corners, side)
+
+    def slices(self, what: str, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Memory-mapped slices on the training grid: of 'image' uint16 [C, size, size], of 'label'
+        uint8 [size, size]."""
+        cases = np.searchsorted(self._first, rows, "right") - 1
+        places = rows - self._first[cases]
+        for case, at in zip(cases.tolist(), places.tolist(), strict=True):
+            yield self._mapped(self.splits.train[case], what, self._size)[..., at, :, :]
+
+    def has_label(self, case: str) -> bool:
+        """Whether there is a label file."""
+        return self._about[case]["label"]
 
     def volume(self, case: str) -> Volume:
-        """A validation or test volume: uint16 image and uint8 label [D, H, W], memory-mapped."""
-        image, label = (
-            np.load(self.folder / "volumes" / f"{case}_{what}.npy", mmap_mode="r")
-            for what in ("image", "label")
-        )
-        spacing = self._spacing[case]
-        return Volume(image, label, tuple(spacing) if spacing else None)
+        """A case on its own grid: image uint16 [C, D, H, W] and label uint8 [D, H, W], or None
+        where there is none, memory-mapped."""
+        spacing = self._about[case]["spacing"]
+        label = self._mapped(case, "label") if self.has_label(case) else None
+        return Volume(self._mapped(case, "image"), label, tuple(spacing) if spacing else None)
+
+    def _map(self, case: str, what: str, size: int = 0) -> np.ndarray:
+        path, (_, *shape) = self._folders[case] / f"{what}.npy", self._about[case]["shape"]
+        if what == "label" and not self.has_label(case):
+            return np.broadcast_to(np.uint8(NO_LABEL), (shape[0], size, size))
+        if size and shape[1:] != [size, size]:
+            path = path.with_stem(f"{what}_{size}")
+        return np.asarray(np.load(path, mmap_mode="r"))  # views of a plain array are made faster
 
 
 def quantise(image: np.ndarray) -> np.ndarray:
@@ -76,15 +103,16 @@ def quantise(image: np.ndarray) -> np.ndarray:
 
 
 def dataset(config: ConfigDict) -> ModuleType:
-    """The module of `config.data.name`; fills in the classes where they come with the data."""
+    """The module of `config.data.name`; fills in the classes and channels that its files name."""
     module = load_by_name("cgs_jax.data.layouts", config.data.name, "data set")
-    if not config.data.classes:
-        config.data.classes = module.classes(config.data)
+    for field in ("classes", "channels"):
+        if not config.data[field] and hasattr(module, field):
+            config.data[field] = getattr(module, field)(config.data)
     return module
 
 
 def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prepared:
-    """Finds the scans, splits them unless `splits` is given, and makes the arrays once.
+    """Finds the scans, splits them unless `splits` is given, and makes the arrays that are new.
 
     Raises:
       UserError: scans are missing, broken or do not fit the configuration.
@@ -94,66 +122,57 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
     splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.check(splits, cases, data)
     cache = pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
-    folder = cache / f"{data.name}_{data.size}_{_fingerprint(cases, splits, data)}"
-    if not (folder / "index.json").exists():
-        try:
-            _write(folder, module, cases, splits, data)
-        except OSError as error:
-            raise UserError(
-                f"can not write to {cache} ({error.strerror}); choose a folder with "
-                "--config.data.cache"
-            ) from error
-    return Prepared(folder, splits, data.size)
+    names = [*splits.train, *splits.val, *splits.test]
+    folders = {name: cache / f"{name}_{_fingerprint(cases[name], data)}" for name in names}
+    new = [name for name, folder in folders.items() if not folder.exists()]
+    try:
+        for name in tqdm(new, "preparing scans", unit="scan", disable=None if new else True):
+            write(folders[name], _read(module, cases[name], data), data.size)
+    except OSError as error:
+        raise UserError(
+            f"can not write to {cache} ({error.strerror}); choose a folder with --config.data.cache"
+        ) from error
+    return Prepared(folders, splits, data.size)
 
 
-def _fingerprint(cases: dict[str, Case], splits: case_lists.Splits, data: ConfigDict) -> str:
-    options = {k: data[k] for k in OPTIONS}
+def _fingerprint(case: Case, data: ConfigDict) -> str:
     files = [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-        for name in sorted({*splits.train, *splits.val, *splits.test})
-        for path in (*cases[name].image, *(cases[name].label or ()))
+        for path in (*case.image, *(case.label or ()))
     ]
-    lists = [splits.train, splits.val, splits.test]
-    text = json.dumps([VERSION, options, lists, files], sort_keys=True)
+    text = json.dumps([VERSION, {k: data[k] for k in OPTIONS}, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _write(folder, module, cases, splits, data):
+def _read(module: ModuleType, case: Case, data: ConfigDict) -> Volume:
+    image, label, spacing = module.read(case, data)
+    if len(image) != data.channels:
+        raise UserError(
+            f"{case.image[0]} has {len(image)} channel(s); give --config.data.channels={len(image)}"
+        )
+    if label is not None:
+        label = check_label(label, image, case.label[0], data.classes)
+    return Volume(quantise(image), label, spacing)
+
+
+def write(folder: pathlib.Path, volume: Volume, size: int) -> None:
+    """Makes the cache entry `folder` of a volume with image uint16 [C, D, H, W] for training slices
+    of size x size pixels."""
+    image, label, spacing = volume
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix="unfinished_", dir=folder.parent))
     try:
-        (unfinished / "volumes").mkdir()
-        first, spacing, count = [], {}, 0
-        names = [*splits.train, *splits.val, *splits.test]
-        train = set(splits.train)
-        with (
-            open(unfinished / "images.u16", "wb") as images,
-            open(unfinished / "labels.u8", "wb") as labels,
-        ):
-            for name in tqdm(names, "preparing scans", unit="scan", disable=None):
-                image, label, spacing[name] = _read(module, cases[name], data)
-                if name in train:
-                    first.append((name, count))
-                    count += len(image)
-                    image, label = (resize(x, data.size, data.size) for x in (image, label))
-                    images.write(image.tobytes())
-                    labels.write(label.tobytes())
-                else:
-                    np.save(unfinished / "volumes" / f"{name}_image.npy", image)
-                    np.save(unfinished / "volumes" / f"{name}_label.npy", label)
-        index = {"first_slice": [*first, ("", count)], "spacing": spacing}
-        (unfinished / "index.json").write_text(json.dumps(index))
+        for what, array in (("image", image), ("label", label)):
+            if array is None:
+                continue
+            np.save(unfinished / f"{what}.npy", np.ascontiguousarray(array))
+            if array.shape[-2:] != (size, size):
+                small = np.ascontiguousarray(resize(array, size, size))
+                np.save(unfinished / f"{what}_{size}.npy", small)
+        about = {"shape": image.shape, "label": label is not None, "spacing": spacing}
+        (unfinished / "case.json").write_text(json.dumps(about))
         os.chmod(unfinished, 0o755)
         if not folder.exists():  # another process may have been faster
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _read(module: ModuleType, case: Case, data: Any):
-    image, label, spacing = module.read(case, data)
-    if label is None:
-        label = np.full(image.shape, NO_LABEL, np.uint8)
-    else:
-        label = check_label(label, image, case.label[0], data.classes)
-    return quantise(image), label, spacing

@@ -7,15 +7,15 @@ import numpy as np
 
 
 def resize(stack: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes every slice of [D, H, W], nearest neighbour on corner-aligned grids.
+    """Resizes every slice of [..., H, W], nearest neighbour on corner-aligned grids.
 
     This is `scipy.ndimage.zoom(order=0)`, which the literature uses for images and labels alike.
     """
     rows, columns = (
         np.floor(_places(old, new) + 0.5).astype(int)
-        for old, new in zip(stack.shape[1:], (height, width), strict=True)
+        for old, new in zip(stack.shape[-2:], (height, width), strict=True)
     )
-    return stack[:, rows[:, None], columns]
+    return stack[..., rows[:, None], columns]
 
 
 def _places(old, new):

@@ -1,6 +1,7 @@
 """Reading NIfTI: orientation, and checks that image and label lie on each other."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import nibabel as nib
@@ -97,17 +98,57 @@ def read_nifti_case(case: Case, data: Any) -> Volume:
     """Reads image and, where there is one, label of a NIfTI case by the options of `config.data`.
 
     Raises:
-      UserError: image and label do not fit each other.
+      UserError: channels, or image and label, do not fit each other.
     """
-    scan = read_nifti(case.image[0], data.slicing)
-    image = normalise(finite(scan.array, case.image[0]), data.normalise)
+    image, scan = read_channels(case.image, data)
     if case.label is None:
         return Volume(image, None, scan.spacing)
     label = read_nifti(case.label[0], data.slicing)
     if label.array.shape == scan.array.shape:  # else `check_label` has its say
-        apart = np.abs(label.corners() - scan.corners()).max()
-        if apart > min(scan.spacing) / 2:
-            raise UserError(
-                f"{case.label[0]} lies up to {apart:.1f} mm off {case.image[0]} by their affines"
-            )
+        _check_place(case.label[0], label, case.image[0], scan)
     return Volume(image, label.array, scan.spacing)
+
+
+def channels_of(path: pathlib.Path, count: int) -> tuple[str, str, tuple[pathlib.Path, ...]]:
+    """Case, file ending, and the files CASE_0000.nii.gz, CASE_0001.nii.gz, ... of the `count`
+    channels of the scan that `path` belongs to.
+
+    Raises:
+      UserError: one is missing, or `path` is none of them.
+    """
+    stem, dot, ending = path.name.rpartition(".nii")
+    case, ending = stem.rpartition("_")[0], dot + ending
+    paths = tuple(path.with_name(f"{case}_{i:04d}{ending}") for i in range(count))
+    lacking = [other for other in paths if not other.exists()]
+    if lacking or path not in paths:
+        problem = f"no {lacking[0]}" if path in paths else f"unexpected {path}"
+        raise UserError(f"{problem}: scans have {count} channel(s), CASE_0000{ending} and so on")
+    return case, ending, paths
+
+
+def read_channels(paths: Sequence[pathlib.Path], data: Any) -> tuple[np.ndarray, Scan]:
+    """Reads an image, a file a channel, each scaled on its own by the options of `config.data`.
+
+    Returns:
+      float32 [C, D, H, W] in [0, 1], and the scan of the first file.
+
+    Raises:
+      UserError: a channel has not the shape or the place of the first.
+    """
+    scans = [read_nifti(path, data.slicing) for path in paths]
+    first = scans[0]
+    for path, scan in zip(paths, scans, strict=True):
+        if scan.array.shape != first.array.shape:
+            raise UserError(
+                f"{path} has shape {scan.nifti.shape}, {paths[0]} {first.nifti.shape}; "
+                "channels of a case must have one grid"
+            )
+        _check_place(path, scan, paths[0], first)
+    arrays = (finite(scan.array, path) for path, scan in zip(paths, scans, strict=True))
+    return np.stack([normalise(array, data.normalise) for array in arrays]), first
+
+
+def _check_place(path, scan, reference_path, reference):
+    apart = np.abs(scan.corners() - reference.corners()).max()
+    if apart > min(reference.spacing) / 2:
+        raise UserError(f"{path} lies up to {apart:.1f} mm off {reference_path} by their affines")

@@ -4,6 +4,8 @@ Where a window lies is a function of (seed, stream, place in the stream), so it 
 resume and on any number of processes. Validation, test and prediction see whole slices.
 """
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -39,10 +41,15 @@ def check(data: ConfigDict, divisor: int) -> None:
         raise UserError("data.patch_spread must be at least 0")
 
 
-def cut(stack: np.ndarray, corners: np.ndarray, patch: int) -> np.ndarray:
-    """Windows [B, patch, patch] of slices [B, size, size], whose first pixels are at `corners`."""
-    windows = ((slice(i, i + patch), slice(j, j + patch)) for i, j in corners)
-    return np.stack([x[window] for x, window in zip(stack, windows, strict=True)])
+def cut(
+    slices: Iterable[np.ndarray], corners: Sequence[tuple[int, int]] | None, patch: int
+) -> np.ndarray:
+    """Stacks windows [..., patch, patch] of slices [..., size, size], whose first pixels are at
+    `corners`; whole slices where those are None. Of memory-mapped slices no more is read."""
+    if corners is not None:
+        pairs = zip(slices, corners, strict=True)
+        slices = (x[..., i : i + patch, j : j + patch] for x, (i, j) in pairs)
+    return np.stack(list(slices))
 
 
 def corner(
@@ -60,8 +67,10 @@ def corner(
     kind = rng.random_sample()
     if kind < data.patch_anywhere:
         return tuple(rng.randint(0, room + 1, 2))
-    organs = [] if label is None else np.unique(label[label > 0])
-    if kind < data.patch_anywhere + data.patch_foreground and len(organs):
+    organs = ()
+    if label is not None and kind < data.patch_anywhere + data.patch_foreground:
+        organs = np.unique(label[label > 0])
+    if len(organs):
         pixels = np.argwhere(label == organs[rng.randint(len(organs))])
         first = pixels[rng.randint(len(pixels))] - patch // 2
     else:

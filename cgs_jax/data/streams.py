@@ -1,12 +1,12 @@
-"""The stream of training batches: a function of (seed, step), with grain.
+"""The streams of training batches: functions of (seed, step), with grain.
 
-Labelled and unlabelled rows are shuffled anew in each epoch and repeat for ever, so few labelled
+The slices of each stream are shuffled anew in each epoch and repeat for ever, so few labelled
 slices fill a batch by repetition. Of each a window is cut, or it is taken whole (`patches.py`).
 Every process knows the same global order and loads its part.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain.python as grain
 import numpy as np
@@ -14,56 +14,60 @@ from ml_collections import ConfigDict
 
 from cgs_jax.data import patches
 from cgs_jax.data.cache import Prepared
+from cgs_jax.data.case_lists import Splits
 
 
-def rows_of(prepared: Prepared) -> dict[str, np.ndarray]:
-    """Rows of the labelled and the unlabelled training slices.
+class Stream(NamedTuple):
+    """What a method takes of the training data in every step."""
+
+    source: str  # 'labelled' or 'unlabelled': whose slices
+    with_labels: bool
+    count: int  # slices a step, over all devices
+
+
+def sources(splits: Splits) -> dict[str, list[str]]:
+    """Training cases of each source.
 
     Where every training case is labelled, its images serve as unlabelled ones, too.
     """
-    splits = prepared.splits
     rest = [case for case in splits.train if case not in set(splits.labelled)]
-    return {
-        "labelled": prepared.rows(splits.labelled),
-        "unlabelled": prepared.rows(rest or splits.train),
-    }
+    return {"labelled": splits.labelled, "unlabelled": rest or splits.train}
 
 
 def batches(
     prepared: Prepared,
     config: ConfigDict,
-    sizes: dict[str, int],
+    streams: dict[str, Stream],
     start: int,
     mine: Callable[[int], np.ndarray] = np.arange,
 ) -> grain.MapDataset:
     """Batches of steps `start` to `config.total_steps`.
 
     Args:
-      sizes: slices of each stream per step, over all processes.
+      streams: by name; the random order of one depends on its position among them.
       mine: size of a batch -> the rows of it that this process loads.
 
     Returns:
-      {'labelled': {'image' uint16 [B, H, W], 'label' uint8 [B, H, W]}, 'unlabelled': {'image'}},
-      H = W = `patches.side`: there is no label in the unlabelled stream that could leak.
+      By name {'image': uint16 [B, H, W, C]} and, of streams with labels, 'label' uint8 [B, H, W],
+      H = W = `patches.side`: the others have no label that could leak.
     """
-    rows = rows_of(prepared)
     seed, data = config.seed, config.data
+    rows = {source: prepared.rows(cases) for source, cases in sources(prepared.splits).items()}
 
     def load(step: int) -> dict[str, dict[str, np.ndarray]]:
-        batch, patch = {}, patches.side(data, step, config.total_steps)
-        for i, (name, size) in enumerate(sizes.items()):
-            places = step * size + mine(size)
-            at = rows[name][_shuffled(places, len(rows[name]), (seed, i))]
-            batch[name] = {"image": prepared.images[at]}
-            if name == "labelled":
-                batch[name]["label"] = prepared.labels[at]
-            if patch < data.size:
-                labels = batch[name].get("label", [None] * len(at))
-                corners = [
-                    patches.corner(np.random.RandomState((seed, i, place)), data, patch, label)
-                    for place, label in zip(places, labels, strict=True)
-                ]
-                batch[name] = {k: patches.cut(x, corners, patch) for k, x in batch[name].items()}
+        batch, side = {}, patches.side(data, step, config.total_steps)
+        for i, (name, (source, with_labels, count)) in enumerate(streams.items()):
+            places, corners = step * count + mine(count), None
+            at = rows[source][_shuffled(places, len(rows[source]), (seed, i))]
+            if side < data.size:
+                corners, rng = [], np.random.RandomState()
+                labels = prepared.slices("label", at) if with_labels else [None] * len(at)
+                for place, label in zip(places, labels, strict=True):
+                    rng.seed((seed, i, place))  # quicker than to make another
+                    corners.append(patches.corner(rng, data, side, label))
+            batch[name] = {"image": prepared.images(at, corners, side)}
+            if with_labels:
+                batch[name]["label"] = prepared.labels(at, corners, side)
         return batch
 
     return grain.MapDataset.range(start, config.total_steps).map(load)

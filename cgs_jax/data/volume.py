@@ -13,8 +13,8 @@ from cgs_jax.runtime.errors import UserError
 class Case(NamedTuple):
     """One scan on disk; `label` is None for an image-only scan.
 
-    A scan that is stored slice by slice has its files in order. `test` marks a case that its data
-    set reserves for testing.
+    A scan that is stored slice by slice, or channel by channel, has its files in order. `test`
+    marks a case that its data set reserves for testing.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Case(NamedTuple):
 class Volume(NamedTuple):
     """A stack of slices.
 
-    `image` float32 [D, H, W] in [0, 1]; `label` uint8 [D, H, W] or None; `spacing` millimetres
+    `image` float32 [C, D, H, W] in [0, 1]; `label` uint8 [D, H, W] or None; `spacing` millimetres
     along D, H, W, or None where the files do not tell.
     """
 
@@ -41,8 +41,7 @@ def finite(image: np.ndarray, path: pathlib.Path) -> np.ndarray:
     Raises:
       UserError: it holds NaN or infinity; names the file.
     """
-    if image.dtype.kind not in "biuf":
-        raise UserError(f"{path} holds {image.dtype} values; one intensity a voxel is read")
+    _check_numbers(image, path, "intensity")
     image = np.ascontiguousarray(image, np.float32)
     bad = np.count_nonzero(~np.isfinite(image))
     if bad:
@@ -50,16 +49,24 @@ def finite(image: np.ndarray, path: pathlib.Path) -> np.ndarray:
     return image
 
 
+def _check_numbers(array, path, what):
+    if array.dtype.kind not in "biuf":  # such as colours or complex numbers
+        raise UserError(f"{path} holds {array.dtype} values; one {what} a voxel is read")
+
+
 def check_label(
     label: np.ndarray, image: np.ndarray, path: pathlib.Path, classes: Sequence[str]
 ) -> np.ndarray:
-    """Returns the label map as uint8.
+    """Returns the label map [D, H, W] of an image [C, D, H, W] as uint8.
 
     Raises:
-      UserError: its shape is not that of the image, or it has values besides 0..len(classes).
+      UserError: its shape is not that of the image, it does not hold one number a voxel, or it has
+        values besides 0..len(classes).
     """
-    if label.shape != image.shape:
-        raise UserError(f"{path} has shape {label.shape}, its image {image.shape} (slices first)")
+    if label.shape != image.shape[1:]:
+        shape = image.shape[1:]
+        raise UserError(f"{path} has shape {label.shape}, its image {shape} (slices first)")
+    _check_numbers(label, path, "label")
     rounded = np.rint(label)  # float labels may be off by rounding
     valid = (abs(label - rounded) < 1e-3) & (rounded >= 0) & (rounded <= len(classes))
     if not valid.all():

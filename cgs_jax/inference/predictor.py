@@ -14,7 +14,7 @@ from cgs_jax.data.volume import keep_largest
 from cgs_jax.methods.base import Method
 from cgs_jax.runtime import devices, run_folder
 
-# uint16 [B, size, size] -> scores of classes [B, size, size, C]; the highest names the class
+# uint16 [B, size, size, channels] -> scores of classes [B, size, size, C]; the highest names it
 Predict = Callable[[np.ndarray], np.ndarray]
 
 
@@ -29,8 +29,8 @@ LITERATURE = Scoring("nearest", False)  # how published figures were made
 
 
 def to_image(slices: jax.Array) -> jax.Array:
-    """uint16 [B, H, W] -> float32 [B, H, W, 1] in [0, 1]."""
-    return slices[..., None].astype(jnp.float32) / LEVELS
+    """uint16 [B, H, W, C] -> float32 [B, H, W, C] in [0, 1]."""
+    return slices.astype(jnp.float32) / LEVELS
 
 
 def combine(probs: jax.Array, how: str) -> jax.Array:
@@ -66,7 +66,7 @@ def make_predict(*methods: Method) -> Callable[..., Predict]:
         states = devices.localise(mesh, states)
 
         def run(slices):
-            padded = np.pad(slices, ((0, -len(slices) % mesh.size), (0, 0), (0, 0)))
+            padded = np.pad(slices, ((0, -len(slices) % mesh.size), (0, 0), (0, 0), (0, 0)))
             return np.asarray(compiled(states, devices.put_batch(mesh, padded)))[: len(slices)]
 
         return run
@@ -80,7 +80,7 @@ def segment(
     """Segments volumes, slices of all of them batched to one fixed shape.
 
     Args:
-      stacks: uint16 [D, H, W], each on its own grid.
+      stacks: uint16 [C, D, H, W], each on its own grid.
       scorings: how labels are made of the scores; the scores are computed once for all.
 
     Yields:
@@ -88,12 +88,12 @@ def segment(
     """
     size, batch = config.data.size, config.eval_batch
     depths, grids, done = deque(), deque(), deque()  # of volumes, of slices to do, labels of slices
-    todo = np.empty((0, size, size), np.uint16)
+    todo = np.empty((0, size, size, config.data.channels), np.uint16)
 
     def run(count):
         nonlocal todo
         part, todo = todo[:count], todo[count:]
-        padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0)))
+        padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
         for scores in predict(padded)[: len(part)]:
             done.append([_on_grid(scores, s.upsample, *grids[0]) for s in scorings])
             grids.popleft()
@@ -108,9 +108,10 @@ def segment(
             )
 
     for stack in stacks:
-        depths.append(len(stack))
-        grids.extend([stack.shape[1:]] * len(stack))
-        todo = np.concatenate([todo, resize(stack, size, size)])
+        _, depth, *grid = stack.shape
+        depths.append(depth)
+        grids.extend([grid] * depth)
+        todo = np.concatenate([todo, np.moveaxis(resize(stack, size, size), 0, -1)])
         while len(todo) >= batch:
             run(batch)
         yield from finished()

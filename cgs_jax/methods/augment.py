@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 def weak(
     key: jax.Array, image: jax.Array, label: jax.Array | None, config: ConfigDict
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Moves image [B, H, W, 1] and label [B, H, W] together, each image by its own draw.
+    """Moves image [B, H, W, C] and label [B, H, W] together, each image by its own draw.
 
     With probability `flip` a mirror image (rot90^k, then a flip); else with probability `rotate` a
     rotation by up to `degrees`; else unchanged. Nearest neighbour, zero outside, as the literature.
@@ -31,7 +31,8 @@ def weak(
         x = jnp.where(columns[:, None, None], x[:, :, ::-1], x)
         return _rotate(x, turn, config.degrees)
 
-    return move(image[..., 0])[..., None], None if label is None else move(label)
+    channels = [move(image[..., c]) for c in range(image.shape[-1])]
+    return jnp.stack(channels, -1), None if label is None else move(label)
 
 
 def _rotate(x: jax.Array, turn: jax.Array, degrees: float) -> jax.Array:
@@ -72,9 +73,10 @@ def _shift_rows(x: jax.Array, shift: jax.Array, furthest: int) -> jax.Array:
 
 
 def strong(key: jax.Array, image: jax.Array, config: ConfigDict) -> jax.Array:
-    """Colour jitter of [B, H, W, 1] in [0, 1]: brightness and contrast in random order, clamped.
+    """Colour jitter of [B, H, W, C] in [0, 1]: brightness and contrast in random order, clamped.
 
-    Applied with probability `jitter`; each factor is uniform in 1 +- `strength`.
+    Applied with probability `jitter`; each factor is uniform in 1 +- `strength` and the same for
+    all channels of an image, the contrast about the mean of each channel.
     """
 
     def one(key, x):
@@ -87,7 +89,7 @@ def strong(key: jax.Array, image: jax.Array, config: ConfigDict) -> jax.Array:
             return jnp.clip(x * bright, 0, 1)
 
         def stretch(x):
-            mean = jnp.mean(x)
+            mean = jnp.mean(x, (0, 1))
             return jnp.clip(mean + contrast * (x - mean), 0, 1)
 
         order = jax.random.bernoulli(k_order)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from cgs_jax.data.streams import Stream
 from cgs_jax.methods import augment, losses, pseudo_labels
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.errors import UserError
@@ -72,8 +73,16 @@ class Method:
         self.network = build(config, self.specialists)
         self.num_targets = len(config.data.classes)
 
+    def streams(self) -> dict[str, Stream]:
+        """What a step takes of the training data, by name; a batch holds these names."""
+        found = {"labelled": Stream("labelled", True, self.config.batch.labelled * self.draws)}
+        if self.unlabelled:
+            count = self.config.batch.unlabelled * self.draws
+            found["unlabelled"] = Stream("unlabelled", False, count)
+        return found
+
     def init(self, key: jax.Array, image: jax.Array) -> tuple[Any, Any, Any]:
-        """Returns (params, model_state, extra) for images shaped as `image` [1, H, W, 1]."""
+        """Returns (params, model_state, extra) for images shaped as `image` [1, H, W, C]."""
         variables = self.start or self.network.init(key, image, train=False)
         return variables["params"], {"batch_stats": variables["batch_stats"]}, {}
 
@@ -81,7 +90,7 @@ class Method:
         """Augments a batch {'labelled': {'image', 'label'}, 'unlabelled': {'image'}}.
 
         Returns {'labelled': {'image', 'label'}, 'unlabelled': {'weak', 'strong'}}, images
-        [B, H, W, 1]; the strong view is the weak one, jittered.
+        [B, H, W, C]; the strong view is the weak one, jittered.
         """
         k_labelled, k_weak, k_strong = jax.random.split(key, 3)
         options = self.config.augment
@@ -138,7 +147,7 @@ class Method:
         return state
 
     def predict(self, state: TrainState, image: jax.Array) -> jax.Array:
-        """[B, H, W, 1] -> class probabilities [M, B, H, W, C] of the heads that decide, in
+        """[B, H, W, channels] -> class probabilities [M, B, H, W, C] of the heads that decide, in
         evaluation mode."""
         params, model_state = self.inference_variables(state)
         outputs = self.network.apply({"params": params, **model_state}, image, train=False)

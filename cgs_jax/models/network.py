@@ -23,7 +23,7 @@ class Network(nn.Module):
     """Backbone, generalist and, where there are any, specialists.
 
     Attributes:
-      backbone: makes the feature extractor, [B, H, W, 1] -> maps of the decoder.
+      backbone: makes the feature extractor, [B, H, W, channels] -> maps of the decoder.
       num_classes: background included.
       specialists: makes a specialist head for every target; None: there are none.
       pyramid: whether the coarser maps have heads, too.

@@ -49,7 +49,7 @@ BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0, "combine": 
 BEFORE |= {"upsample": "nearest", "largest_component": False}
 
 
-BEFORE |= {"pseudo_slices": 64, "test": True, "data.split_seed": 0}
+BEFORE |= {"pseudo_slices": 64, "test": True, "data.split_seed": 0, "data.channels": 1}
 
 
 BEFORE_CGS = {"method.copy_paste": 0.0}

@@ -33,7 +33,6 @@ from cgs_jax.training.train_step import (
     make_train_step,
     seed_of,
     start_from_weights,
-    stream_sizes,
 )
 
 RESULTS = ("summary.json", "report.html")  # what a finished run has, written in this order
@@ -122,7 +121,7 @@ def host_batches(
 ) -> grain.MapDataset:
     """What the steps from `start` on take, as this process reads it."""
     mine = lambda size: devices.local_rows(mesh, size)  # noqa: E731
-    return streams.batches(prepared, config, stream_sizes(config, method), start, mine)
+    return streams.batches(prepared, config, method.streams(), start, mine)
 
 
 def device_batches(

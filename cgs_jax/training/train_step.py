@@ -78,7 +78,7 @@ def start_from_weights(method: Method, config: ConfigDict) -> None:
     if config.model.weights:
         if method.specialists and config.model.head_depth != 1:
             raise UserError("model.weights: PyTorch's specialists have model.head_depth=1")
-        image = jnp.zeros((1, config.data.size, config.data.size, 1))
+        image = jnp.zeros((1, config.data.size, config.data.size, config.data.channels))
         variables = jax.jit(method.network.init)(jax.random.key(0), image)
         weights = torch_weights.read(config.model.weights)
         method.start = torch_weights.from_torch(weights, variables, config.model.weights)
@@ -107,25 +107,19 @@ def abstract_inputs(
     """Shapes and shardings of state, batch and seed: the step can be compiled from them alone."""
     state = abstract_state(method, optimizer, config, mesh)
     batch = {}
-    for name, count in stream_sizes(config, method).items():
-        shape = (count, *[patches.side(config.data, 0, config.total_steps)] * 2)
-        batch[name] = {"image": jax.ShapeDtypeStruct(shape, np.uint16)}
-        if name == "labelled":
+    for name, stream in method.streams().items():
+        shape = (stream.count, *[patches.side(config.data, 0, config.total_steps)] * 2)
+        batch[name] = {"image": jax.ShapeDtypeStruct((*shape, config.data.channels), np.uint16)}
+        if stream.with_labels:
             batch[name]["label"] = jax.ShapeDtypeStruct(shape, np.uint8)
     seed = jax.ShapeDtypeStruct((), np.uint32)
     batch = devices.abstract(batch, devices.batched(mesh))
     return state, batch, devices.abstract(seed, devices.replicated(mesh))
 
 
-def stream_sizes(config: ConfigDict, method: Method) -> dict[str, int]:
-    """Slices that a step takes of each stream, over all devices."""
-    names = ("labelled", "unlabelled")[: 1 + method.unlabelled]
-    return {name: config.batch[name] * method.draws for name in names}
-
-
 def _init(method, optimizer, config):
     def init(key):
-        image = jnp.zeros((1, config.data.size, config.data.size, 1))
+        image = jnp.zeros((1, config.data.size, config.data.size, config.data.channels))
         params, model_state, extra = method.init(key, image)
         opt_state = optimizer.init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, extra)

@@ -23,7 +23,10 @@ def group_slices(folder: pathlib.Path, pattern: str) -> dict[str, Case]:
 
 
 def read_arrays(case: Case, normalise: Any) -> Volume:
-    """Stacks the arrays of a case; `normalise` maps the stack to [0, 1]. Spacing is unknown.
+    """Stacks the arrays of a case; `normalise` maps each channel to [0, 1]. Spacing is unknown.
+
+    A file holds a label [H, W] or [D, H, W], and an image of that shape or, where it has an axis
+    more, with its channels first.
 
     Raises:
       UserError: a file is not readable, lacks a key, or its shape differs from the others'.
@@ -31,15 +34,17 @@ def read_arrays(case: Case, normalise: Any) -> Volume:
     images, labels = [], []
     for path in case.image:
         image, label = _read(path)
-        image = image[None] if image.ndim == 2 else image
-        label = label[None] if label.ndim == 2 else label
-        if images and image.shape[1:] != images[0].shape[1:]:
-            raise UserError(f"{path} has shape {image.shape[1:]}, not {images[0].shape[1:]}")
-        if image.shape != label.shape:
+        image = image[None] if image.ndim == label.ndim else image
+        if image.shape[1:] != label.shape or label.ndim not in (2, 3):
             raise UserError(f"{path}: image has shape {image.shape}, label {label.shape}")
+        if label.ndim == 2:
+            image, label = image[:, None], label[None]
+        if images and (x := image[:, 0].shape) != (first := images[0][:, 0].shape):
+            raise UserError(f"{path} has channels, rows and columns {x}, not {first}")
         images.append(finite(image, path))
         labels.append(label)
-    return Volume(normalise(np.concatenate(images)), np.concatenate(labels), None)
+    channels = map(normalise, np.concatenate(images, 1))
+    return Volume(np.stack(list(channels)), np.concatenate(labels), None)
 
 
 def _read(path):

@@ -1,7 +1,8 @@
 """Your own data in nnU-Net's raw layout (github.com/MIC-DKFZ/nnUNet, dataset format).
 
-`dataset.json`, `imagesTr/CASE_0000.nii.gz`, `labelsTr/CASE.nii.gz`; images without a label file are
-the unlabelled pool. Cases of `imagesTs` that have a label in `labelsTs` are the test set.
+`dataset.json`, `imagesTr/CASE_0000.nii.gz` and so on, a file a channel, `labelsTr/CASE.nii.gz`;
+images without a label file are the unlabelled pool. Cases of `imagesTs` that have a label in
+`labelsTs` are the test set.
 """
 
 import json
@@ -9,7 +10,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from cgs_jax.data.nifti import read_nifti_case
+from cgs_jax.data.nifti import channels_of, read_nifti_case
 from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
 
@@ -21,20 +22,19 @@ def find(data: ConfigDict) -> dict[str, Case]:
     root, ending = (pathlib.Path(data.root), _description(data).get("file_ending", ".nii.gz"))
     if ending not in (".nii.gz", ".nii"):
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; NIfTI is read")
-    cases = {}
+    cases, count = {}, channels(data)
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
         for path in sorted((root / images).glob(f"*{ending}")):
             if path.name.startswith("."):
                 continue
-            stem = path.name.removesuffix(ending)
-            name, _, channel = stem.rpartition("_")
-            if channel != "0000":
-                raise UserError(f"{path}: one channel is read, CASE_0000{ending}")
+            name, _, files = channels_of(path, count)
+            if path != files[0]:
+                continue
             if name in cases:
                 raise UserError(f"{name} is in imagesTr and in imagesTs of {root}")
             label, test = root / labels / f"{name}{ending}", images == "imagesTs"
             if label.exists() or not test:
-                cases[name] = Case(name, (path,), (label,) if label.exists() else None, test)
+                cases[name] = Case(name, files, (label,) if label.exists() else None, test)
     if not cases:
         raise UserError(f"no scans in {root / 'imagesTr'} (CASE_0000{ending})")
     return cases
@@ -52,6 +52,12 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
     if len(names) < 2 or "ignore" in labels or [v for v, _ in names] != list(range(len(labels))):
         raise UserError(f"{path}: labels must be background 0 and organs 1, 2, ...; got {labels}")
     return tuple(name for _, name in names[1:])
+
+
+def channels(data: ConfigDict) -> int:
+    """How many dataset.json names; one where it does not tell."""
+    description = _description(data)
+    return len(description.get("channel_names") or description.get("modality") or "1")
 
 
 def _description(data):
