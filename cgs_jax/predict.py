@@ -13,10 +13,8 @@ from absl import flags
 from tqdm import tqdm
 
 from cgs_jax import evaluate
-from cgs_jax.data.cache import quantise
 from cgs_jax.data.nifti import Scan, read_nifti
-from cgs_jax.data.volume import finite, normalise
-from cgs_jax.inference import predictor
+from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder
@@ -39,29 +37,25 @@ def predict(
         written, a scan that can not be read.
     """
     files = find(source, output, overwrite)
-    config, predict = evaluate.restore(workdirs, options or {})
+    predictor = Predictor.restore(workdirs, options)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can not write to --output {output}: {error.strerror}") from error
-    waiting: list[tuple[pathlib.Path, Scan]] = []  # for their labels
     problems: list[str] = []
 
     def stacks():
         for path in tqdm(files, "segmenting", unit="scan", disable=None):
             try:
-                scan = read_nifti(path, config.data.slicing)
-                image = normalise(finite(scan.array, path), config.data.normalise)
+                scan = read_nifti(path, predictor.config.data.slicing)
+                stack = predictor.stack(scan.array, path)
             except UserError as error:
                 problems.append(str(error))
-                continue
-            waiting.append((path, scan._replace(array=None)))
-            yield quantise(image)
+            else:
+                yield (path, scan._replace(array=None)), stack
 
     written = []
-    scoring = predictor.scoring(config)
-    for (label,) in predictor.segment(predict, stacks(), config, scoring):
-        path, scan = waiting.pop(0)
+    for (path, scan), (label,) in predictor.labels(stacks(), predictor.scoring):
         write(scan, label, output / path.name)
         written.append(output / path.name)
     if problems:

@@ -75,12 +75,15 @@ def quantise(image: np.ndarray) -> np.ndarray:
     return np.round(image * LEVELS).astype(np.uint16)
 
 
-def dataset(config: ConfigDict) -> ModuleType:
-    """The module of `config.data.name`; fills in the classes where they come with the data."""
-    module = load_by_name("cgs_jax.data.layouts", config.data.name, "data set")
-    if not config.data.classes:
-        config.data.classes = module.classes(config.data)
-    return module
+def layout(data: ConfigDict) -> ModuleType:
+    """The module of `data.name`."""
+    return load_by_name("cgs_jax.data.layouts", data.name, "data set")
+
+
+def from_files(data: ConfigDict) -> dict[str, Any]:
+    """Values of those fields that are empty in `data` and come with the data set: its classes."""
+    module = layout(data)
+    return {field: getattr(module, field)(data) for field in ("classes",) if not data[field]}
 
 
 def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prepared:
@@ -89,7 +92,7 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
     Raises:
       UserError: scans are missing, broken or do not fit the configuration.
     """
-    module, data = dataset(config), config.data
+    module, data = layout(config.data), config.data
     cases = module.find(data)
     splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.check(splits, cases, data)
