@@ -19,13 +19,13 @@ from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
-from cgs_jax.data import cache
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.cli import cli, output_file
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import to_json, write_text
 from cgs_jax.runtime.logs import say
 from cgs_jax.training import optimizers, train_step
+from cgs_jax.training.resolve import resolve
 
 # By generation: bfloat16 FLOP/s, bytes/s and bytes of a chip's memory. Google's public figures.
 CHIPS = {
@@ -64,8 +64,9 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no topology {topology} ({reason}); is libtpu installed?") from error
+    config = ConfigDict(config.to_dict())
     config.model.lanes = config.model.lanes or 128
-    cache.dataset(config)
+    config = resolve(config)
     method = train_step.make_method(config)
     mesh = devices.make_mesh(config, description.devices)
     optimizer, _ = optimizers.make_optimizer(config)

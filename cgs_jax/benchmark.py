@@ -25,7 +25,7 @@ from scipy import ndimage
 
 from cgs_jax.data import cache, case_lists
 from cgs_jax.data.volume import Volume
-from cgs_jax.inference import predictor
+from cgs_jax.inference.predictor import make_predictor
 from cgs_jax.runtime import devices, processes
 from cgs_jax.runtime.cli import cli, output_file
 from cgs_jax.runtime.errors import UserError
@@ -33,6 +33,7 @@ from cgs_jax.runtime.files import to_json, write_text
 from cgs_jax.runtime.logs import say
 from cgs_jax.scoring import summaries
 from cgs_jax.training import loop, optimizers, train_step
+from cgs_jax.training.resolve import resolve
 
 STAGES = ["step", "input", "loop", "evaluation"]
 BLOCK = 5  # steps that are dispatched before the host waits
@@ -43,8 +44,9 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
 
     Returns what the JSON holds: times in ms, rates per second, bytes and FLOPs per step.
     """
-    cache.dataset(config)
-    steps, config.total_steps = config.total_steps, max(config.total_steps, 10_000)
+    config, steps = ConfigDict(config.to_dict()), config.total_steps
+    config.total_steps = max(steps, 10_000)
+    config = resolve(config)
     method, mesh = train_step.make_method(config), devices.make_mesh(config)
     device = mesh.devices.flat[0]
     result: dict[str, Any] = {
@@ -198,7 +200,7 @@ def time_loop(
     optimizer, _ = optimizers.make_optimizer(config)
     state = train_step.init_state(method, optimizer, config, mesh)
     step = step or train_step.make_train_step(method, optimizer, config, mesh)
-    config = config.copy_and_resolve_references()
+    config = ConfigDict(config.to_dict())
     config.eval_every, config.total_steps = 10**9, 10**6
     batches = loop.device_batches(config, method, prepared, mesh)
     config.log_every = 1
@@ -223,20 +225,20 @@ def time_evaluation(
     """Prediction alone, and evaluation with all metrics, of the validation volumes."""
     optimizer, _ = optimizers.make_optimizer(config)
     state = train_step.init_state(method, optimizer, config, mesh)
-    predict = predictor.make_predict(method)(state)
+    predictor = make_predictor(method)(state)
     cases = prepared.splits.val
-    stacks = [prepared.volume(case).image for case in cases]
-    size, batch = config.data.size, config.eval_batch
-    predict(np.zeros((batch, size, size, config.data.channels), np.uint16))
+    stacks = [(case, prepared.volume(case).image) for case in cases]
+    size = config.data.size
+    predictor.scores(np.zeros((config.data.channels, 1, size, size)))
     started = time.perf_counter()
-    for _ in predictor.segment(predict, stacks, config, predictor.scoring(config)):
+    for _ in predictor.labels(stacks, predictor.scoring):
         pass
     predicted = time.perf_counter()
-    summaries.evaluate(predict, prepared, cases, config, True, predictor.scoring(config))
+    summaries.evaluate(predictor, prepared, cases, True, predictor.scoring)
     evaluated = time.perf_counter()
     return {
         "volumes": len(cases),
-        "slices": sum(stack.shape[1] for stack in stacks),
+        "slices": sum(stack.shape[1] for _, stack in stacks),
         "prediction_ms": 1000 * (predicted - started) / len(cases),
         "evaluation_ms": 1000 * (evaluated - predicted) / len(cases),
     }

@@ -3,28 +3,18 @@
 python -m cgs_jax.compare RUN RUN ...
 """
 
-import json
 import pathlib
-import sys
-from typing import Any
 
+from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder
+from cgs_jax.runtime.logs import say
 from cgs_jax.scoring import summaries
-
-
-def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
-    """summary.json of a run."""
-    path = workdir / "summary.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"no whole {path}; {workdir} has not finished") from None
 
 
 def compare(workdirs: list[pathlib.Path]) -> str:
     """Table of Dice (%), an organ a line, a run a column; the last column is last - first."""
-    found = [read_summary(workdir) for workdir in workdirs]
+    found = [summaries.read_summary(workdir) for workdir in workdirs]
     split = summaries.final_split(*found)
     scored = [summary[split] for summary in found]
     rows = {
@@ -47,9 +37,10 @@ def compare(workdirs: list[pathlib.Path]) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    try:
-        print(compare([folder(argument) for argument in sys.argv[1:]]))
-    except UserError as problem:
-        sys.exit(f"error: {problem}")
+
+    def _main(workdirs):
+        if not workdirs:
+            raise UserError("name at least one run: python -m cgs_jax.compare RUN RUN ...")
+        say(compare(list(map(folder, workdirs))))
+
+    cli(_main, takes_arguments=True)

@@ -1,69 +1,136 @@
-"""Scores a trained run by other heads or options of prediction, or several runs together.
+"""Scores a trained run on its validation and test cases, or several runs that predict together.
 
 python -m cgs_jax.evaluate --workdir RUN [--workdir RUN ...] [--inference both] [--combine vote] \
-    [--upsample linear] [--largest_component] [--root FOLDER] [--cache FOLDER] [--output FILE.json]
+    [--upsample nearest] [--largest_component] [--window 128] [--root FOLDER] [--cache FOLDER] \
+    [--output FILE.json]
+
+A finished run that predicts by its own options gets its summary, report and pictures anew.
 """
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cgs_jax.analysis import plots, report
 from cgs_jax.data import cache
 from cgs_jax.data.case_lists import Splits
 from cgs_jax.inference import predictor
+from cgs_jax.inference.predictor import Predictor
 from cgs_jax.methods.base import Method
 from cgs_jax.runtime import devices, run_folder
 from cgs_jax.runtime.cli import cli, output_file
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.files import folder, to_json, write_text
+from cgs_jax.runtime.files import folder, read_lines, to_json, write_text
 from cgs_jax.runtime.logs import say
 from cgs_jax.scoring import summaries
-from cgs_jax.training import loop, train_step
+from cgs_jax.training import optimizers
 from cgs_jax.training.checkpoints import Checkpoints
-from cgs_jax.training.train_state import TrainState
+from cgs_jax.training.train_step import abstract_state
 
 
-def restore(
-    workdirs: Sequence[pathlib.Path], options: Mapping[str, Any]
-) -> tuple[ConfigDict, predictor.Predict]:
-    """The best checkpoints of `workdirs`, predicting together by the options of the first, which
-    `options` such as {'combine': 'vote'} replace: the first's config, and `Predict`.
+def evaluate(
+    workdirs: Sequence[pathlib.Path],
+    options: Mapping[str, Any] | None = None,
+    root: str = "",
+    cache: str = "",
+) -> dict[str, Any]:
+    """Scores validation and, if the first run scores them, test cases.
+
+    Args:
+      workdirs: trained runs. Of a single one the last checkpoint is scored, too, and its outputs
+        are written anew if it is finished and `options` change nothing.
+      options: replace those of the first run, such as {'combine': 'vote'}.
+      root, cache: where its scans and the prepared ones are now, if elsewhere.
+
+    Returns:
+      What summary.json holds.
 
     Raises:
-      UserError: no run, no validated checkpoint, or runs on different data.
+      UserError: as `Predictor.restore`, or the runs have other validation or test cases.
     """
-    methods, states = [], []
-    for workdir in workdirs:
-        method, state = restore_run(workdir, options)
-        options = predictor.prediction_options(method.config)
-        methods.append(method)
-        states.append(state)
-        for field in cache.OPTIONS:
-            if method.config.data[field] != methods[0].config.data[field]:
-                raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field}")
-    return methods[0].config, predictor.make_predict(*methods)(*states)
+    saved, splits = run_folder.load(workdirs[0])
+    for workdir in workdirs[1:]:
+        _, other = run_folder.load(workdir)
+        if (set(other.val), set(other.test)) != (set(splits.val), set(splits.test)):
+            raise UserError(f"{workdir} and {workdirs[0]} have other validation or test cases")
+    if len(workdirs) > 1:
+        together = Predictor.restore(workdirs, options)
+        prepared = scans(together.config, splits, root, cache)
+        summary = {"runs": list(map(str, workdirs))}
+        summary |= predictor.prediction_options(together.config)
+        return summary | summaries.score(together, prepared)
+    (workdir,), method = workdirs, predictor.load_run(workdirs[0], options)
+    own = predictor.prediction_options(method.config) == predictor.prediction_options(saved)
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        writes = own and checkpoints.latest == saved.total_steps
+        with run_folder.locked(workdir) if writes else contextlib.nullcontext():
+            prepared = scans(method.config, splits, root, cache)
+            summary, best = best_and_last(method, prepared, checkpoints, devices.local_mesh())
+            if writes:
+                write(summary, best, prepared, workdir)
+    return summary
 
 
-def restore_run(
-    workdir: pathlib.Path, options: Mapping[str, Any] | None = None
-) -> tuple[Method, TrainState]:
-    """One run and its best checkpoint, on the devices of this process."""
-    config, _ = run_folder.load(workdir)
-    config.lock().update(options or {})
-    method = train_step.make_method(config)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    state = loop.restore_best(config, method, checkpoints, workdir, devices.local_mesh())
-    checkpoints.close()
-    return method, state
-
-
-def scans(config: ConfigDict, splits: Splits, root: str = "", cache: str = "") -> cache.Prepared:
-    """The prepared scans of a run; `root` and `cache` say where they are now, if elsewhere."""
-    config.data.root, config.data.cache = root or config.data.root, cache or config.data.cache
+def scans(config: ConfigDict, splits: Splits, root: str = "", folder: str = "") -> cache.Prepared:
+    """The prepared scans of a run; `root` and `folder`, of prepared data, say where they are now,
+    if elsewhere."""
+    config = ConfigDict(config.to_dict())
+    config.data.root, config.data.cache = root or config.data.root, folder or config.data.cache
     return cache.prepare(config, splits)
+
+
+def best_and_last(
+    method: Method, prepared: cache.Prepared, checkpoints: Checkpoints, mesh: Mesh
+) -> tuple[dict[str, Any], Predictor]:
+    """What summary.json holds: scores of the best checkpoint and, as 'last', of the last one on
+    validation and test volumes; and the best, as it predicts."""
+    predict_with = predictor.make_predictor(method)
+
+    def scored(state):
+        found = predict_with(state)
+        return found, {"step": int(state.step)} | summaries.score(found, prepared)
+
+    optimizer, _ = optimizers.make_optimizer(method.config)
+    state = checkpoints.restore_best(abstract_state(method, optimizer, method.config, mesh))
+    found, best = scored(state)
+    last = best
+    if checkpoints.latest != best["step"]:
+        _, last = scored(checkpoints.restore_latest(state))
+    return {**predictor.prediction_options(method.config), **best, "last": last}, found
+
+
+def write(
+    summary: dict[str, Any], best: Predictor, prepared: cache.Prepared, workdir: pathlib.Path
+) -> None:
+    """Writes summary.json, the pictures and, last, the report."""
+    data = best.config.data
+    write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
+    ranked = summaries.ranked(summary[summaries.final_split(summary)]["cases"])
+    telling = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
+    shown = plots.show(best, prepared, telling)
+    plots.save(plots.overlays(shown, data.classes, data.slicing), workdir / "overlays.png", dpi=110)
+    figure = plots.curves(read_lines(workdir / "metrics.jsonl"), data.classes)
+    if figure:  # else metrics.jsonl was not kept
+        plots.save(figure, workdir / "curves.png", dpi=120)
+    report.write(workdir, best.config, summary, shown)
+    for name in ("summary.json", "curves.png", "overlays.png", "report.html"):
+        say(str(workdir / name))
+
+
+def tell(summary: dict[str, Any], *splits: str) -> None:
+    """Prints the tables of those `splits` that were scored, by both scorings."""
+    runs, step = summary.get("runs"), summary.get("step")
+    by = f"{len(runs)} runs" if runs else f"best validation checkpoint (step {step})"
+    for split in splits:
+        for name in (f"{split}_literature", split):
+            if name in summary:
+                say(f"\n{summaries.SPLITS[name]}, {by}, {len(summary[name]['cases'])} cases")
+                say(summaries.table(summary[name]))
 
 
 def define_flags() -> Callable[[], dict[str, Any]]:
@@ -74,7 +141,8 @@ def define_flags() -> Callable[[], dict[str, Any]]:
         "combine": "how several predictions become one",
         "upsample": "probabilities or labels to the scan's grid",
     }.items():
-        flags.DEFINE_enum(name, None, train_step.CHOICES[name], what + default)
+        flags.DEFINE_enum(name, None, predictor.CHOICES[name], what + default)
+    flags.DEFINE_integer("window", None, "pixels a side of overlapping windows; 0: none" + default)
     flags.DEFINE_boolean(
         "largest_component", None, "keep only the largest piece of an organ" + default
     )
@@ -84,24 +152,6 @@ def define_flags() -> Callable[[], dict[str, Any]]:
         return {name: value for name, value in values.items() if value is not None}
 
     return given
-
-
-def score(
-    workdirs: Sequence[pathlib.Path], options: Mapping[str, Any], root: str = "", cache: str = ""
-) -> dict[str, Any]:
-    """Summaries of validation and, if the first run scores them, test cases, as in summary.json.
-
-    Raises:
-      UserError: as `restore`, or the runs have been trained or validated on other cases.
-    """
-    splits = [run_folder.load(workdir)[1] for workdir in workdirs]
-    for workdir, other in zip(workdirs, splits, strict=True):
-        if (set(other.val), set(other.test)) != (set(splits[0].val), set(splits[0].test)):
-            raise UserError(f"{workdir} and {workdirs[0]} have other validation or test cases")
-    config, predict = restore(workdirs, options)
-    prepared = scans(config, splits[0], root, cache)
-    summary = {"runs": list(map(str, workdirs)), **predictor.prediction_options(config)}
-    return summary | summaries.score(predict, prepared, config)
 
 
 if __name__ == "__main__":
@@ -115,10 +165,8 @@ if __name__ == "__main__":
     def _main(_):
         output = output_file(_OUTPUT.value)
         workdirs = [folder(name) for name in _WORKDIRS.value]
-        summary = score(workdirs, _options(), _ROOT.value, _CACHE.value)
-        for split, name in summaries.SPLITS.items():
-            if split in summary:
-                say(f"\n{name}, {len(workdirs)} run(s)\n{summaries.table(summary[split])}")
+        summary = evaluate(workdirs, _options(), _ROOT.value, _CACHE.value)
+        tell(summary, "val", "test")
         if output:
             write_text(output, to_json(summary, indent=1) + "\n")
 

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from cgs_jax import evaluate
 from cgs_jax.data.cache import quantise
 from cgs_jax.data.nifti import Scan, channels_of, read_channels
-from cgs_jax.inference import predictor
-from cgs_jax.runtime import run_folder
+from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder
@@ -41,30 +40,25 @@ def predict(
       UserError: no run, no scans, a file that would be overwritten; or, after all others are
         written, a scan that can not be read.
     """
-    channels = run_folder.load(workdirs[0])[0].data.channels
-    files = find(source, output, overwrite, channels)
-    config, predict = evaluate.restore(workdirs, options or {})
+    predictor = Predictor.restore(workdirs, options)
+    files = find(source, output, overwrite, predictor.config.data.channels)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can not write to --output {output}: {error.strerror}") from error
-    waiting: list[tuple[str, Scan]] = []  # for their labels
     problems: list[str] = []
 
     def stacks():
         for name, paths in tqdm(files.items(), "segmenting", unit="scan", disable=None):
             try:
-                image, scan = read_channels(paths, config.data)
+                image, scan = read_channels(paths, predictor.config.data)
             except UserError as error:
                 problems.append(str(error))
-                continue
-            waiting.append((name, scan._replace(array=None)))
-            yield quantise(image)
+            else:
+                yield (name, scan._replace(array=None)), quantise(image)
 
     written = []
-    scoring = predictor.scoring(config)
-    for (label,) in predictor.segment(predict, stacks(), config, scoring):
-        name, scan = waiting.pop(0)
+    for (name, scan), (label,) in predictor.labels(stacks(), predictor.scoring):
         write(scan, label, output / name)
         written.append(output / name)
     if problems:

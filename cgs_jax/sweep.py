@@ -23,17 +23,17 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from cgs_jax.analysis import tables
-from cgs_jax.compare import read_summary
-from cgs_jax.data import cache
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text
 from cgs_jax.runtime.logs import say, spent
 from cgs_jax.scoring import summaries
-from cgs_jax.training import loop, train_step
+from cgs_jax.scoring.metrics import HEADINGS
+from cgs_jax.training import loop
+from cgs_jax.training.resolve import resolve
 
-METRICS = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD voxels", "asd": "ASD voxels"}
+METRICS = ("dice", "jaccard", "hd95", "asd")
 SPLITS = {
     "test": "test, best checkpoint on validation",
     "test_literature": "test, the literature's scoring, best checkpoint on validation",
@@ -56,7 +56,7 @@ class Run(NamedTuple):
         """Whether it has been trained and, if it is to be, tested."""
         if not all((self.workdir / name).exists() for name in loop.RESULTS):
             return False
-        return not self.config.test or "test" in read_summary(self.workdir)
+        return not self.config.test or "test" in summaries.read_summary(self.workdir)
 
     def step(self) -> int:
         """How far it is."""
@@ -96,11 +96,10 @@ def plan(
             command += [f"{path}:{together}" if together else path]
             command += [
                 f"--config.{name}={value}"
-                for name, value in run_folder.flatten(config.to_dict()).items()
+                for name, value in run_folder.flatten(config).items()
                 if value != plain[name]
             ]
-            cache.dataset(config)
-            train_step.make_method(config)
+            config = resolve(config)
             if (run / "config.json").exists():
                 run_folder.check_same(run_folder.load(run)[0], config, run)
             runs.append(Run(f"{row} seed {seed}", run, config, command))
@@ -139,7 +138,7 @@ def _config(path, arguments, overrides, fields, row):
         config = _module(path).get_config(arguments or None)
     except ValueError as error:
         raise UserError(f"{row}: {error}") from None
-    plain = run_folder.flatten(config.to_dict())
+    plain = run_folder.flatten(config)
     shared = {
         k: v for k, v in overrides.items() if k in plain or not k.startswith(("method.", "cgs."))
     }
@@ -171,7 +170,7 @@ def train_all(runs: list[Run]) -> None:
                 say(f"{i}/{len(runs)} {run.name}  {error}")
                 continue
             minutes, _ = spent(run.workdir)
-            summary = read_summary(run.workdir)
+            summary = summaries.read_summary(run.workdir)
             split = summaries.final_split(summary)
             dice = 100 * tables.number(summary[split]["mean"]["dice"])
             name = summaries.SPLITS[split]
@@ -211,9 +210,9 @@ def write_tables(workdir: pathlib.Path) -> str:
     """Writes table.csv, .md and .tex of the finished runs; returns the first that has all rows."""
     *_, cases, first = tables.load(workdir)
     scored = {
-        f"{name}, {split}": tables.table(cases, first, metric, which)
+        f"{HEADINGS[metric]}, {split}": tables.table(cases, first, metric, which)
         for which, split in SPLITS.items()
-        for metric, name in METRICS.items()
+        for metric in METRICS
         if which in set(cases.split)
     }
     texts = {title: tables.as_text(table, first) for title, table in scored.items()}

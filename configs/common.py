@@ -30,7 +30,7 @@ def get_config(method: str, base: str = "") -> ConfigDict:
         raise ValueError(f"config argument base={base}: it goes with method=cgs")
     config = ConfigDict()
     config.seed = 0
-    config.total_steps = 30_000  # 0 on a trained workdir: evaluate only
+    config.total_steps = 30_000
     config.log_every = 50
     config.eval_every = 500  # validation and checkpoint
     config.eval_batch = 32  # slices
@@ -77,6 +77,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
 
     config.inference = "generalist"  # or 'specialists': their merged scores; or 'both'
     config.combine = "average"  # of several predictions; or 'confidence', the surest, or 'vote'
+    # windows of so many pixels a side decide together where slices are larger; 0: whole slices
+    config.window = 0
     # back to the grid of the scan: probabilities, 'linear'; or labels, 'nearest', as the literature
     config.upsample = "linear"
     config.largest_component = False  # keep only the largest piece of every organ of a scan

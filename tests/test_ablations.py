@@ -11,7 +11,7 @@ from cgs_jax.methods import augment, base, cgs, pseudo_labels
 from cgs_jax.models import packed
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.training import train_step
+from cgs_jax.training import resolve, train_step
 from cgs_jax.training.train_state import TrainState
 
 
@@ -162,7 +162,7 @@ def test_several_methods_predict_together():
             return jnp.broadcast_to(state, (1, *image.shape[:3], 3))
 
     first, second = jnp.array([0.6, 0.4, 0.0]), jnp.array([0.0, 0.5, 0.5])
-    predict = predictor.make_predict(Says(), Says())(first, second)
+    predict = predictor.make_predictor(Says(), Says())(first, second).predict
     slices = np.zeros((3, 16, 16, 1), np.uint16)
     assert predict(slices).shape == (3, 16, 16, 3)
     np.testing.assert_allclose(predict(slices)[2, 3, 4], [0.3, 0.45, 0.25], rtol=1e-6)
@@ -182,7 +182,7 @@ def test_both_kinds_of_heads_predict():
     merged = pseudo_labels.merge(jax.nn.softmax(outputs.specialists))
     np.testing.assert_array_equal(jnp.argmax(probs[1], -1), jnp.argmax(merged, -1))
     with pytest.raises(UserError, match="inference=both: fixmatch trains no specialists"):
-        train_step.make_method(tiny("fixmatch", inference="both"))
+        resolve.check(tiny("fixmatch", inference="both"))
 
 
 def test_copy_paste_fills_the_boxes_with_labelled_images():
@@ -190,7 +190,7 @@ def test_copy_paste_fills_the_boxes_with_labelled_images():
     method, plain = train_step.make_method(config), train_step.make_method(tiny())
     batch = tiny_batch(config)
     for stream in batch.values():
-        stream["image"] = predictor.to_image(jnp.asarray(stream["image"].copy()))
+        stream["image"] = augment.to_image(jnp.asarray(stream["image"].copy()))
     image = jnp.zeros((1, 16, 16, 1))
     params, model_state, extra = jax.jit(method.init)(jax.random.key(1), image)
     state = TrainState(jnp.asarray(0), params, model_state, None, extra)
@@ -237,7 +237,7 @@ def test_labelled_slices_mix_with_their_labels():
     config = tiny("supervised", **still)
     batch = {"labelled": dict(tiny_batch(config, draws=2)["labelled"])}
     batch["labelled"]["label"][::2] = 0  # so that neighbours differ
-    batch["labelled"]["image"] = predictor.to_image(
+    batch["labelled"]["image"] = augment.to_image(
         batch["labelled"]["label"][..., None] * np.uint16(20000)
     )
     views = train_step.make_method(config).views(batch, jax.random.key(0))["labelled"]

@@ -8,8 +8,7 @@ import pytest
 from steps import tiny, tiny_batch
 
 from cgs_jax.analysis import organ_shares, pseudo_label_quality, tables
-from cgs_jax.inference import predictor
-from cgs_jax.methods import base
+from cgs_jax.methods import augment, base
 from cgs_jax.models.network import Outputs
 from cgs_jax.training import train_step
 from cgs_jax.training.train_state import TrainState
@@ -179,7 +178,7 @@ def test_participation_by_hand():
     """The gradient at the features, against that of a pixel moved by a little."""
     method = train_step.make_method(tiny(**{"model.dropout": (0.0,) * 3}))
     batch = tiny_batch(method.config)["labelled"]
-    image, label = predictor.to_image(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
+    image, label = augment.to_image(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
     params, model_state, _ = jax.jit(method.init)(jax.random.key(0), image[:1])
     found = organ_shares.gradients(method, (params, model_state), image, label)
     outputs, _ = method.forward(params, model_state, image, jax.random.key(0))

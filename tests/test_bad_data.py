@@ -16,7 +16,7 @@ from configs import acdc, nnunet, segthor, synapse
 def test_bad_nnunet_descriptions(tmp_path):
     config, root = nnunet_folder(tmp_path, labels={"background": 0, "head": 1, "tail": 5})
     with pytest.raises(UserError, match=r"dataset.json: labels must be background 0"):
-        cache.prepare(config)
+        cache.from_files(config.data)
     config, _ = nnunet_folder(tmp_path)
     save(root / "imagesTr" / "mine_000_0001.nii.gz", np.zeros((9, 8, 4), np.float32))
     with pytest.raises(UserError, match=r"unexpected .*mine_000_0001.nii.gz: scans have 1 channel"):

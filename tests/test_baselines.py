@@ -7,7 +7,6 @@ import pytest
 from scipy import ndimage
 from steps import tiny, tiny_batch
 
-from cgs_jax.inference import predictor
 from cgs_jax.methods import ad_mt, augment, base, cgs, pseudo_labels
 from cgs_jax.models import unet
 from cgs_jax.models.heads import Pyramid
@@ -301,7 +300,7 @@ def test_cps_each_network_has_its_own_terms():
     state = TrainState(jnp.asarray(1), params, model_state, None, extra)
     batch = jax.tree.map(jnp.asarray, tiny_batch(config))
     for stream in batch.values():
-        stream["image"] = predictor.to_image(stream["image"])
+        stream["image"] = augment.to_image(stream["image"])
     views = jax.jit(method.views)(batch, jax.random.key(1))
 
     def second_term(params):

@@ -386,8 +386,9 @@ def test_synapse_layouts(tmp_path):
 
 def test_nnunet_layout(tmp_path):
     config, root = nnunet_folder(tmp_path)
-    data = cache.prepare(config)
+    config.data.update(cache.from_files(config.data))
     assert config.data.classes == ("head", "tail")
+    data = cache.prepare(config)
     assert [len(part) for part in data.splits] == [6 + 3, 1, 2, 6]
     assert {"mine_009", "mine_010", "mine_011"} <= set(data.splits.train)
     # a test set of its own is kept apart; without labels it is not used at all
@@ -400,8 +401,7 @@ def test_nnunet_layout(tmp_path):
     config.data.classes = ()
     old = {"labels": {"0": "background", "1": "head", "2": "tail"}}
     (root / "dataset.json").write_text(json.dumps(old))
-    cache.dataset(config)
-    assert config.data.classes == ("head", "tail")
+    assert cache.from_files(config.data) == {"classes": ("head", "tail")}
 
 
 def test_unlabelled_pool_falls_back_to_the_labelled_images(thorax):
@@ -452,8 +452,7 @@ def test_channels_of_nnunet(tmp_path):
     old = {"labels": {"background": 0, "head": 1, "tail": 2}, "modality": {"0": "T1", "1": "T2"}}
     (root / "dataset.json").write_text(json.dumps(old))
     config.data.channels = 0
-    cache.dataset(config)
-    assert config.data.channels == 2
+    assert cache.from_files(config.data) == {"channels": 2}
     config.data.channels = 1
     with pytest.raises(UserError, match=r"_0000.nii.gz has 2 channel.*--config.data.channels=2"):
         cache.prepare(config)

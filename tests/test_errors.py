@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from runs import command, config_of, start
 
-from cgs_jax import main, predict
+from cgs_jax import evaluate, main, predict
+from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime import devices, logs, processes
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.scoring import summaries
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.checkpoints import Checkpoints
 from configs import segthor
@@ -48,17 +48,17 @@ def test_stopped_before_the_first_validation(scans, tmp_path, monkeypatch):
     workdir = tmp_path / "run"
     assert main.run(config_of(scans), workdir) is None
     with pytest.raises(UserError, match="holds no validated checkpoint; train first"):
-        main.run(config_of(scans, total_steps=0), workdir)
+        evaluate.evaluate([workdir])
     with pytest.raises(UserError, match="holds no validated checkpoint; train first"):
         predict.predict([workdir], scans / "scans" / "Patient_06", tmp_path / "labels")
 
 
 def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
-    def no_trachea(predict, stacks, config, *scorings):
-        for stack in stacks:
-            yield [np.full(stack.shape[1:], 2, np.uint8)] * len(scorings)
+    def no_trachea(self, stacks, *scorings):
+        for name, stack in stacks:
+            yield name, [np.full(stack.shape[1:], 2, np.uint8)] * len(scorings)
 
-    monkeypatch.setattr(summaries, "segment", no_trachea)
+    monkeypatch.setattr(Predictor, "labels", no_trachea)
     main.run(config_of(scans, "supervised", total_steps=40), tmp_path / "run")
     printed = capsys.readouterr().out
     assert "WARNING: validation Dice stays 0 for aorta, esophagus, trachea\n" in printed
@@ -87,6 +87,9 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         ({"data.grow_at": (2.0,), "data.grow_to": (0,)}, "shares of total_steps in rising order"),
         ({"data.patch_anywhere": 0.7, "data.patch_foreground": 0.7}, "are shares of 1"),
         ({"precise_bn": -1}, "precise_bn must be at least 0"),
+        ({"total_steps": 0}, "total_steps must be at least 1"),
+        ({"window": 18}, "window=18 does not divide by 4"),
+        ({"combine": "sum"}, "unknown combine 'sum'; there are: average, confidence, vote"),
         ({"method.specialists": False}, "specialists=False goes with method.terms"),
         ({"batch.unlabelled": 0}, "batch.unlabelled must be at least 1"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
@@ -104,7 +107,7 @@ def test_bad_options(trained, scans, fields, message):
 
 def test_workdir_without_a_whole_run(trained, scans, tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        main.run(config_of(scans, total_steps=0), tmp_path / "nothing")
+        evaluate.evaluate([tmp_path / "nothing"])
     with pytest.raises(UserError, match="data.labelled=9, but only 3 patients"):
         main.run(config_of(scans, **{"data.labelled": 9}), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()  # so the mended command can use it
@@ -149,7 +152,9 @@ def test_two_processes_in_one_workdir(trained, scans):
     with open(trained[0] / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is working in"):
-            main.run(config_of(scans, total_steps=0), trained[0])
+            evaluate.evaluate([trained[0]])
+        with pytest.raises(UserError, match="another process is working in"):
+            main.run(config_of(scans), trained[0])
 
 
 @pytest.mark.parametrize(
@@ -207,6 +212,25 @@ def test_full_disk_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli(full)
     assert stop.value.code == "error: No space left on device: runs/a/metrics.jsonl"
+
+
+def test_what_a_user_can_not_mend_keeps_its_traceback(monkeypatch):
+    """As does everything with --traceback."""
+
+    def too_many(_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def wrong(_):
+        raise UserError("no such option")
+
+    monkeypatch.setattr(sys, "argv", ["main"])
+    with pytest.raises(OSError, match="Too many open files"):
+        cli(too_many)
+    with pytest.raises(SystemExit, match="error: no such option"):
+        cli(wrong)
+    monkeypatch.setattr(sys, "argv", ["main", "--traceback"])
+    with pytest.raises(UserError, match="no such option"):
+        cli(wrong)
 
 
 def test_nobody_listens(monkeypatch):

@@ -2,18 +2,22 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import nibabel as nib
 import numpy as np
 import pytest
 from layouts import nnunet_folder, save
-from runs import TINY, command, config_of, start
+from runs import TINY, before_the_end, command, config_of, start
 
 from cgs_jax import compare, evaluate, main, predict, sweep
 from cgs_jax.analysis import tables
-from cgs_jax.runtime import run_folder
+from cgs_jax.data.grid import likeliest
+from cgs_jax.data.nifti import read_nifti
+from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import to_json
 from configs import nnunet
 
 NEW = "new.nii.gz"
@@ -44,30 +48,35 @@ def test_outputs_of_a_run(trained):
     assert compare.compare([workdir, workdir]).count("+0.00") == 5
 
 
-def test_total_steps_0_reproduces_the_scores(trained, scans):
+def test_evaluation_reproduces_the_scores(trained, tmp_path):
+    """And what is written of them; of a run that is not finished, nothing is."""
     workdir, _ = trained
-    before = (workdir / "summary.json").read_bytes()
-    (workdir / "summary.json").unlink()
-    main.run(config_of(scans, total_steps=0), workdir)
-    assert (workdir / "summary.json").read_bytes() == before
-
-
-def test_run_from_before_a_field_was_there(trained, scans, tmp_path):
-    workdir = shutil.copytree(trained[0], tmp_path / "old")
-    text = json.loads((workdir / "config.json").read_text())
-    del text["model"]["dtype"], text["model"]["lanes"], text["mesh"]
-    del text["test"], text["upsample"], text["largest_component"]
-    (workdir / "config.json").write_text(json.dumps(text))
-    config, _ = run_folder.load(workdir)
-    assert (config.test, config.upsample, config.largest_component) == (True, "nearest", False)
-    assert main.run(config_of(scans, total_steps=0), workdir)["upsample"] == "linear"
+    before = {name: (workdir / name).read_bytes() for name in ("summary.json", "overlays.png")}
+    facts = (workdir / "report.html").read_text()
+    for name in (*before, "report.html"):
+        (workdir / name).unlink()
+    summary = evaluate.evaluate([workdir])
+    assert {name: (workdir / name).read_bytes() for name in before} == before
+    assert to_json(summary, indent=1) + "\n" == before["summary.json"].decode()
+    assert re.sub('data:image[^"]*', "", (workdir / "report.html").read_text()) == re.sub(
+        'data:image[^"]*', "", facts
+    )
+    begun = before_the_end(trained, tmp_path / "begun")
+    assert evaluate.evaluate([begun])["last"]["step"] == 180
+    assert not (begun / "summary.json").exists()
 
 
 def test_specialists_can_predict(trained, scans):
+    """Of a finished run the same command may name others who predict."""
     workdir, _ = trained
-    summary = main.run(config_of(scans, total_steps=0, inference="specialists"), workdir)
+    before = (workdir / "summary.json").read_bytes()
+    asked = evaluate.evaluate([workdir], {"inference": "specialists"})
+    assert (workdir / "summary.json").read_bytes() == before
+    summary = main.run(config_of(scans, inference="specialists"), workdir)
     assert summary["inference"] == "specialists"
-    main.run(config_of(scans, total_steps=0), workdir)
+    assert summary["val"]["mean"] == asked["val"]["mean"]
+    main.run(config_of(scans), workdir)
+    assert (workdir / "summary.json").read_bytes() == before
 
 
 def test_runs_score_together(trained, scans, tmp_path):
@@ -75,9 +84,9 @@ def test_runs_score_together(trained, scans, tmp_path):
     workdir, _ = trained
     summary = json.loads((workdir / "summary.json").read_text())
     nearest = {"upsample": "nearest"}
-    both = evaluate.score([workdir, workdir], nearest | {"combine": "vote"})
-    assert both["test"]["cases"] == evaluate.score([workdir], nearest)["test"]["cases"]
-    heads = evaluate.score([workdir], {"inference": "both"})
+    both = evaluate.evaluate([workdir, workdir], nearest | {"combine": "vote"})
+    assert both["test"]["cases"] == evaluate.evaluate([workdir], nearest)["test"]["cases"]
+    heads = evaluate.evaluate([workdir], {"inference": "both"})
     assert heads["test"]["cases"] != summary["test"]["cases"]
     for file, change, message in (
         ("splits.json", lambda text: text["test"].pop(), "other validation or test cases"),
@@ -89,13 +98,13 @@ def test_runs_score_together(trained, scans, tmp_path):
         change(text)
         (other / file).write_text(json.dumps(text))
         with pytest.raises(UserError, match=message):
-            evaluate.score([workdir, other], {})
+            evaluate.evaluate([workdir, other])
 
 
 def test_test_cases_wait_until_a_recipe_is_chosen(trained, scans, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "runs" / "cgs")
     tested = json.loads((workdir / "summary.json").read_text())
-    summary = main.run(config_of(scans, total_steps=0, test=False), workdir)
+    summary = main.run(config_of(scans, test=False), workdir)
     assert "test" not in summary
     assert "test" not in summary["last"]
     assert summary["val"] == tested["val"]
@@ -104,23 +113,27 @@ def test_test_cases_wait_until_a_recipe_is_chosen(trained, scans, tmp_path):
     assert "Patient_06" not in report.split('"config"')[0]
     compared = compare.compare([workdir, trained[0]])
     assert compared.startswith("validation Dice %")
-    assert set(tables.load(tmp_path / "runs").cases.split) == {"val", "last_val"}
+    splits = {"val", "val_literature", "last_val", "last_val_literature"}
+    assert set(tables.load(tmp_path / "runs").cases.split) == splits
     assert sweep.write_tables(tmp_path / "runs").startswith("Dice %, validation, best")
-    assert "test" not in evaluate.score([workdir], {})
-    again = main.run(config_of(scans, total_steps=0), workdir)
+    assert "test" not in evaluate.evaluate([workdir])
+    again = main.run(config_of(scans), workdir)
     assert again["test"] == tested["test"]
-    assert evaluate.score([workdir], {})["test"] == tested["test"]
+    assert evaluate.evaluate([workdir])["test"] == tested["test"]
 
 
 def test_prediction_options_of_the_command_line(trained, tmp_path):
     options = ["--upsample", "nearest", "--largest_component", "--output", str(tmp_path / "s.json")]
-    line = command(None, trained[0], *options, program="ensemble")
+    line = command(None, trained[0], *options, program="evaluate")
     done = start(line)
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "s.json").read_text())
     assert (scores["upsample"], scores["largest_component"]) == ("nearest", True)
     summary = json.loads((trained[0] / "summary.json").read_text())
     assert scores["test"]["mean"] != summary["test"]["mean"]
+    assert scores["test_literature"] == summary["test_literature"]
+    for title in ("validation", "validation, the literature's scoring", "test"):
+        assert f"\n{title}, best validation checkpoint (step {summary['step']}), " in done.stdout
 
 
 @pytest.mark.slow
@@ -180,6 +193,38 @@ def test_predict_keeps_grid_header_and_name(trained, scans, tmp_path):
     blocked.write_text("")
     with pytest.raises(UserError, match="can not write to --output"):
         predict.predict([workdir], inputs, blocked / "labels")
+
+
+def test_arrays_in_arrays_out(trained, scans, tmp_path):
+    """Three lines of Python give what `predict` writes."""
+    workdir, path = trained[0], scans / "scans" / "Patient_06" / "Patient_06.nii.gz"
+    scan = read_nifti(path, "axial")
+    predictor = Predictor.restore(workdir)
+    labels = predictor.segment(scan.array, scan.spacing)
+    assert (labels.dtype, labels.shape) == (np.uint8, scan.array.shape)
+    (written,) = predict.predict([workdir], path, tmp_path)
+    np.testing.assert_array_equal(scan.to_stored(labels), np.asarray(nib.load(written).dataobj))
+    scores = predictor.scores(scan.array)
+    assert scores.shape == (5, 32, 32, 5)
+    np.testing.assert_allclose(scores.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(likeliest(scores, *labels.shape[1:]), labels)
+    before = scan.array[::2, :11].astype(np.float64)  # of another shape and kind, and left as it is
+    given = before.copy()
+    assert predictor.segment(given).shape == given.shape
+    np.testing.assert_array_equal(given, before)
+    for array, message in (
+        (scan.array[0], r"the array has shape \(20, 20\); volumes are \[D, H, W\]"),
+        (np.full((1, 4, 4), np.nan), "the array has 16 voxels that are NaN or infinite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            predictor.segment(array)
+    with pytest.raises(UserError, match="unknown option 'window_size' of prediction; there are: "):
+        Predictor.restore([workdir], {"window_size": 3})
+    with pytest.raises(UserError, match="window=30 does not divide by 4"):
+        Predictor.restore([workdir], {"window": 30})
+    in_windows = Predictor.restore(workdir, {"window": 16, "upsample": "nearest"})
+    assert in_windows.config.window == 16
+    assert (in_windows.segment(scan.array) == labels).mean() > 0.8
 
 
 def test_prediction_scores_as_the_evaluation_says(trained, scans, tmp_path):

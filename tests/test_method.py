@@ -15,6 +15,7 @@ from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.devices import make_mesh
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
+from cgs_jax.training.train_state import TrainState
 
 
 def heads_first(x):
@@ -221,16 +222,31 @@ def test_training_starts_from_given_weights(tmp_path, suffix):
         pytest.importorskip("safetensors.numpy").save_file(weights, path)
     config.model.weights = str(path)
     method = train_step.make_method(config)
-    train_step.start_from_weights(method, config)
-    state = train_step.init_state(
-        method, optimizers.make_optimizer(config)[0], config, make_mesh(config)
-    )
+    arguments = (method, optimizers.make_optimizer(config)[0], config, make_mesh(config))
+    state = train_step.init_state(*arguments)
     for tree in (state.params, state.extra["params"]):
         jax.tree.map(np.testing.assert_array_equal, tree, variables["params"])
     (tmp_path / "weights.pth").write_bytes(b"")
     config.model.weights = str(tmp_path / "weights.pth")
     with pytest.raises(UserError, match="pickles run code"):
-        train_step.start_from_weights(method, config)
+        train_step.init_state(*arguments)
+
+
+def test_starting_weights_reach_every_network_of_a_state():
+    """Two students and a teacher have them, each its own copy; momentum has not."""
+    params, statistics = {"kernel": jnp.zeros(2)}, {"batch_stats": {"mean": jnp.zeros(2)}}
+    both = {"first": params, "second": params}
+    extra = {"teacher": {"params": params, "model_state": statistics}, "count": jnp.zeros(())}
+    before = TrainState(jnp.zeros((), int), both, {"first": statistics}, both, extra)
+    weights = {"kernel": np.ones(2)}, {"batch_stats": {"mean": np.full(2, 2.0)}}
+    state = train_step.with_weights(before, *weights)
+    networks = [*state.params.values(), state.extra["teacher"]["params"]]
+    assert [network["kernel"].tolist() for network in networks] == [[1, 1]] * 3
+    assert len({network["kernel"].unsafe_buffer_pointer() for network in networks}) == 3
+    for found in (state.model_state["first"], state.extra["teacher"]["model_state"]):
+        assert found["batch_stats"]["mean"].tolist() == [2, 2]
+    assert state.opt_state["first"]["kernel"].tolist() == [0, 0]
+    assert state.extra["count"] == 0
 
 
 def test_image_and_label_move_together():

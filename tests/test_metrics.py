@@ -8,6 +8,7 @@ from scipy import ndimage
 from cgs_jax.data.grid import likeliest, resize
 from cgs_jax.data.volume import keep_largest
 from cgs_jax.inference import predictor
+from cgs_jax.inference.predictor import Predictor
 from cgs_jax.scoring import metrics, summaries
 
 
@@ -70,8 +71,9 @@ def test_summary_counts_undefined_and_leaves_them_out():
     assert "(1 undefined)" in summaries.table(summary)
 
 
-CONFIG = ConfigDict({"data": {"size": 16, "classes": ("a", "b", "c"), "channels": 1}})
-CONFIG.eval_batch = 4
+DATA = {"size": 16, "classes": ("a", "b", "c"), "channels": 1}
+CONFIG = ConfigDict({"data": DATA, "eval_batch": 4})
+CONFIG.update(window=0, upsample="nearest", largest_component=False)
 
 
 def one_hot(slices):
@@ -90,11 +92,12 @@ def test_segment_returns_every_volume_on_its_own_grid():
         batches.append(slices.shape)
         return one_hot(slices)
 
-    labels = list(
-        predictor.segment(predict, (x[None] for x in stacks), CONFIG, predictor.LITERATURE)
-    )
+    named = ((i, stack[None]) for i, stack in enumerate(stacks))
+    found = Predictor(predict, CONFIG).labels(named, predictor.LITERATURE)
+    names, labels = zip(*found, strict=True)
     assert set(batches) == {(4, 16, 16, 1)}
     assert len(batches) == 4  # 13 slices
+    assert names == (0, 1, 2, 3)
     for stack, (label,) in zip(stacks, labels, strict=True):
         expected = resize(resize(stack, 16, 16), *stack.shape[1:])
         np.testing.assert_array_equal(label, expected)
@@ -150,7 +153,8 @@ def test_scorings_share_a_prediction():
         predictor.Scoring("linear", False),
         predictor.Scoring("linear", True),
     ]
-    ((nearest, linear, cleaned),) = predictor.segment(predict, [stack[None]], CONFIG, *ways)
+    found = Predictor(predict, CONFIG).labels([("", stack[None])], *ways)
+    ((_, (nearest, linear, cleaned)),) = found
     assert len(calls) == 2  # five slices, four a batch
     small = resize(stack, 16, 16)
     np.testing.assert_array_equal(nearest, resize(small, 30, 20))

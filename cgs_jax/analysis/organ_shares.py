@@ -20,8 +20,7 @@ import numpy as np
 import pandas as pd
 
 from cgs_jax.data.cache import Prepared
-from cgs_jax.inference import predictor
-from cgs_jax.methods import base
+from cgs_jax.methods import augment, base
 from cgs_jax.methods.base import Method
 from cgs_jax.models import packed
 from cgs_jax.runtime.errors import UserError
@@ -41,7 +40,7 @@ def participation(
         raise UserError(f"{method.config.method.name} has no specialists")
     rows = prepared.rows(prepared.splits.labelled)
     rows = rows[np.linspace(0, len(rows) - 1, min(slices, len(rows))).round().astype(int)]
-    image, label = predictor.to_image(prepared.images(rows)), jnp.asarray(prepared.labels(rows))
+    image, label = augment.to_image(prepared.images(rows)), jnp.asarray(prepared.labels(rows))
     variables = method.labelling_variables(state)
     found = jax.jit(gradients, static_argnums=0)(method, variables, image, label)
     organs = method.config.data.classes

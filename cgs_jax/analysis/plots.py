@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from cgs_jax.data.cache import Prepared
-from cgs_jax.inference.predictor import Predict, scoring, segment
+from cgs_jax.inference.predictor import Predictor
 
 SOURCES = {
     "generalist": "generalist, confident",
@@ -85,16 +85,13 @@ class Shown(NamedTuple):
     label: np.ndarray
 
 
-def show(
-    predict: Predict, prepared: Prepared, cases: list[tuple[str, float]], config: Any
-) -> list[Shown]:
+def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]]) -> list[Shown]:
     """Cases with their Dice, predicted again to be looked at."""
-    volumes = [prepared.volume(case) for case, _ in cases]
-    stacks = (volume.image for volume in volumes)
-    labels = segment(predict, stacks, config, scoring(config))
+    volumes = ((scored, prepared.volume(scored[0])) for scored in cases)
+    stacks = ((volume, volume[1].image) for volume in volumes)
     return [
-        Shown(*case, volume.image[0], volume.label, label)
-        for case, volume, (label,) in zip(cases, volumes, labels, strict=True)
+        Shown(*scored, volume.image[0], volume.label, label)
+        for (scored, volume), (label,) in predictor.labels(stacks, predictor.scoring)
     ]
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data.cache import NO_LABEL, Prepared
-from cgs_jax.inference import predictor
-from cgs_jax.methods import pseudo_labels
+from cgs_jax.methods import augment, pseudo_labels
 from cgs_jax.methods.base import Method
 from cgs_jax.models.network import Outputs
 from cgs_jax.runtime import devices
@@ -69,7 +68,7 @@ def make_measure(
     def measure(state, image, truth):
         params, model_state = method.labelling_variables(state)
         variables = {"params": params, **model_state}
-        outputs = method.network.apply(variables, predictor.to_image(image))
+        outputs = method.network.apply(variables, augment.to_image(image))
         # Padding counts nowhere: it is no organ, and taught as none.
         real = truth != NO_LABEL
         return {

@@ -15,7 +15,7 @@ from cgs_jax.data.grid import resize
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.files import read_lines, to_json, write_text
 from cgs_jax.runtime.logs import spent
-from cgs_jax.scoring import summaries
+from cgs_jax.scoring import metrics, summaries
 
 SLICES, WIDTH = 24, 256  # at most, of a case and in pixels: a report stays below some megabytes
 
@@ -47,6 +47,7 @@ def write(
         "curves": _svg(figure) if figure else None,
         "summary": {s: summary[s] for s in summaries.SPLITS if s in summary},
         "splits": summaries.SPLITS,
+        "heads": metrics.HEADINGS | {"voxels": "true voxels"},
         "final": split,
         "shown": [slices(shown, config.data.slicing) for shown in cases],
         "config": config.to_dict(),

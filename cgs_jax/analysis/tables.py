@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from cgs_jax.compare import read_summary
 from cgs_jax.data.case_lists import patient
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.errors import UserError
@@ -59,7 +58,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
     runs, curves, cases = [], [], []
     for workdir in found:
         config, _ = run_folder.load(workdir)
-        summary = read_summary(workdir)
+        summary = summaries.read_summary(workdir)
         key = {"row": name(workdir), "seed": config.seed}
         minutes, hardware = spent(workdir)
         runs.append(
@@ -73,8 +72,8 @@ def load(folder: pathlib.Path | str) -> Sweep:
             | {"minutes": minutes, "hardware": hardware}
         )
         curves += [key | line for line in read_lines(workdir / "metrics.jsonl")]
-        last = summary.get("last", {})  # older runs have scored the best only
-        for split, scored in {**summary, **{f"last_{k}": v for k, v in last.items()}}.items():
+        last = {f"last_{split}": scored for split, scored in summary["last"].items()}
+        for split, scored in (summary | last).items():
             if split.removeprefix("last_") not in summaries.SPLITS:
                 continue
             for case, organs in scored["cases"].items():

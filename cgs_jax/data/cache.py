@@ -102,13 +102,19 @@ def quantise(image: np.ndarray) -> np.ndarray:
     return np.round(image * LEVELS).astype(np.uint16)
 
 
-def dataset(config: ConfigDict) -> ModuleType:
-    """The module of `config.data.name`; fills in the classes and channels that its files name."""
-    module = load_by_name("cgs_jax.data.layouts", config.data.name, "data set")
-    for field in ("classes", "channels"):
-        if not config.data[field] and hasattr(module, field):
-            config.data[field] = getattr(module, field)(config.data)
-    return module
+def layout(data: ConfigDict) -> ModuleType:
+    """The module of `data.name`."""
+    return load_by_name("cgs_jax.data.layouts", data.name, "data set")
+
+
+def from_files(data: ConfigDict) -> dict[str, Any]:
+    """Values of the fields that are empty in `data` and that its files name."""
+    module = layout(data)
+    return {
+        field: getattr(module, field)(data)
+        for field in ("classes", "channels")
+        if not data[field] and hasattr(module, field)
+    }
 
 
 def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prepared:
@@ -117,7 +123,7 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
     Raises:
       UserError: scans are missing, broken or do not fit the configuration.
     """
-    module, data = dataset(config), config.data
+    module, data = layout(config.data), config.data
     cases = module.find(data)
     splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.check(splits, cases, data)

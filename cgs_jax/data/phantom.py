@@ -7,16 +7,17 @@ low-contrast esophagus, among unlabelled look-alikes. They show that a pipeline 
 a score on them says nothing about a score on real CT.
 """
 
-import argparse
 from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from absl import flags
 from scipy.interpolate import PchipInterpolator
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
+from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 
 ESOPHAGUS, HEART, TRACHEA, AORTA = 1, 2, 3, 4
@@ -240,25 +241,22 @@ def write(out, cases, size, depth, seed):
             nib.save(nib.Nifti1Image(label, affine), folder / "GT.nii.gz")
 
 
-def main():
-    """Write Patient_01 to Patient_40 of the SegTHOR split; see `--help`."""
-    parser = argparse.ArgumentParser(description="Write synthetic thorax CT, SegTHOR layout.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to fill")
-    parser.add_argument("--size", type=int, default=128, help="rows and columns")
-    parser.add_argument("--depth", type=int, default=32, help="slices")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--labelled", type=int, default=3, help="training cases with labels")
-    args = parser.parse_args()
-    train, val, test = ((SPLITS / f"{s}.txt").read_text().split() for s in ("train", "val", "test"))
-    if not 0 <= args.labelled <= len(train):
-        parser.error(f"--labelled must lie in 0..{len(train)}")
-    labelled = {*train[: args.labelled], *val, *test}
-    names = [f"Patient_{i:02d}" for i in range(1, 41)]
-    try:
-        write(args.out, {n: n in labelled for n in names}, args.size, args.depth, args.seed)
-    except (UserError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-
-
 if __name__ == "__main__":
-    main()
+    _OUT = flags.DEFINE_string("out", None, "folder to fill with Patient_01 to Patient_40")
+    _SIZE = flags.DEFINE_integer("size", 128, "rows and columns")
+    _DEPTH = flags.DEFINE_integer("depth", 32, "slices")
+    _SEED = flags.DEFINE_integer("seed", 0, "of all that is random")
+    _LABELLED = flags.DEFINE_integer("labelled", 3, "training cases with labels", lower_bound=0)
+    flags.mark_flag_as_required("out")
+
+    def _main(_):
+        train, val, test = (
+            (SPLITS / f"{s}.txt").read_text().split() for s in ("train", "val", "test")
+        )
+        if _LABELLED.value > len(train):
+            raise UserError(f"--labelled must lie in 0..{len(train)}")
+        labelled = {*train[: _LABELLED.value], *val, *test}
+        patients = {f"Patient_{i:02d}": f"Patient_{i:02d}" in labelled for i in range(1, 41)}
+        write(Path(_OUT.value), patients, _SIZE.value, _DEPTH.value, _SEED.value)
+
+    cli(_main)

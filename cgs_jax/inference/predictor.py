@@ -1,21 +1,42 @@
-"""Volumes -> slices -> scores of classes -> labels on the volumes' own grids."""
+"""The only way to predict: volumes -> scores of classes -> labels on the volumes' own grids.
 
+from cgs_jax.inference.predictor import Predictor
+predictor = Predictor.restore("runs/acdc")
+labels = predictor.segment(array)  # intensities [C, D, H, W] or [D, H, W] -> uint8 [D, H, W]
+"""
+
+import itertools
+import os
+import pathlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from cgs_jax.data.cache import LEVELS
+from cgs_jax.data import cache
 from cgs_jax.data.grid import likeliest, resize
-from cgs_jax.data.volume import keep_largest
+from cgs_jax.data.volume import finite, keep_largest, normalise
+from cgs_jax.inference import windows
+from cgs_jax.methods.augment import to_image
 from cgs_jax.methods.base import Method
+from cgs_jax.models import network
 from cgs_jax.runtime import devices, run_folder
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import folder
+from cgs_jax.training import optimizers
+from cgs_jax.training.checkpoints import Checkpoints
+from cgs_jax.training.train_state import TrainState
+from cgs_jax.training.train_step import abstract_state, make_method
 
-# uint16 [B, size, size, channels] -> scores of classes [B, size, size, C]; the highest names it
-Predict = Callable[[np.ndarray], np.ndarray]
+CHOICES = {
+    "inference": ("both", "generalist", "specialists"),
+    "combine": ("average", "confidence", "vote"),
+    "upsample": ("linear", "nearest"),
+}
 
 
 class Scoring(NamedTuple):
@@ -28,9 +49,203 @@ class Scoring(NamedTuple):
 LITERATURE = Scoring("nearest", False)  # how published figures were made
 
 
-def to_image(slices: jax.Array) -> jax.Array:
-    """uint16 [B, H, W, C] -> float32 [B, H, W, C] in [0, 1]."""
-    return slices.astype(jnp.float32) / LEVELS
+class Predictor:
+    """A network, or several, with what makes labels of their scores.
+
+    Attributes:
+      predict: uint16 [B, size, size, channels] -> scores of classes [B, size, size, C]; the highest
+        names the class. It is only asked for one shape, with `config.window` a window's.
+      config: of the run, or of the first of several.
+      scoring: that of `config`.
+    """
+
+    def __init__(self, predict: Callable[[np.ndarray], np.ndarray], config: ConfigDict):
+        self.predict, self.config = predict, config
+        self.scoring = Scoring(config.upsample, config.largest_component)
+
+    @classmethod
+    def restore(
+        cls,
+        workdirs: str | os.PathLike | Sequence[str | os.PathLike],
+        options: Mapping[str, Any] | None = None,
+    ) -> "Predictor":
+        """The best checkpoint of a run, or of several that predict together.
+
+        `options` such as {'inference': 'both', 'upsample': 'nearest', 'largest_component': True}
+        replace those of the first run, which hold for all.
+
+        Raises:
+          UserError: no run, no validated checkpoint, an unknown option, or runs on different data.
+        """
+        workdirs = [workdirs] if isinstance(workdirs, str | os.PathLike) else workdirs
+        methods, states = [], []
+        for workdir in map(folder, map(str, workdirs)):
+            method, state = restore_run(workdir, options)
+            options = prediction_options(method.config)
+            methods.append(method)
+            states.append(state)
+            for field in cache.OPTIONS:
+                if method.config.data[field] != methods[0].config.data[field]:
+                    raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field}")
+        return make_predictor(*methods)(*states)
+
+    def scores(self, array: np.ndarray) -> np.ndarray:
+        """Scores of classes float32 [D, size, size, C] on the training grid; the highest names the
+        class. Argument and errors are those of `segment`."""
+        slices, batch = self._to_grid(self.stack(array)), self.config.eval_batch
+        parts = (slices[i : i + batch] for i in range(0, len(slices), batch))
+        return np.concatenate([self._scores(part) for part in parts])
+
+    def segment(
+        self, array: np.ndarray, spacing: tuple[float, float, float] | None = None
+    ) -> np.ndarray:
+        """Labels of one scan: uint8 [D, H, W], 0 is the background.
+
+        Args:
+          array: intensities [C, D, H, W], or [D, H, W] of one channel, in the unit and orientation
+            of the run's scans; they are normalised as those were.
+          spacing: millimetres along D, H and W. Slices are resized to a square whatever it is.
+
+        Raises:
+          UserError: other axes or channels, or a voxel that is no number.
+        """
+        ((_, (label,)),) = self.labels([(None, self.stack(array))], self.scoring)
+        return label
+
+    def stack(self, array: np.ndarray, source: Any = "the array") -> np.ndarray:
+        """Intensities -> the uint16 [C, D, H, W] that `labels` takes, each channel normalised on
+        its own; `source` is named in errors."""
+        data, image = self.config.data, np.asarray(array)
+        image = image[None] if image.ndim == 3 else image
+        if image.ndim != 4 or len(image) != data.channels:
+            raise UserError(
+                f"{source} has shape {np.shape(array)}; volumes are [{data.channels}, D, H, W]"
+            )
+        channels = (normalise(finite(channel, source), data.normalise) for channel in image)
+        return cache.quantise(np.stack(list(channels)))
+
+    def labels(
+        self, stacks: Iterable[tuple[Any, np.ndarray]], *scorings: Scoring
+    ) -> Iterator[tuple[Any, tuple[np.ndarray, ...]]]:
+        """Segments volumes, slices of all of them batched to one fixed shape.
+
+        Args:
+          stacks: pairs of a name, which may be anything, and uint16 [C, D, H, W] on a grid of its
+            own.
+          scorings: how labels are made of the scores; the scores are computed once for all.
+
+        Yields:
+          For each volume in order its name and, by each scoring, uint8 labels [D, H, W] on its own
+          grid.
+        """
+        begun: deque[_Volume] = deque()
+
+        def slices():
+            for name, stack in stacks:
+                volume = _Volume(name, [np.empty(stack.shape[1:], np.uint8) for _ in scorings])
+                begun.append(volume)
+                for i, image in enumerate(self._to_grid(stack)):
+                    yield volume, i, image
+
+        waiting = slices()
+        while part := list(itertools.islice(waiting, self.config.eval_batch)):
+            scores = self._scores(np.stack([image for *_, image in part]))
+            for (volume, i, _), of_slice in zip(part, scores, strict=True):
+                volume.fill(i, of_slice, scorings)
+            while begun and begun[0].todo == 0:
+                volume = begun.popleft()
+                yield volume.name, volume.cleaned(scorings, len(self.config.data.classes))
+
+    def _to_grid(self, stack):
+        """[C, D, H, W] -> the slices as the network takes them, [D, size, size, C]."""
+        size = self.config.data.size
+        return np.moveaxis(resize(stack, size, size), 0, -1)
+
+    def _scores(self, slices):
+        """Of a batch, or less."""
+        window = self.config.window
+        padding = [(0, self.config.eval_batch - len(slices)), *[(0, 0)] * (slices.ndim - 1)]
+        padded = np.pad(slices, padding)
+        if 0 < window < self.config.data.size:
+            return windows.blend(self.predict, padded, (window, window))[: len(slices)]
+        return self.predict(padded)[: len(slices)]
+
+
+class _Volume:
+    """Labels [D, H, W] by each scoring, and how many slices are not in them yet."""
+
+    def __init__(self, name, labels):
+        self.name, self.labels, self.todo = name, labels, len(labels[0])
+
+    def fill(self, i, scores, scorings):
+        """Slice `i`, of its scores [size, size, C]."""
+        for label, scoring in zip(self.labels, scorings, strict=True):
+            height, width = label.shape[1:]
+            if scoring.upsample == "linear":
+                label[i] = likeliest(scores[None], height, width)[0]
+            else:
+                coarse = np.argmax(scores, -1).astype(np.uint8)
+                label[i] = resize(coarse[None], height, width)[0]
+        self.todo -= 1
+
+    def cleaned(self, scorings, num_targets):
+        return tuple(
+            keep_largest(label, num_targets) if scoring.largest_component else label
+            for label, scoring in zip(self.labels, scorings, strict=True)
+        )
+
+
+def restore_run(
+    workdir: pathlib.Path, options: Mapping[str, Any] | None = None
+) -> tuple[Method, TrainState]:
+    """A run and its best checkpoint, on the devices of this process; `options` replace its own."""
+    method = load_run(workdir, options)
+    like = abstract_state(
+        method, optimizers.make_optimizer(method.config)[0], method.config, devices.local_mesh()
+    )
+    checkpoints = Checkpoints(workdir, read_only=True)
+    state = checkpoints.restore_best(like)
+    checkpoints.close()
+    return method, state
+
+
+def load_run(workdir: pathlib.Path, options: Mapping[str, Any] | None = None) -> Method:
+    """The method of a run, without its weights."""
+    config, _ = run_folder.load(workdir)
+    if unknown := set(options or {}) - set(run_folder.PREDICTION):
+        known = ", ".join(run_folder.PREDICTION)
+        raise UserError(f"unknown option {min(unknown)!r} of prediction; there are: {known}")
+    config.update(options or {})
+    method = make_method(FrozenConfigDict(config))
+    check(config, method)
+    return method
+
+
+def make_predictor(*methods: Method) -> Callable[..., Predictor]:
+    """Compiles states -> `Predictor` for this process's devices.
+
+    The predictions of several methods, a state each, are combined as the first's config says.
+    """
+    mesh, config = devices.local_mesh(), methods[0].config
+
+    def predict(states, slices):
+        image = to_image(slices)
+        probs = [m.predict(state, image) for m, state in zip(methods, states, strict=True)]
+        return combine(jnp.concatenate(probs), config.combine)
+
+    compiled = devices.jit(predict, mesh)
+
+    def with_states(*states):
+        states = devices.localise(mesh, states)
+
+        def run(slices):
+            padding = [(0, -len(slices) % mesh.size), *[(0, 0)] * (slices.ndim - 1)]
+            batch = devices.put_batch(mesh, np.pad(slices, padding))
+            return np.asarray(compiled(states, batch))[: len(slices)]
+
+        return Predictor(run, config)
+
+    return with_states
 
 
 def combine(probs: jax.Array, how: str) -> jax.Array:
@@ -48,89 +263,19 @@ def combine(probs: jax.Array, how: str) -> jax.Array:
     return scores
 
 
-def make_predict(*methods: Method) -> Callable[..., Predict]:
-    """Compiles states -> `Predict` for this process's devices.
-
-    The predictions of several methods, a state each, are combined as the first's config says.
-    """
-    mesh, config = devices.local_mesh(), methods[0].config
-
-    def predict(states, slices):
-        image = to_image(slices)
-        probs = [m.predict(state, image) for m, state in zip(methods, states, strict=True)]
-        return combine(jnp.concatenate(probs), config.combine)
-
-    compiled = devices.jit(predict, mesh)
-
-    def with_states(*states):
-        states = devices.localise(mesh, states)
-
-        def run(slices):
-            padded = np.pad(slices, ((0, -len(slices) % mesh.size), (0, 0), (0, 0), (0, 0)))
-            return np.asarray(compiled(states, devices.put_batch(mesh, padded)))[: len(slices)]
-
-        return run
-
-    return with_states
-
-
-def segment(
-    predict: Predict, stacks: Iterable[np.ndarray], config: Any, *scorings: Scoring
-) -> Iterator[tuple[np.ndarray, ...]]:
-    """Segments volumes, slices of all of them batched to one fixed shape.
-
-    Args:
-      stacks: uint16 [C, D, H, W], each on its own grid.
-      scorings: how labels are made of the scores; the scores are computed once for all.
-
-    Yields:
-      For each volume in order, uint8 labels [D, H, W] on its own grid by each scoring.
-    """
-    size, batch = config.data.size, config.eval_batch
-    depths, grids, done = deque(), deque(), deque()  # of volumes, of slices to do, labels of slices
-    todo = np.empty((0, size, size, config.data.channels), np.uint16)
-
-    def run(count):
-        nonlocal todo
-        part, todo = todo[:count], todo[count:]
-        padded = np.pad(part, ((0, batch - len(part)), (0, 0), (0, 0), (0, 0)))
-        for scores in predict(padded)[: len(part)]:
-            done.append([_on_grid(scores, s.upsample, *grids[0]) for s in scorings])
-            grids.popleft()
-
-    def finished():
-        while depths and len(done) >= depths[0]:
-            slices = [done.popleft() for _ in range(depths.popleft())]
-            labels = map(np.stack, zip(*slices, strict=True))
-            yield tuple(
-                keep_largest(label, len(config.data.classes)) if s.largest_component else label
-                for label, s in zip(labels, scorings, strict=True)
-            )
-
-    for stack in stacks:
-        _, depth, *grid = stack.shape
-        depths.append(depth)
-        grids.extend([grid] * depth)
-        todo = np.concatenate([todo, np.moveaxis(resize(stack, size, size), 0, -1)])
-        while len(todo) >= batch:
-            run(batch)
-        yield from finished()
-    if len(todo):
-        run(len(todo))
-    yield from finished()
-
-
-def _on_grid(scores, upsample, height, width):
-    if upsample == "linear":
-        return likeliest(scores[None], height, width)[0]
-    return resize(np.argmax(scores, -1).astype(np.uint8)[None], height, width)[0]
-
-
-def scoring(config: Any) -> Scoring:
-    """That of `config`."""
-    return Scoring(config.upsample, config.largest_component)
-
-
-def prediction_options(config: Any) -> dict[str, Any]:
+def prediction_options(config: ConfigDict) -> dict[str, Any]:
     """Those fields of `config` that say how a trained network predicts."""
     return {name: config[name] for name in run_folder.PREDICTION}
+
+
+def check(config: ConfigDict, method: Method) -> None:
+    """Raises UserError where an option of prediction has a value that can not be."""
+    for name, known in CHOICES.items():
+        if config[name] not in known:
+            known = ", ".join(known)
+            raise UserError(f"unknown {name} {config[name]!r}; there are: {known}")
+    if config.inference != "generalist" and not method.specialists:
+        raise UserError(f"inference={config.inference}: {config.method.name} trains no specialists")
+    stride = network.stride(config)
+    if config.window < 0 or config.window % stride:
+        raise UserError(f"window={config.window} does not divide by {stride}; 0: whole slices")

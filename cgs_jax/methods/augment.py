@@ -9,6 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from cgs_jax.data.cache import LEVELS
+
+
+def to_image(slices: jax.Array) -> jax.Array:
+    """uint16 [B, H, W] -> float32 [B, H, W, 1] in [0, 1]."""
+    return slices[..., None].astype(jnp.float32) / LEVELS
+
 
 def weak(
     key: jax.Array, image: jax.Array, label: jax.Array | None, config: ConfigDict

@@ -60,12 +60,10 @@ class Method:
       unlabelled: whether batches hold unlabelled images.
       specialists: whether the network has specialist heads.
       draws: batches of `config.batch` that one step takes.
-      start: variables to start from, None to draw them.
     """
 
     unlabelled = True
     draws = 1
-    start: Any = None
 
     def __init__(self, config: ConfigDict, specialists: bool = False):
         """`specialists`: with them, though the method alone has none."""
@@ -83,7 +81,7 @@ class Method:
 
     def init(self, key: jax.Array, image: jax.Array) -> tuple[Any, Any, Any]:
         """Returns (params, model_state, extra) for images shaped as `image` [1, H, W, C]."""
-        variables = self.start or self.network.init(key, image, train=False)
+        variables = self.network.init(key, image, train=False)
         return variables["params"], {"batch_stats": variables["batch_stats"]}, {}
 
     def views(self, batch: Batch, key: jax.Array) -> Batch:

@@ -9,6 +9,9 @@ from ml_collections import ConfigDict
 
 from cgs_jax.models.heads import Generalist, Pyramid, Specialists
 from cgs_jax.runtime.by_name import load_by_name
+from cgs_jax.runtime.errors import UserError
+
+CHOICES = {"dtype": ("float32", "bfloat16"), "head_classes": (2, 3)}
 
 
 class Outputs(NamedTuple):
@@ -54,12 +57,12 @@ class Network(nn.Module):
 def build(config: ConfigDict, specialists: bool, pyramid: bool = False) -> Network:
     """Network of `config.model`, with one specialist per organ of `config.data.classes`."""
     options = dict(config.model.items())
-    name, dtype = options.pop("name"), options.pop("dtype")
+    dtype = options.pop("dtype")
     heads = {"num_classes": options.pop("head_classes"), "depth": options.pop("head_depth")}
     heads["num_targets"] = len(config.data.classes)
-    del options["weights"]
+    del options["name"], options["weights"]
     options["lanes"] = options["lanes"] or (128 if jax.default_backend() == "tpu" else 1)
-    module = load_by_name("cgs_jax.models", name, "model")
+    module = _backbone(config)
     return Network(
         backbone=lambda **kw: module.Backbone(**options, **kw),
         num_classes=len(config.data.classes) + 1,
@@ -67,3 +70,23 @@ def build(config: ConfigDict, specialists: bool, pyramid: bool = False) -> Netwo
         pyramid=pyramid,
         dtype=dtype,
     )
+
+
+def stride(config: ConfigDict) -> int:
+    """What the sides of images must divide by."""
+    return _backbone(config).stride(config.model)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises UserError where an option of `config.model` has a value that can not be."""
+    _backbone(config).check(config.model, config.data.size)
+    for name, known in CHOICES.items():
+        if (value := config.model[name]) not in known:
+            known = ", ".join(map(str, known))
+            raise UserError(f"unknown model.{name} {value!r}; there are: {known}")
+    if config.model.head_depth < 0:
+        raise UserError("model.head_depth must be at least 0")
+
+
+def _backbone(config):
+    return load_by_name("cgs_jax.models", config.model.name, "model")

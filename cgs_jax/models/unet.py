@@ -6,12 +6,14 @@ one (`torch_weights.py`).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from cgs_jax.models import packed
+from cgs_jax.runtime.errors import UserError
 
 MOMENTUM = 0.1  # share of each batch in the running statistics of batch norm
 
@@ -174,3 +176,20 @@ class Backbone(nn.Module):
             x = ConvBlock(width, pack, name=f"up{i}")(skips[level], x, train=train)
             maps.append((x, pack))
         return maps
+
+
+def stride(model: Any) -> int:
+    """What the sides of images must divide by."""
+    return 2 ** (len(model.channels) - 1)
+
+
+def check(model: Any, size: int) -> None:
+    """Raises UserError where the options of `config.model` can not be, or images of `size`."""
+    if len(model.channels) < 2:
+        raise UserError("model.channels needs at least 2 levels")
+    if size % stride(model):
+        raise UserError(f"data.size={size} does not divide by {stride(model)}")
+    if len(model.dropout) != len(model.channels):
+        raise UserError("model.dropout and model.channels must have the same length")
+    if not all(0 <= rate <= 0.9 for rate in model.dropout):
+        raise UserError(f"model.dropout={model.dropout}: rates are between 0 and 0.9")

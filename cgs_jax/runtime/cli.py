@@ -1,5 +1,6 @@
 """What the command lines share: flags, the compilation cache, and errors as one line."""
 
+import errno
 import inspect
 import logging
 import os
@@ -16,9 +17,13 @@ from absl import logging as absl_logging
 from cgs_jax.runtime import processes
 from cgs_jax.runtime.errors import UserError
 
+# What a user can do something about: the disk is full or read-only, permissions, a missing file.
+MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
 
-def cli(main: Callable[[list[str]], None]) -> None:
-    """Runs `main` with parsed flags; what the user can mend is one line and exit code 1."""
+
+def cli(main: Callable[[list[str]], None], takes_arguments: bool = False) -> None:
+    """Runs `main` on the arguments that are no flags, of which there are none unless it
+    `takes_arguments`; what the user can mend is one line and exit code 1."""
     # Compilation takes most of a minute; later starts take it from here.
     cache = pathlib.Path.home() / ".cache" / "cgs_jax" / "xla"
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -28,8 +33,10 @@ def cli(main: Callable[[list[str]], None]) -> None:
         signal.signal(name, signal.default_int_handler)
     _quieten_libraries()
     app.define_help_flags()
+    if "traceback" not in flags.FLAGS:
+        flags.DEFINE_boolean("traceback", False, "show where in the code an error arose")
     try:
-        arguments = flags.FLAGS(sys.argv)
+        _, *arguments = flags.FLAGS(sys.argv)
     except flags.Error as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # An error inside the config file arrives as its traceback: the last line says what it is.
@@ -38,12 +45,12 @@ def cli(main: Callable[[list[str]], None]) -> None:
         sys.exit(f"error: unknown config field: {' '.join(str(error.args[0]).split())}")
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    if len(arguments) > 1:
-        sys.exit(f"error: unexpected argument {arguments[1]!r}; options begin with --")
+    if arguments and not takes_arguments:
+        sys.exit(f"error: unexpected argument {arguments[0]!r}; options begin with --")
     try:
         main(arguments)
     except (Exception, KeyboardInterrupt) as error:
-        line = _explain(error)
+        line = "" if flags.FLAGS.traceback else _explain(error)
         processes.leave(line)
         if not line:
             raise
@@ -94,7 +101,7 @@ def _explain(error: BaseException) -> str:
             f"error: another process is lost ({reason}); the same command in all processes goes on "
             "from the last checkpoint"
         )
-    if isinstance(error, OSError):  # disk full, permissions, ...
+    if isinstance(error, OSError) and error.errno in MENDABLE:
         where = f": {error.filename}" if error.filename else ""
         return "error: " + " ".join(f"{error.strerror or error}{where}".split())
     return ""

@@ -8,16 +8,16 @@ import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from cgs_jax.data.case_lists import Splits
-from cgs_jax.methods.cgs import TERMS
 from cgs_jax.runtime import processes
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import is_remote, to_json, write_text
 
 # How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
-PREDICTION = ("inference", "combine", "upsample", "largest_component")
+PREDICTION = ("inference", "combine", "window", "upsample", "largest_component")
 
 
 # What may differ between two starts of one run: places, devices, and how to look at it. Not
@@ -34,31 +34,6 @@ FREE = (
     "mesh.space",
     "mesh.shard_params",
 )
-
-
-# What runs had before there was a field for it.
-BEFORE = {"model.dtype": "float32", "model.lanes": 0, "model.head_classes": 3}
-
-
-BEFORE |= {"model.head_depth": 1}
-
-
-BEFORE |= {"mesh.data": -1, "mesh.space": 1, "mesh.shard_params": 0, "combine": "average"}
-
-
-BEFORE |= {"upsample": "nearest", "largest_component": False}
-
-
-BEFORE |= {"pseudo_slices": 64, "test": True, "data.split_seed": 0, "data.channels": 1}
-
-
-BEFORE_CGS = {"method.copy_paste": 0.0}
-
-
-BEFORE_CGS |= {"method.teacher": "train", "method.cutmix": 1.0, "method.ihed": True}
-
-
-BEFORE_CGS |= {"method.terms": TERMS}
 
 
 @contextlib.contextmanager
@@ -109,14 +84,6 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
         config = ConfigDict(json.loads(config, object_hook=_tuples))
         if not {"data", "model", "method", "total_steps"} <= set(config):
             raise ValueError("config.json lacks fields")
-        before = BEFORE | (BEFORE_CGS if config.method.name == "cgs" else {})
-        for name, value in before.items():
-            *section, field = name.split(".")
-            part = config
-            for step in section:
-                part[step] = part.get(step, ConfigDict())
-                part = part[step]
-            part[field] = part.get(field, value)
         return config, splits
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} holds no run: no {error.filename}") from None
@@ -138,7 +105,7 @@ def check_same(
 ) -> None:
     """Raises UserError where `config` would go on with a run that was trained otherwise, `free`
     fields aside."""
-    saved, now = flatten(saved.to_dict()), flatten(config.to_dict())
+    saved, now = flatten(saved), flatten(config)
     for name in sorted(saved.keys() | now.keys()):
         if name not in free and saved.get(name) != now.get(name):
             raise UserError(
@@ -147,11 +114,6 @@ def check_same(
             )
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= (
-            flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """{'data.size': 256, ...}."""
+    return flatten_dict(config.to_dict(), sep=".")

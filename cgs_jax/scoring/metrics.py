@@ -11,7 +11,14 @@ from scipy import ndimage
 OVERLAP = ("dice", "jaccard")
 
 
-SURFACE = ("hd95", "asd", "hd95_mm", "asd_mm")
+HEADINGS = {
+    "dice": "Dice %",
+    "jaccard": "Jaccard %",
+    "hd95": "95HD vox",
+    "asd": "ASD vox",
+    "hd95_mm": "95HD mm",
+    "asd_mm": "ASD mm",
+}
 
 
 ABSENT_IN_ONE = {"hd95": 50.0, "asd": 10.0}  # the literature's penalty, in either unit

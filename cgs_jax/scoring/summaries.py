@@ -1,6 +1,8 @@
 """Volumes -> slices -> prediction -> volumes -> scores per case and organ."""
 
+import json
 import os
+import pathlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,8 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from cgs_jax.data.cache import Prepared
-from cgs_jax.inference.predictor import LITERATURE, Predict, Scoring, scoring, segment
+from cgs_jax.inference.predictor import LITERATURE, Predictor, Scoring
 from cgs_jax.runtime import processes
+from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import metrics
 
 SPLITS = {
@@ -25,31 +28,39 @@ SPLITS = {
 Results = dict[str, dict[str, dict[str, float]]]  # case -> organ -> metric -> value
 
 
+def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
+    """summary.json of a run.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    path = workdir / "summary.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"no whole {path}; {workdir} has not finished") from None
+
+
 def evaluate(
-    predict: Predict,
-    prepared: Prepared,
-    cases: list[str],
-    config: Any,
-    surface: bool,
-    *scorings: Scoring,
+    predictor: Predictor, prepared: Prepared, cases: list[str], surface: bool, *scorings: Scoring
 ) -> list[Results]:
     """Scores `cases`, dealt over the processes, by each scoring; without `surface` only the overlap
     metrics."""
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
-    volumes = [prepared.volume(case) for case in cases]
-    stacks = (volume.image for volume in volumes)
-    labels = segment(predict, stacks, config, *scorings)
+    volumes = {case: prepared.volume(case) for case in cases}
+    stacks = ((case, volume.image) for case, volume in volumes.items())
+    labels = predictor.labels(stacks, *scorings)
     labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
     futures = {}
     # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
     # at most, for each takes 45 bytes a voxel of the box around its organ.
     pool = ThreadPoolExecutor(min(8, os.cpu_count()))
     try:
-        for case, volume, by_scoring in zip(cases, volumes, labels, strict=True):
-            truth = np.asarray(volume.label)
+        for case, by_scoring in labels:
+            truth, spacing = np.asarray(volumes[case].label), volumes[case].spacing
             for which, label in enumerate(by_scoring):
-                for i, organ in enumerate(config.data.classes, 1):
-                    task = (label, truth, i, volume.spacing, surface)
+                for i, organ in enumerate(predictor.config.data.classes, 1):
+                    task = (label, truth, i, spacing, surface)
                     futures[which, case, organ] = pool.submit(_score, *task)
         results = [{case: {} for case in cases} for _ in scorings]
         for (which, case, organ), future in futures.items():
@@ -63,15 +74,15 @@ def evaluate(
     ]
 
 
-def score(predict: Predict, prepared: Prepared, config: Any) -> dict[str, Any]:
+def score(predictor: Predictor, prepared: Prepared) -> dict[str, Any]:
     """Summaries of all metrics: {'val': ..., 'test': ...}, or the first alone, and from the same
     predictions what the literature's scoring makes of them: 'val_literature', 'test_literature'."""
     splits = {"val": prepared.splits.val}
-    if config.test:
+    if predictor.config.test:
         splits["test"] = prepared.splits.test
     summaries = {}
     for name, cases in splits.items():
-        both = evaluate(predict, prepared, cases, config, True, scoring(config), LITERATURE)
+        both = evaluate(predictor, prepared, cases, True, predictor.scoring, LITERATURE)
         summaries[name], summaries[f"{name}_literature"] = map(summarise, both)
     return summaries
 
@@ -125,12 +136,10 @@ def mean(values: Iterable[float], statistic: Callable = np.mean) -> float:
 
 def table(summary: dict[str, Any]) -> str:
     """The means as text, an organ a line."""
-    head = {"dice": "Dice %", "jaccard": "Jaccard %", "hd95": "95HD vox", "asd": "ASD vox"}
-    head |= {"hd95_mm": "95HD mm", "asd_mm": "ASD mm"}
-    columns = [name for name in head if name in summary["mean"]]
+    columns = [name for name in metrics.HEADINGS if name in summary["mean"]]
     scale = {name: 100 if name in metrics.OVERLAP else 1 for name in columns}
     width = max(map(len, [*summary["organs"], "organ"]))
-    lines = [f"{'organ':<{width}}" + "".join(f"{head[c]:>11}" for c in columns)]
+    lines = [f"{'organ':<{width}}" + "".join(f"{metrics.HEADINGS[c]:>11}" for c in columns)]
     for organ, scores in summary["organs"].items():
         cells = (f"{scores[c]['mean'] * scale[c]:>11.2f}" for c in columns)
         undefined = max(scores[c]["undefined"] for c in columns)

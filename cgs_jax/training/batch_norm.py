@@ -26,7 +26,7 @@ def make_precise(config: ConfigDict, method: Method, dataset: grain.MapDataset, 
     """
     if not config.precise_bn:
         return lambda state: state
-    plain = config.copy_and_resolve_references()
+    plain = ConfigDict(config.to_dict())
     plain.model.dropout = (0.0,) * len(config.model.dropout)
     plain = make_method(plain)
 

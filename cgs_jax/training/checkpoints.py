@@ -39,7 +39,8 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        self._folder, self._read_only = workdir / "checkpoints", read_only
+        self._workdir, self._read_only = workdir, read_only
+        self._folder = workdir / "checkpoints"
         if not is_remote(workdir):
             self._folder = self._folder.resolve()
         if not read_only:
@@ -85,9 +86,16 @@ class Checkpoints:
         """
         return self._restore(lambda: self.latest, like)
 
-    def restore_best(self, like: TrainState) -> TrainState | None:
-        """Likewise, the one with the highest validation Dice."""
-        return self._restore(lambda: self.best, like)
+    def restore_best(self, like: TrainState) -> TrainState:
+        """Likewise, the one with the highest validation Dice.
+
+        Raises:
+          UserError: all are damaged, or there is none.
+        """
+        state = self._restore(lambda: self.best, like)
+        if state is None:
+            raise UserError(f"{self._workdir} holds no validated checkpoint; train first")
+        return state
 
     def _restore(self, choose, like):
         with self._writing():
@@ -121,8 +129,8 @@ class Checkpoints:
         if damage := next(filter(None, processes.gather(damage)), ""):
             return None, damage
         saved = self._manager.metrics(step) or {}
-        if "checksum" in saved and saved["checksum"] != _checksum_with(state, saved["dice"]):
-            return None, "its checksum differs"  # older runs have none
+        if saved.get("checksum") != _checksum_with(state, saved.get("dice", NOT_VALIDATED)):
+            return None, "its checksum differs"
         return state, ""
 
     def _set_aside(self, step, damage):

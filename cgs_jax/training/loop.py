@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cgs_jax.analysis import pseudo_label_quality
 from cgs_jax.data import streams
 from cgs_jax.data.cache import Prepared
-from cgs_jax.inference import predictor
+from cgs_jax.inference.predictor import Predictor, make_predictor
 from cgs_jax.methods.base import Method
 from cgs_jax.runtime import devices, processes, run_folder
 from cgs_jax.runtime.errors import UserError
@@ -27,13 +27,7 @@ from cgs_jax.training import optimizers
 from cgs_jax.training.batch_norm import make_precise
 from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.train_state import Metrics, TrainState
-from cgs_jax.training.train_step import (
-    abstract_state,
-    init_state,
-    make_train_step,
-    seed_of,
-    start_from_weights,
-)
+from cgs_jax.training.train_step import abstract_state, init_state, make_train_step, seed_of
 
 RESULTS = ("summary.json", "report.html")  # what a finished run has, written in this order
 
@@ -60,7 +54,6 @@ def train(
     optimizer, schedule = optimizers.make_optimizer(config)
     state = checkpoints.restore_latest(abstract_state(method, optimizer, config, mesh))
     if state is None:
-        start_from_weights(method, config)
         state = init_state(method, optimizer, config, mesh)
     start = int(state.step)
     if start:
@@ -76,7 +69,7 @@ def train(
 
     batches = device_batches(config, method, prepared, mesh, start)
     train_step = make_train_step(method, optimizer, config, mesh)
-    predict = predictor.make_predict(method)
+    predictor = make_predictor(method)
     measure = pseudo_label_quality.make_measure(config, method, prepared)
     zero_before = set()
     progress = tqdm(
@@ -100,7 +93,7 @@ def train(
                 writer.publish(step)
                 checkpoints.save(state)
                 return False
-            scores = validate(predict(state), prepared, config) | measure(state)
+            scores = validate(predictor(state), prepared) | measure(state)
             writer.write(step, scores)
             writer.publish(step)
             organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
@@ -162,23 +155,10 @@ def _validates(step: int, config: ConfigDict) -> bool:
     return step % config.eval_every == 0 or step == config.total_steps
 
 
-def restore_best(
-    config: ConfigDict, method: Method, checkpoints: Checkpoints, workdir: pathlib.Path, mesh: Mesh
-) -> TrainState:
-    """The state with the best validation Dice."""
-    optimizer, _ = optimizers.make_optimizer(config)
-    state = checkpoints.restore_best(abstract_state(method, optimizer, config, mesh))
-    if state is None:
-        raise UserError(f"{workdir} holds no validated checkpoint; train first")
-    return state
-
-
-def validate(
-    predict: predictor.Predict, prepared: Prepared, config: ConfigDict
-) -> dict[str, float]:
+def validate(predictor: Predictor, prepared: Prepared) -> dict[str, float]:
     """Mean validation Dice (%) by organ, 'val/<organ>', and of all, 'val/dice'."""
-    cases, scoring = prepared.splits.val, predictor.scoring(config)
-    (results,) = summaries.evaluate(predict, prepared, cases, config, False, scoring)
+    cases, scoring = prepared.splits.val, predictor.scoring
+    (results,) = summaries.evaluate(predictor, prepared, cases, False, scoring)
     summary = summaries.summarise(results)
     scores = {f"val/{o}": 100 * s["dice"]["mean"] for o, s in summary["organs"].items()}
     return scores | {"val/dice": 100 * float(np.nan_to_num(summary["mean"]["dice"]))}

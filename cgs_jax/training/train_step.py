@@ -1,6 +1,5 @@
 """The training step: state and batch of a step -> the next state, one compiled program."""
 
-import operator
 from typing import Any
 
 import jax
@@ -11,86 +10,64 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cgs_jax.data import patches
-from cgs_jax.inference import predictor
-from cgs_jax.methods import cgs
+from cgs_jax.methods import augment, cgs
 from cgs_jax.methods.base import Method
 from cgs_jax.models import torch_weights
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.by_name import load_by_name
-from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.train_state import Metrics, TrainState
-
-CHOICES = {
-    "inference": ("both", "generalist", "specialists"),
-    "combine": ("average", "confidence", "vote"),
-    "upsample": ("linear", "nearest"),
-    "model.dtype": ("float32", "bfloat16"),
-    "model.head_classes": (2, 3),
-}
 
 
 def make_method(config: ConfigDict) -> Method:
-    """The method of `config.method.name`.
+    """The method of `config.method.name`; other options are checked by `resolve`.
 
     Raises:
-      UserError: an option has a value that can not be.
+      UserError: there is no such method, or one of its options has a value that can not be.
     """
-    levels = len(config.model.channels)
-    if levels < 2:
-        raise UserError("model.channels needs at least 2 levels")
-    if config.data.size % 2 ** (levels - 1):
-        raise UserError(f"data.size={config.data.size} does not divide by {2 ** (levels - 1)}")
-    patches.check(config.data, 2 ** (levels - 1))
-    if len(config.model.dropout) != levels:
-        raise UserError("model.dropout and model.channels must have the same length")
-    for name, known in CHOICES.items():
-        value = operator.attrgetter(name)(config)
-        if value not in known:
-            raise UserError(f"unknown {name} {value!r}; there are: {', '.join(map(str, known))}")
-    if config.model.head_depth < 0:
-        raise UserError("model.head_depth must be at least 0")
     module = load_by_name("cgs_jax.methods", config.method.name, "method")
     if "cgs" in config:
-        method = cgs.Over(module.Method(config, specialists=True))
-    else:
-        method = module.Method(config)
-    if config.inference != "generalist" and not method.specialists:
-        raise UserError(f"inference={config.inference}: {config.method.name} trains no specialists")
-    at_least_one = ["log_every", "eval_every", "eval_batch", "batch.labelled"]
-    for name in at_least_one + ["batch.unlabelled"] * method.unlabelled:
-        if operator.attrgetter(name)(config) < 1:
-            raise UserError(f"{name} must be at least 1")
-    if config.precise_bn < 0:
-        raise UserError("precise_bn must be at least 0")
-    if config.total_steps < 0:
-        raise UserError("total_steps must be at least 0")
-    if not 0 <= config.seed < 2**32:
-        raise UserError("seed must be between 0 and 2**32 - 1")
-    if not all(0 <= rate <= 0.9 for rate in config.model.dropout):
-        raise UserError(f"model.dropout={config.model.dropout}: rates are between 0 and 0.9")
-    if not 0 <= config.augment.degrees <= 90:
-        raise UserError(f"augment.degrees={config.augment.degrees} must be between 0 and 90")
-    return method
-
-
-def start_from_weights(method: Method, config: ConfigDict) -> None:
-    """Lets `method` start from the PyTorch-named weights of `config.model.weights`, if any."""
-    if config.model.weights:
-        if method.specialists and config.model.head_depth != 1:
-            raise UserError("model.weights: PyTorch's specialists have model.head_depth=1")
-        image = jnp.zeros((1, config.data.size, config.data.size, config.data.channels))
-        variables = jax.jit(method.network.init)(jax.random.key(0), image)
-        weights = torch_weights.read(config.model.weights)
-        method.start = torch_weights.from_torch(weights, variables, config.model.weights)
+        return cgs.Over(module.Method(config, specialists=True))
+    return module.Method(config)
 
 
 def init_state(
     method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> TrainState:
-    """A fresh state, made on the devices."""
+    """A fresh state, made on the devices; its networks, and averages of them, have the weights of
+    `config.model.weights` where that names any.
+
+    Raises:
+      UserError: those can not be read, or do not fit.
+    """
     init, key = _init(method, optimizer, config), jax.random.key(config.seed)
     shardings = devices.of_state(mesh, jax.eval_shape(init, key), config.mesh.shard_params)
-    return jax.jit(init, out_shardings=shardings)(key)
+    start = starting_weights(method, config) if config.model.weights else ()
+    return jax.jit(lambda key: with_weights(init(key), *start), out_shardings=shardings)(key)
+
+
+def starting_weights(method: Method, config: ConfigDict) -> tuple[Any, Any]:
+    """(params, model_state) of the PyTorch-named weights of `config.model.weights`."""
+    source, image = config.model.weights, jnp.zeros((1, config.data.size, config.data.size, 1))
+    variables = jax.jit(method.network.init)(jax.random.key(0), image)
+    loaded = torch_weights.from_torch(torch_weights.read(source), variables, source)
+    return loaded["params"], {"batch_stats": loaded["batch_stats"]}
+
+
+def with_weights(state: TrainState, *trees: Any) -> TrainState:
+    """`state`, in which whatever is shaped as one of `trees`, but for the optimiser's, has its
+    values, each of its own buffers."""
+    structures = [jax.tree.structure(tree) for tree in trees]
+
+    def swap(own):
+        structure = jax.tree.structure(own)
+        if structure not in structures:
+            return own
+        return jax.tree.map(jnp.copy, trees[structures.index(structure)])
+
+    parts = (state.params, state.model_state, state.extra)
+    like = lambda tree: jax.tree.structure(tree) in structures  # noqa: E731
+    params, model_state, extra = jax.tree.map(swap, parts, is_leaf=like)
+    return state.replace(params=params, model_state=model_state, extra=extra)
 
 
 def abstract_state(
@@ -154,7 +131,7 @@ def step_keys(seed, step):
 
 
 def make_views(method, mesh, batch, key):
-    batch = {k: v | {"image": predictor.to_image(v["image"])} for k, v in batch.items()}
+    batch = {k: v | {"image": augment.to_image(v["image"])} for k, v in batch.items()}
     return devices.split_rows(mesh, method.views(batch, key))
 
 

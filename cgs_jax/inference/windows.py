@@ -1,0 +1,58 @@
+"""Images that are too large for the network at once: overlapping windows, all of one shape.
+
+Neighbours overlap by half. Each counts most at its centre, by a Gaussian: there the network sees
+all around (as nnU-Net does, Isensee et al., Nature Methods 2021). Any number of axes will do.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+
+def blend(
+    predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, window: Sequence[int]
+) -> np.ndarray:
+    """Scores [B, *S, C] of images [B, *S, ...], as weighted means over the windows.
+
+    Args:
+      predict: [B, *window, ...] -> float [B, *window, C]; it is only asked for this one shape.
+      window: pixels along each axis of S. Where an image has fewer, it is padded with its edge.
+    """
+    shape = images.shape[1 : 1 + len(window)]
+    missing = [max(w - n, 0) for w, n in zip(window, shape, strict=True)]
+    trailing = images.ndim - 1 - len(window)
+    padding = [(0, 0), *((0, m) for m in missing), *[(0, 0)] * trailing]
+    images = np.pad(images, padding, "edge")
+    total = 0.0
+    for place, weights in placed(images.shape[1 : 1 + len(window)], window):
+        scores = np.asarray(predict(images[:, *place]))
+        if np.isscalar(total):
+            total = np.zeros((*images.shape[: 1 + len(window)], scores.shape[-1]), scores.dtype)
+        total[:, *place] += weights[..., None].astype(scores.dtype) * scores
+    return total[:, *(slice(n) for n in shape)]
+
+
+def placed(
+    shape: Sequence[int], window: Sequence[int]
+) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+    """Where the windows of an image of `shape`, at least as large, lie, and the weights [*window]
+    of their pixels. At every pixel the weights of all windows sum to 1."""
+    along = [list(_along(n, w)) for n, w in zip(shape, window, strict=True)]
+    for parts in itertools.product(*along):
+        places, weights = zip(*parts, strict=True)
+        yield places, functools.reduce(np.multiply, np.ix_(*weights))
+
+
+def _along(size, window):
+    """Places and weights [window] of the windows along one axis, evenly spread."""
+    steps = -(-2 * (size - window) // window)  # of half a window at most
+    starts = np.linspace(0, size - window, steps + 1).round().astype(int)
+    gaussian = np.exp(-0.5 * ((np.arange(window) - (window - 1) / 2) / (window / 8)) ** 2)
+    total = np.zeros(size)
+    for start in starts:
+        total[start : start + window] += gaussian
+    for start in starts:
+        place = slice(int(start), int(start) + window)
+        yield place, gaussian / total[place]

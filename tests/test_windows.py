@@ -1,0 +1,68 @@
+"""Overlapping windows against the whole image, in two and in three dimensions."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from cgs_jax.inference import windows
+from cgs_jax.inference.predictor import Predictor
+
+
+def says(seen):
+    """Class scores that are functions of the pixel."""
+
+    def predict(images):
+        seen.add(images.shape)
+        x = images.astype(np.float32)
+        return np.stack([np.tanh(x / 99), np.cos(x), x**2 / 1000], -1)
+
+    return predict
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        ((37, 23), (8, 8)),
+        ((16, 9), (16, 8)),
+        ((7, 30), (8, 10)),  # smaller than the window along an axis
+        ((11, 13, 17), (5, 8, 6)),
+        ((3, 20, 8), (4, 8, 8)),
+    ],
+)
+def test_windows_equal_the_whole(shape, window):
+    images, seen = np.random.default_rng(0).integers(0, 99, (2, *shape)), set()
+    scores = windows.blend(says(seen), images, window)
+    np.testing.assert_allclose(scores, says(set())(images), rtol=1e-5, atol=1e-6)
+    assert scores.dtype == np.float32
+    assert seen == {(2, *window)}
+
+
+@pytest.mark.parametrize(("shape", "window"), [((37, 24), (8, 24)), ((11, 13, 17), (5, 8, 6))])
+def test_weights_sum_to_one(shape, window):
+    """Windows follow each other by half of their side at most, and count most at their centre."""
+    total, corners = np.zeros(shape), []
+    for place, weights in windows.placed(shape, window):
+        assert weights.shape == total[place].shape == window
+        assert (weights > 0).all()
+        total[place] += weights
+        corners.append([part.start for part in place])
+    np.testing.assert_allclose(total, 1, rtol=1e-12)
+    for axis, side in enumerate(window):
+        starts = sorted({corner[axis] for corner in corners})
+        assert np.diff(starts).max(initial=0) <= -(-side // 2)
+    (*_, (_, inner), _, _) = list(windows.placed((40,), (10,)))
+    assert inner.argmax() in (4, 5)
+    assert inner.max() > 100 * inner.min()
+
+
+def test_slices_that_fit_are_taken_whole():
+    config = ConfigDict({"data": {"size": 24, "classes": ("a", "b")}, "eval_batch": 3})
+    config.update(upsample="nearest", largest_component=False, window=0)
+    stack, labels = np.random.default_rng(0).integers(0, 99, (4, 30, 20), np.uint16), {}
+    for side, shapes in ((0, {(3, 24, 24)}), (24, {(3, 24, 24)}), (8, {(3, 8, 8)})):
+        config.window, seen = side, set()
+        predictor = Predictor(says(seen), config)
+        ((_, (labels[side],)),) = predictor.labels([("", stack)], predictor.scoring)
+        assert seen == shapes
+    np.testing.assert_array_equal(labels[0], labels[24])
+    np.testing.assert_array_equal(labels[0], labels[8])
