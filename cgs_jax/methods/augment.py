@@ -13,8 +13,8 @@ from cgs_jax.data.cache import LEVELS
 
 
 def to_image(slices: jax.Array) -> jax.Array:
-    """uint16 [B, H, W] -> float32 [B, H, W, 1] in [0, 1]."""
-    return slices[..., None].astype(jnp.float32) / LEVELS
+    """uint16 [B, H, W, C] -> float32 [B, H, W, C] in [0, 1]."""
+    return slices.astype(jnp.float32) / LEVELS
 
 
 def weak(
