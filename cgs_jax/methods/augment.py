@@ -96,11 +96,15 @@ def strong(key: jax.Array, image: jax.Array, config: ConfigDict) -> jax.Array:
             return jnp.clip(x * bright, 0, 1)
 
         def stretch(x):
-            mean = jnp.mean(x, (0, 1))
+            mean = jnp.mean(x)
             return jnp.clip(mean + contrast * (x - mean), 0, 1)
 
         order = jax.random.bernoulli(k_order)
-        jittered = jnp.where(order, stretch(brighten(x)), brighten(stretch(x)))
+        jittered = [
+            jnp.where(order, stretch(brighten(channel)), brighten(stretch(channel)))
+            for channel in jnp.split(x, x.shape[-1], -1)
+        ]
+        jittered = jnp.concatenate(jittered, -1)
         return jnp.where(jax.random.bernoulli(k_apply, config.jitter), jittered, x)
 
     return jax.vmap(one)(jax.random.split(key, image.shape[0]), image)
