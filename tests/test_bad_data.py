@@ -28,6 +28,7 @@ def test_bad_nnunet_descriptions(tmp_path):
 
 def test_bad_channels(tmp_path):
     config, root = nnunet_folder(tmp_path, channel_names={"0": "T1", "1": "T2"})
+    config.data.update(cache.from_files(config.data))
     path = root / "imagesTr" / "mine_003_0001.nii.gz"
     save(path, np.zeros((9, 8, 5), np.float32))
     with pytest.raises(UserError, match=r"mine_003_0001.nii.gz has shape \(9, 8, 5\), .*one grid"):

@@ -134,6 +134,7 @@ def test_other_splits_prepare_nothing(thorax, reads):
 
 def test_one_more_scan_prepares_only_that_one(tmp_path, reads):
     config, root = nnunet_folder(tmp_path)
+    config.data.update(cache.from_files(config.data))
     cache.prepare(config)
     assert len(reads) == 12
     save(root / "imagesTr" / "mine_100_0000.nii.gz", np.zeros((9, 8, 4), np.float32))
@@ -435,8 +436,9 @@ def test_channels_of_array_files(tmp_path):
 def test_channels_of_nnunet(tmp_path):
     """A file a channel; each is scaled on its own, and all move together."""
     config, root = nnunet_folder(tmp_path, channel_names={"0": "T1", "1": "T2"})
-    data = cache.prepare(config)
+    config.data.update(cache.from_files(config.data))
     assert config.data.channels == 2
+    data = cache.prepare(config)
     case = data.splits.labelled[0]
     volume = data.volume(case)
     for i, channel in enumerate(volume.image):

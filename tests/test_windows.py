@@ -61,8 +61,9 @@ def test_slices_that_fit_are_taken_whole():
     stack, labels = np.random.default_rng(0).integers(0, 99, (4, 30, 20), np.uint16), {}
     for side, shapes in ((0, {(3, 24, 24)}), (24, {(3, 24, 24)}), (8, {(3, 8, 8)})):
         config.window, seen = side, set()
-        predictor = Predictor(says(seen), config)
-        ((_, (labels[side],)),) = predictor.labels([("", stack)], predictor.scoring)
+        of_pixels = says(seen)
+        predictor = Predictor(lambda x, of_pixels=of_pixels: of_pixels(x[..., 0]), config)
+        ((_, (labels[side],)),) = predictor.labels([("", stack[None])], predictor.scoring)
         assert seen == shapes
     np.testing.assert_array_equal(labels[0], labels[24])
     np.testing.assert_array_equal(labels[0], labels[8])
