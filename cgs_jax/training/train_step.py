@@ -47,7 +47,8 @@ def init_state(
 
 def starting_weights(method: Method, config: ConfigDict) -> tuple[Any, Any]:
     """(params, model_state) of the PyTorch-named weights of `config.model.weights`."""
-    source, image = config.model.weights, jnp.zeros((1, config.data.size, config.data.size, 1))
+    source, size = config.model.weights, config.data.size
+    image = jnp.zeros((1, size, size, config.data.channels))
     variables = jax.jit(method.network.init)(jax.random.key(0), image)
     loaded = torch_weights.from_torch(torch_weights.read(source), variables, source)
     return loaded["params"], {"batch_stats": loaded["batch_stats"]}
