@@ -240,7 +240,7 @@ def test_labelled_slices_mix_with_their_labels():
     batch["labelled"]["image"] = augment.to_image(
         batch["labelled"]["label"][..., None] * np.uint16(20000)
     )
-    views = train_step.make_method(config).views(batch, jax.random.key(0))["labelled"]
+    views = jax.jit(train_step.make_method(config).views)(batch, jax.random.key(0))["labelled"]
     image, label = views["image"][..., 0], np.asarray(views["label"])
     np.testing.assert_allclose(image, label.astype(float) * 20000 / 65535, rtol=1e-5)
     before = batch["labelled"]["label"]
@@ -248,7 +248,7 @@ def test_labelled_slices_mix_with_their_labels():
     assert (own | other).all()
     assert not own.all((1, 2)).all()
     jittered = train_step.make_method(tiny("supervised", **still | {"method.jitter": True}))
-    strong = jittered.views(batch, jax.random.key(0))["labelled"]
+    strong = jax.jit(jittered.views)(batch, jax.random.key(0))["labelled"]
     np.testing.assert_array_equal(strong["label"], label)
     assert (strong["image"] != views["image"]).any()
 

@@ -213,7 +213,7 @@ def test_arrays_in_arrays_out(trained, scans, tmp_path):
     assert predictor.segment(given).shape == given.shape
     np.testing.assert_array_equal(given, before)
     for array, message in (
-        (scan.array[0], r"the array has shape \(20, 20\); volumes are \[D, H, W\]"),
+        (scan.array[0], r"the array has shape \(20, 20\); volumes are \[1, D, H, W\]"),
         (np.full((1, 4, 4), np.nan), "the array has 16 voxels that are NaN or infinite"),
     ):
         with pytest.raises(UserError, match=message):

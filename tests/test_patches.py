@@ -150,7 +150,7 @@ def test_runs_with_windows_resume_to_the_bit(scans, tmp_path, monkeypatch):
     """Through a change of the side, and with precise statistics; 20 steps equal 10 and 10."""
     fields = {"data.patch": 16, "data.grow_at": (0.5,), "data.grow_to": (24,), "precise_bn": 4}
     fields |= {"total_steps": 20, "eval_every": 5, "pseudo_slices": 0, "test": False}
-    config = config_of(scans, **fields)
+    config = config_of(scans, "supervised", **fields)
     main.run(config.copy_and_resolve_references(), tmp_path / "whole")
     stops = lambda self, step: setattr(self, "now", step == 7) or self.now  # noqa: E731
     with monkeypatch.context() as patched:

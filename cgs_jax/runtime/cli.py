@@ -19,6 +19,7 @@ from cgs_jax.runtime.errors import UserError
 
 # What a user can do something about: the disk is full or read-only, permissions, a missing file.
 MENDABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT}
+MENDABLE |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 def cli(main: Callable[[list[str]], None], takes_arguments: bool = False) -> None:
