@@ -18,8 +18,6 @@ SOURCES = {
     "ihed": "specialists after IHED",
     "consensus": "where both agree",
 }
-
-
 ERRORS = {"missed": "deepskyblue", "too much": "red", "other organ": "gold"}
 
 

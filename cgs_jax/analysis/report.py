@@ -18,8 +18,6 @@ from cgs_jax.runtime.logs import spent
 from cgs_jax.scoring import metrics, summaries
 
 SLICES, WIDTH = 24, 256  # at most, of a case and in pixels: a report stays below some megabytes
-
-
 TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 
 

@@ -11,8 +11,6 @@ from cgs_jax.data.volume import Case, Volume, finite, normalise
 from cgs_jax.runtime.errors import UserError
 
 CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # x, y, z of RAS
-
-
 SLICINGS = ("stored", "coarsest", *CANONICAL_AXES)
 
 

@@ -19,8 +19,6 @@ from jax.experimental import multihost_utils
 from cgs_jax.runtime.errors import UserError
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends the job
-
-
 # What ends a process from outside: a closed terminal, too, unless nohup keeps that from it.
 ENDINGS = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
 

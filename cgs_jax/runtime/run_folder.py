@@ -18,8 +18,6 @@ from cgs_jax.runtime.files import is_remote, to_json, write_text
 
 # How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
 PREDICTION = ("inference", "combine", "window", "upsample", "largest_component")
-
-
 # What may differ between two starts of one run: places, devices, and how to look at it. Not
 # eval_every: it decides which checkpoint is the best.
 FREE = (

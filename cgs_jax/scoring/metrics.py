@@ -9,8 +9,6 @@ import numpy as np
 from scipy import ndimage
 
 OVERLAP = ("dice", "jaccard")
-
-
 HEADINGS = {
     "dice": "Dice %",
     "jaccard": "Jaccard %",
@@ -19,8 +17,6 @@ HEADINGS = {
     "hd95_mm": "95HD mm",
     "asd_mm": "ASD mm",
 }
-
-
 ABSENT_IN_ONE = {"hd95": 50.0, "asd": 10.0}  # the literature's penalty, in either unit
 
 

@@ -23,8 +23,6 @@ SPLITS = {
     "val": "validation",
     "val_literature": "validation, the literature's scoring",
 }
-
-
 Results = dict[str, dict[str, dict[str, float]]]  # case -> organ -> metric -> value
 
 
