@@ -183,7 +183,8 @@ def test_bad_bases(base, fields, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--config.nosuch=3"], "unknown config field"),
+        (["--config.nosuch=3"], "unknown config field: 'nosuch'"),
+        (["--config=configs/nope.py"], "--config: [Errno 2] No such file or directory: 'configs/"),
         (["--config.total_steps=many"], "total_steps"),
         (["config.total_steps=3"], "unexpected argument 'config.total_steps=3'"),
         (

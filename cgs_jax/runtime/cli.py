@@ -1,5 +1,6 @@
 """What the command lines share: flags, the compilation cache, and errors as one line."""
 
+import ast
 import errno
 import inspect
 import logging
@@ -43,7 +44,9 @@ def cli(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
         # An error inside the config file arrives as its traceback: the last line says what it is.
         sys.exit("error: " + (lines[-1] if "Traceback" in str(error) else " ".join(lines)))
     except (AttributeError, KeyError) as error:  # how ml_collections answers an unknown field
-        sys.exit(f"error: unknown config field: {' '.join(str(error.args[0]).split())}")
+        told = str(error.args[0])  # with the quotes of the error that it was made of
+        told = ast.literal_eval(told) if told[:1] in "'\"" else told
+        sys.exit(f"error: unknown config field: {' '.join(told.split())}")
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     if arguments and not takes_arguments:
@@ -102,6 +105,8 @@ def _explain(error: BaseException) -> str:
             f"error: another process is lost ({reason}); the same command in all processes goes on "
             "from the last checkpoint"
         )
+    if isinstance(error, OSError) and "Failed loading config file" in str(error):
+        return f"error: --config: {str(error).splitlines()[-1].strip()}"
     if isinstance(error, OSError) and error.errno in MENDABLE:
         where = f": {error.filename}" if error.filename else ""
         return "error: " + " ".join(f"{error.strerror or error}{where}".split())
