@@ -48,7 +48,7 @@ def cli(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
         told = ast.literal_eval(told) if told[:1] in "'\"" else told
         sys.exit(f"error: unknown config field: {' '.join(told.split())}")
     except (OSError, TypeError, ValueError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(_explain(error) or f"error: {' '.join(str(error).split())}")
     if arguments and not takes_arguments:
         sys.exit(f"error: unexpected argument {arguments[0]!r}; options begin with --")
     try:
