@@ -296,7 +296,8 @@ def heads_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """CE and Dice, means over the heads: logits [B, *S, K, C] against labels [B, *S, K], where
     `where` [B, *S] is true."""
-    ce, dice = jax.vmap(losses.segmentation_loss, (-2, -1, None))(logits, labels, where)
+    heads = jnp.moveaxis(logits, -2, 0), jnp.moveaxis(labels, -1, 0)  # a plane a head and class
+    ce, dice = jax.vmap(losses.segmentation_loss, (0, 0, None))(*heads, where)
     return jnp.mean(ce), jnp.mean(dice)
 
 
