@@ -38,6 +38,7 @@ class Checkpoints:
             preservation_policy=keep.AnyPreservationPolicy(policies),
             read_only=read_only,
             create=not read_only,
+            save_interval_steps=int(not read_only),  # else orbax warns that it will not save
         )
         self._workdir, self._read_only = workdir, read_only
         self._folder = workdir / "checkpoints"
