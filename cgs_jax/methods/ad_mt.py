@@ -39,7 +39,7 @@ class Method(base.Method):
 
     def passes(self, params, state, views, key):
         k_student, k_teacher = jax.random.split(key)
-        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        image = views["labelled"]["image"]
         weak, strong = views["unlabelled"]["weak"], views["unlabelled"]["strong"]
         second = jnp.asarray(self.second)[state.step]
         keep = views["keep"] | ~second
@@ -59,7 +59,7 @@ class Method(base.Method):
         teacher = jax.lax.stop_gradient(together(*teachers, own))
         teacher = base.cutmix(keep, teacher, base.rolled(teacher))
         pair = base.Pair(student, teacher)
-        return base.Passes([base.Labelled(labelled, label)], [pair], model_state, state.extra)
+        return base.Passes([base.labelled(labelled, views)], [pair], model_state, state.extra)
 
     def unsupervised(self, pairs, step):
         ((student, teacher, *_),) = pairs

@@ -30,6 +30,8 @@ class Labelled(NamedTuple):
     student: Outputs
     label: jax.Array  # [B, *S]
     where: jax.Array | None = None  # [B, *S], True where it counts; None: everywhere
+    # [B, *S, K], S may be 1s: organs that are annotated there; None: all are, everywhere
+    annotated: jax.Array | None = None
 
 
 class Pair(NamedTuple):
@@ -88,14 +90,15 @@ class Method:
         """Augments a batch {'labelled': {'image', 'label'}, 'unlabelled': {'image'}}.
 
         Returns {'labelled': {'image', 'label'}, 'unlabelled': {'weak', 'strong'}}, images
-        [B, H, W, C]; the strong view is the weak one, jittered.
+        [B, H, W, C]; the strong view is the weak one, jittered. Where images are annotated for some
+        organs only, 'annotated' [B, 1, 1, K] stands beside 'label'.
         """
         k_labelled, k_weak, k_strong = jax.random.split(key, 3)
         options = self.config.augment
         image, label = augment.weak(
             k_labelled, batch["labelled"]["image"], batch["labelled"]["label"], options
         )
-        views = {"labelled": {"image": image, "label": label}}
+        views = {"labelled": batch["labelled"] | {"image": image, "label": label}}
         if "unlabelled" in batch:
             weak, _ = augment.weak(k_weak, batch["unlabelled"]["image"], None, options)
             strong = augment.strong(k_strong, weak, options)
@@ -295,9 +298,12 @@ def heads_loss(
     logits: jax.Array, labels: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """CE and Dice, means over the heads: logits [B, *S, K, C] against labels [B, *S, K], where
-    `where` [B, *S] is true."""
+    `where`, [B, *S] or of each head [B, *S, K], is true."""
     heads = jnp.moveaxis(logits, -2, 0), jnp.moveaxis(labels, -1, 0)  # a plane a head and class
-    ce, dice = jax.vmap(losses.segmentation_loss, (0, 0, None))(*heads, where)
+    of_heads = where is not None and where.ndim == labels.ndim
+    where = jnp.moveaxis(where, -1, 0) if of_heads else where
+    axes = (0, 0, 0 if of_heads else None)
+    ce, dice = jax.vmap(losses.segmentation_loss, axes)(*heads, where)
     return jnp.mean(ce), jnp.mean(dice)
 
 
@@ -310,22 +316,48 @@ def confident_loss(
     return ce, dice, jnp.mean(sure)
 
 
+def labelled(student: Outputs, views: Batch) -> Labelled:
+    """The student on the labelled images of `views`."""
+    truth = views["labelled"]
+    return Labelled(student, truth["label"], annotated=truth.get("annotated"))
+
+
 def supervised_loss(labelled: Labelled) -> Terms:
     """CE and Dice of the generalist, or the mean over the scales of a pyramid, and, where there are
     any, the mean over the specialists.
 
+    Where an image is annotated for some organs only, the others count as background, and only the
+    specialists of the annotated ones learn: each its organ against all else.
+
     Returns the terms by name; L_sup is their sum.
     """
-    outputs, label, where = labelled
+    outputs, label, where, annotated = labelled
+    logits = outputs.generalist if outputs.pyramid is None else scales(outputs)
+    if annotated is not None:
+        each = annotated if outputs.pyramid is None else annotated[..., None, :]
+        logits = losses.marginal(logits, each)
     if outputs.pyramid is None:
-        ce, dice = losses.segmentation_loss(outputs.generalist, label, where)
+        ce, dice = losses.segmentation_loss(logits, label, where)
     else:
-        logits = scales(outputs)
         ce, dice = heads_loss(logits, jnp.broadcast_to(label[..., None], logits.shape[:-1]), where)
     terms = {"sup/generalist_ce": ce, "sup/generalist_dice": dice}
     if outputs.specialists is not None:
         *_, count, classes = outputs.specialists.shape
-        relabelled = pseudo_labels.relabel(label, count, classes)
-        ce, dice = heads_loss(outputs.specialists, relabelled, where)
+        logits, relabelled = outputs.specialists, pseudo_labels.relabel(label, count, classes)
+        if annotated is not None:
+            logits, relabelled = _target_against_rest(logits, relabelled, annotated)
+            everywhere = True if where is None else where[..., None]
+            where = jnp.broadcast_to(annotated & everywhere, relabelled.shape)
+        ce, dice = heads_loss(logits, relabelled, where)
         terms |= {"sup/specialists_ce": ce, "sup/specialists_dice": dice}
     return terms
+
+
+def _target_against_rest(logits, labels, annotated):
+    """Logits [B, *S, K, 3] and labels [B, *S, K] of specialists, in which the remaining organs are
+    background wherever some organ is not annotated: it may be one of them."""
+    if logits.shape[-1] == 2:
+        return logits, labels
+    rest = jnp.all(annotated, -1, keepdims=True)  # can be told from the background
+    labels = jnp.where((labels == pseudo_labels.REMAINING) & ~rest, 0, labels)
+    return losses.marginal(logits, jnp.stack([jnp.ones_like(rest), rest], -1)), labels

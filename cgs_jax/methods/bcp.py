@@ -40,7 +40,7 @@ class Method(base.WithTeacher):
 
     def passes(self, params, state, views, key):
         k_student, k_teacher = jax.random.split(key)
-        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        image = views["labelled"]["image"]
         weak = views["unlabelled"]["weak"]
         teacher, extra = self.teacher(state, weak, k_teacher)
         # Even images stand around the box, odd ones in it; while pretraining all around it.
@@ -51,8 +51,10 @@ class Method(base.WithTeacher):
         student, model_state = self.forward(
             params, state.model_state, base.cutmix(keep, image, pasted), k_student
         )
-        label = jnp.where(keep, label, _neighbour(label))
-        labelled = base.Labelled(student, label, keep | pretrains)
+        own = base.labelled(student, views)
+        truth = own.label, own.annotated
+        label, annotated = base.cutmix(keep, truth, jax.tree.map(_neighbour, truth))
+        labelled = base.Labelled(student, label, keep | pretrains, annotated)
         pair = base.Pair(student, teacher, ~(keep | pretrains))
         return base.Passes([labelled], [pair], model_state, extra)
 

@@ -77,8 +77,9 @@ class Method(base.WithTeacher):
     def passes(self, params, state, views, key):
         plan = self._lean if self.config.method.plan == "lean" else self._full
         labelled, mixed, pseudo, model_state, extra = plan(params, state, views, key)
-        labelled = base.Labelled(labelled, views["labelled"]["label"])
-        return base.Passes([labelled], [base.Pair(mixed, pseudo)], model_state, extra)
+        return base.Passes(
+            [base.labelled(labelled, views)], [base.Pair(mixed, pseudo)], model_state, extra
+        )
 
     def unsupervised(self, pairs, step):
         return consistency(pairs, self.config.method)
@@ -91,7 +92,7 @@ class Method(base.WithTeacher):
         partner = base.rolled(own)
         if self.config.method.copy_paste:
             pasted = views["labelled"]
-            truth = self._truth(pasted["label"])
+            truth = self._truth(base.labelled(None, views))
             partner = base.cutmix(views["unpasted"], partner, (pasted["strong"], truth))
         strong, pseudo = base.cutmix(views["keep"], own, partner)
         labelled, mixed, model_state = self.student(
@@ -99,11 +100,14 @@ class Method(base.WithTeacher):
         )
         return labelled, mixed, pseudo, model_state, extra
 
-    def _truth(self, label):
+    def _truth(self, labelled):
+        label, known = labelled.label, jnp.ones_like(labelled.label, bool)
+        if labelled.annotated is not None:  # else what is labelled background may be an organ
+            known = (label > 0) | jnp.all(labelled.annotated, -1)
         if not self.specialists:
-            return PseudoLabels(label, jnp.ones_like(label, bool))
+            return PseudoLabels(label, known)
         classes = self.config.model.head_classes
-        return pseudo_labels.from_truth(label, self.num_targets, classes)
+        return pseudo_labels.from_truth(label, known, self.num_targets, classes)
 
     def _full(self, params, state, views, key):
         k_weak, k_strong, k_own, k_partner = jax.random.split(key, 4)

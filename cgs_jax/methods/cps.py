@@ -19,13 +19,13 @@ class Method(base.Method):
         return jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, model_state), {}
 
     def passes(self, params, state, views, key):
-        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        image = views["labelled"]["image"]
         weak, labelled, unlabelled, model_state = views["unlabelled"]["weak"], [], [], {}
         for name, k in zip(NAMES, jax.random.split(key), strict=True):
             outputs, own, model_state[name] = self.student(
                 params[name], state.model_state[name], image, weak, k
             )
-            labelled.append(base.Labelled(outputs, label))
+            labelled.append(base.labelled(outputs, views))
             unlabelled.append(own)
         pairs = map(base.Pair, unlabelled, jax.lax.stop_gradient(unlabelled[::-1]))
         return base.Passes(labelled, list(pairs), model_state, state.extra)

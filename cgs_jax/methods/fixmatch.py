@@ -14,7 +14,7 @@ class Method(base.Method):
 
     def passes(self, params, state, views, key):
         k_weak, k_strong = jax.random.split(key)
-        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        image = views["labelled"]["image"]
         unlabelled = views["unlabelled"]
         own, model_state = self.forward(
             jax.lax.stop_gradient(params), state.model_state, unlabelled["weak"], k_weak
@@ -23,7 +23,7 @@ class Method(base.Method):
             params, model_state, image, unlabelled["strong"], k_strong
         )
         pair = base.Pair(strong, own)
-        return base.Passes([base.Labelled(labelled, label)], [pair], model_state, state.extra)
+        return base.Passes([base.labelled(labelled, views)], [pair], model_state, state.extra)
 
     def unsupervised(self, pairs, step):
         ((student, teacher, *_),) = pairs

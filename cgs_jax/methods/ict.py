@@ -15,7 +15,7 @@ class Method(base.WithTeacher):
 
     def passes(self, params, state, views, key):
         k_student, k_teacher, k_share = jax.random.split(key, 3)
-        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        image = views["labelled"]["image"]
         weak, alpha = views["unlabelled"]["weak"], self.config.method.alpha
         share = jax.random.beta(k_share, alpha, alpha, (len(weak),))
         blend = lambda own: _blend(share, own)  # noqa: E731
@@ -27,7 +27,7 @@ class Method(base.WithTeacher):
             params, state.model_state, image, blend(weak), k_student
         )
         pair = base.Pair(blended, teacher)
-        return base.Passes([base.Labelled(labelled, label)], [pair], model_state, extra)
+        return base.Passes([base.labelled(labelled, views)], [pair], model_state, extra)
 
     def unsupervised(self, pairs, step):
         ((student, teacher, *_),) = pairs

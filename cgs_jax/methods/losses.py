@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 DICE_EPS = 1e-10
+NEVER = -1e9  # a logit whose probability is 0
 
 
 def segmentation_loss(
@@ -40,6 +41,24 @@ def segmentation_loss(
     overlap = total(probs, target)
     sizes = total(probs * probs, counted) + total(jnp.ones_like(probs), target)
     return ce, jnp.mean(1 - (2 * overlap + DICE_EPS) / (sizes + DICE_EPS))
+
+
+def marginal(logits: jax.Array, annotated: jax.Array) -> jax.Array:
+    """Logits of images that are annotated for some of the organs only.
+
+    What is not annotated may lie anywhere in the labelled background, so its probability is added
+    to that of the background and it is never predicted itself (marginal loss, Shi et al.,
+    2007.03868).
+
+    Args:
+      logits: [..., 1 + K].
+      annotated: [..., K], False for an organ that is not annotated.
+    """
+    organs = logits[..., 1:].astype(jnp.float32)
+    hidden = jnp.where(annotated, NEVER, organs)
+    hidden = jnp.concatenate([logits[..., :1].astype(jnp.float32), hidden], -1)
+    background = jax.nn.logsumexp(hidden, -1, keepdims=True)
+    return jnp.concatenate([background, jnp.where(annotated, organs, NEVER)], -1)
 
 
 def gaussian_ramp(step: jax.Array, total_steps: int, maximum: float) -> jax.Array:

@@ -19,14 +19,14 @@ class Method(base.WithTeacher):
 
     def passes(self, params, state, views, key):
         k_student, k_noise, k_teacher = jax.random.split(key, 3)
-        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        image = views["labelled"]["image"]
         weak = views["unlabelled"]["weak"]
         teacher, extra = self.teacher(state, noisy(k_noise, weak), k_teacher)
         labelled, unlabelled, model_state = self.student(
             params, state.model_state, image, weak, k_student
         )
         pair = base.Pair(unlabelled, teacher)
-        return base.Passes([base.Labelled(labelled, label)], [pair], model_state, extra)
+        return base.Passes([base.labelled(labelled, views)], [pair], model_state, extra)
 
     def unsupervised(self, pairs, step):
         ((student, teacher, *_),) = pairs

@@ -79,11 +79,13 @@ def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
     )
 
 
-def from_truth(label: jax.Array, num_targets: int, num_classes: int) -> PseudoLabels:
-    """What a teacher without error would say of images with `label` [B, *S]."""
-    everywhere = jnp.ones_like(label, bool)
+def from_truth(
+    label: jax.Array, known: jax.Array, num_targets: int, num_classes: int
+) -> PseudoLabels:
+    """What a teacher without error would say of images with `label` [B, *S], where it is `known`
+    [B, *S]."""
     votes = relabel(label, num_targets, num_classes)
-    return PseudoLabels(label, everywhere, label, votes, everywhere)
+    return PseudoLabels(label, known, label, votes, known)
 
 
 def confident(logits: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:

@@ -5,7 +5,6 @@ semi-supervised methods, too: what they gain beyond that comes from the unlabell
 """
 
 import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from cgs_jax.methods import augment, base
@@ -25,16 +24,15 @@ class Method(base.Method):
         neighbour in the batch, label and all."""
         labelled = super().views(batch, key)["labelled"]
         *_, k_strong, k_keep = jax.random.split(key, 5)  # the base class has the first three
-        image, label = labelled["image"], labelled["label"]
         if self.config.method.jitter:
-            image = augment.strong(k_strong, image, self.config.augment)
+            labelled["image"] = augment.strong(k_strong, labelled["image"], self.config.augment)
         if self.config.method.cutmix:
-            keep = augment.cutmix_keep(k_keep, *label.shape[:2], self.config.method.cutmix)
-            image = base.cutmix(keep, image, base.rolled(image))
-            label = jnp.where(keep, label, jnp.roll(label, 1, axis=0))
-        return {"labelled": {"image": image, "label": label}}
+            shape = labelled["label"].shape[:2]
+            keep = augment.cutmix_keep(k_keep, *shape, self.config.method.cutmix)
+            labelled = base.cutmix(keep, labelled, base.rolled(labelled))
+        return {"labelled": labelled}
 
     def passes(self, params, state, views, key):
-        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        image = views["labelled"]["image"]
         outputs, model_state = self.forward(params, state.model_state, image, key)
-        return base.Passes([base.Labelled(outputs, label)], [], model_state, state.extra)
+        return base.Passes([base.labelled(outputs, views)], [], model_state, state.extra)

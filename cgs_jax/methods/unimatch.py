@@ -32,7 +32,7 @@ class Method(base.Method):
 
     def passes(self, params, state, views, key):
         k_weak, k_strong = jax.random.split(key)
-        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        image = views["labelled"]["image"]
         unlabelled, keep = views["unlabelled"], views["keep"]
         images = base.join(image, unlabelled["weak"])
         outputs, model_state = self.forward(params, state.model_state, images, k_weak, perturb=True)
@@ -49,7 +49,7 @@ class Method(base.Method):
         mixed = [base.cutmix(k, own, base.rolled(own)) for k in keep]
         students, teachers = (first, second, perturbed), (*mixed, own)
         pairs = list(map(base.Pair, students, teachers, [None] * 3, SHARES))
-        return base.Passes([base.Labelled(labelled, label)], pairs, model_state, state.extra)
+        return base.Passes([base.labelled(labelled, views)], pairs, model_state, state.extra)
 
     def unsupervised(self, pairs, step):
         terms = {}

@@ -22,13 +22,13 @@ class Method(base.Method):
         self.network = build(config, self.specialists, pyramid=True)
 
     def passes(self, params, state, views, key):
-        image, label = views["labelled"]["image"], views["labelled"]["label"]
+        image = views["labelled"]["image"]
         weak = views["unlabelled"]["weak"]
         labelled, unlabelled, model_state = self.student(
             params, state.model_state, image, weak, key
         )
         pair = base.Pair(unlabelled, jax.lax.stop_gradient(unlabelled))
-        return base.Passes([base.Labelled(labelled, label)], [pair], model_state, state.extra)
+        return base.Passes([base.labelled(labelled, views)], [pair], model_state, state.extra)
 
     def unsupervised(self, pairs, step):
         ((student, *_),) = pairs

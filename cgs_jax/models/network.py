@@ -26,7 +26,8 @@ class Network(nn.Module):
     """Backbone, generalist and, where there are any, specialists.
 
     Attributes:
-      backbone: makes the feature extractor, [B, H, W, channels] -> maps of the decoder.
+      backbone: makes the feature extractor, [B, H, W, channels] -> bottleneck and maps of the
+        decoder, coarsest first.
       num_classes: background included.
       specialists: makes a specialist head for every target; None: there are none.
       pyramid: whether the coarser maps have heads, too.
@@ -50,7 +51,7 @@ class Network(nn.Module):
         if self.specialists:
             specialists = self.specialists(name="specialists")(features, pack, train)
         if self.pyramid:
-            pyramid = Pyramid(self.num_classes, name="pyramid")(maps[:-1], train)
+            pyramid = Pyramid(self.num_classes, name="pyramid")(maps[1:-1], train)
         return Outputs(generalist, specialists, pyramid)
 
 

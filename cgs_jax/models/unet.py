@@ -145,8 +145,8 @@ class Backbone(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, perturb: bool = False
     ) -> list[tuple[jax.Array, int]]:
-        """[B, H, W, 1] in [0, 1] -> maps of the decoder, each [B, H, W / p, p * channels] and its
-        pack p, from 1/8 of the resolution (with five levels) to all of it.
+        """[B, H, W, 1] in [0, 1] -> the bottleneck and the maps of the decoder, each [B, H, W / p,
+        p * channels] and its pack p, from 1/16 of the resolution (with five levels) to all of it.
 
         `perturb` appends a copy whose encoder maps lose half of their channels on their way to the
         decoder: [2 B, ...] (UniMatch, 2208.09910).
@@ -167,7 +167,7 @@ class Backbone(nn.Module):
                 for s, pack, key in zip(skips, packs, keys, strict=True)
             ]
             x = skips[-1]
-        maps = []
+        maps = [(x, packs[-1])]
         for i, level in enumerate(reversed(range(len(skips) - 1)), 1):
             width, below, pack = self.channels[level], packs[level + 1], packs[level]
             y, bias = Conv(width, 1, below, name=f"up{i}_reduce")(x)

@@ -94,9 +94,14 @@ def batched(mesh: Mesh) -> NamedSharding:
 
 
 def split_rows(mesh: Mesh, images: Any) -> Any:
-    """Inside jit: splits every [B, H, ...] of a tree over 'data' and 'space'."""
-    sharding = NamedSharding(mesh, PartitionSpec("data", "space"))
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), images)
+    """Inside jit: splits every [B, H, ...] of a tree over 'data' and 'space', and what has no rows
+    over 'data'."""
+
+    def split(x):
+        axes = ("data", "space") if x.ndim > 1 and x.shape[1] > 1 else ("data",)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    return jax.tree.map(split, images)
 
 
 def of_state(mesh: Mesh, state: Any, threshold: int) -> Any:
