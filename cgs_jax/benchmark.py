@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from scipy import ndimage
 
-from cgs_jax.data import cache, case_lists
+from cgs_jax.data import cache, case_lists, tasks
 from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import make_predictor
 from cgs_jax.runtime import devices, processes
@@ -79,19 +79,22 @@ def data(config: ConfigDict) -> Iterator[cache.Prepared]:
         yield cache.prepare(config)
         return
     say(f"no {config.data.root}: random scans")
-    rng, size, classes = np.random.default_rng(0), config.data.size, len(config.data.classes)
-    cases = [f"case{i}" for i in range(12)]
-    splits = case_lists.Splits(train=cases[:8], labelled=cases[:2], val=cases[8:], test=[])
+    rng, entries, splits = np.random.default_rng(0), {}, case_lists.Splits([], [], [], [])
     with tempfile.TemporaryDirectory() as folder:
-        folders = {case: pathlib.Path(folder) / case for case in cases}
-        for path in folders.values():
-            smooth = ndimage.gaussian_filter(rng.normal(size=(12, size, size)), (1, 8, 8))
-            cuts = np.quantile(smooth, np.linspace(0.5, 1, classes + 1)[:-1])
-            label = np.searchsorted(cuts, smooth).astype(np.uint8)
-            image = cache.quantise(label / label.max())
-            image = np.stack([image] * config.data.channels)
-            cache.write(path, Volume(image, label, None), size)
-        yield cache.Prepared(folders, splits, size)
+        for task in tasks.tasks(config.data).values():
+            cases = [task.full_name(f"case{i}") for i in range(12)]
+            for listed, some in zip(splits, (cases[:8], cases[8:], [], cases[:2]), strict=True):
+                listed += some
+            size, classes = task.data.size, len(task.data.classes)
+            for case in cases:
+                smooth = ndimage.gaussian_filter(rng.normal(size=(12, size, size)), (1, 8, 8))
+                cuts = np.quantile(smooth, np.linspace(0.5, 1, classes + 1)[:-1])
+                label = np.searchsorted(cuts, smooth).astype(np.uint8)
+                image = cache.quantise(label / label.max())
+                image = np.stack([image] * config.data.channels)
+                entries[case] = cache.Entry(pathlib.Path(folder, case), task)
+                cache.write(entries[case].folder, Volume(image, label, None), size)
+        yield cache.Prepared(entries, splits, config.data.classes)
 
 
 def time_step(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cgs_jax.analysis import plots, report
-from cgs_jax.data import cache
+from cgs_jax.data import cache, tasks
 from cgs_jax.data.case_lists import Splits
 from cgs_jax.inference import predictor
 from cgs_jax.inference.predictor import Predictor
@@ -78,9 +78,11 @@ def evaluate(
 
 def scans(config: ConfigDict, splits: Splits, root: str = "", folder: str = "") -> cache.Prepared:
     """The prepared scans of a run; `root` and `folder`, of prepared data, say where they are now,
-    if elsewhere."""
+    if elsewhere. In there members of a collection have folders by their names."""
     config = ConfigDict(config.to_dict())
-    config.data.root, config.data.cache = root or config.data.root, folder or config.data.cache
+    for name, data in tasks.members(config.data).items():
+        data.root = str(pathlib.Path(root, name)) if root else data.root
+        data.cache = str(pathlib.Path(folder, name)) if folder else data.cache
     return cache.prepare(config, splits)
 
 
@@ -108,13 +110,13 @@ def write(
     summary: dict[str, Any], best: Predictor, prepared: cache.Prepared, workdir: pathlib.Path
 ) -> None:
     """Writes summary.json, the pictures and, last, the report."""
-    data = best.config.data
+    organs = tasks.organs(best.config.data)
     write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
     ranked = summaries.ranked(summary[summaries.final_split(summary)]["cases"])
     telling = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
     shown = plots.show(best, prepared, telling)
-    plots.save(plots.overlays(shown, data.classes, data.slicing), workdir / "overlays.png", dpi=110)
-    figure = plots.curves(read_lines(workdir / "metrics.jsonl"), data.classes)
+    plots.save(plots.overlays(shown, organs), workdir / "overlays.png", dpi=110)
+    figure = plots.curves(read_lines(workdir / "metrics.jsonl"), organs)
     if figure:  # else metrics.jsonl was not kept
         plots.save(figure, workdir / "curves.png", dpi=120)
     report.write(workdir, best.config, summary, shown)

@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cgs_jax import evaluate
-from cgs_jax.data import cache
+from cgs_jax.data import cache, tasks
 from cgs_jax.runtime import devices, processes, run_folder
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
@@ -41,7 +41,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
         with processes.first_process_first():
             prepared = cache.prepare(config, splits)
         options = ConfigDict(config.to_dict())
-        options.data.root = options.data.cache = ""  # each host may have its own
+        for data in (options.data, *tasks.members(options.data).values()):
+            data.root = data.cache = ""  # each host may have its own
         processes.check_same("options", options.to_json())
         slices = len(prepared.rows(prepared.splits.train))
         processes.check_same("scans", (prepared.splits, slices))

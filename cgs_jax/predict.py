@@ -28,20 +28,23 @@ def predict(
     output: pathlib.Path,
     overwrite: bool = False,
     options: Mapping[str, Any] | None = None,
+    task: str = "",
 ) -> list[pathlib.Path]:
     """Writes one label map (uint8) for every scan, with its grid and header, under its name.
 
     Of runs with several channels a scan is CASE_0000.nii.gz, CASE_0001.nii.gz and so on, as
     nnU-Net names them, and its label map CASE.nii.gz.
 
-    `options` such as {'inference': 'both'} replace the run's own. Returns the files written.
+    `options` such as {'inference': 'both'} replace the run's own. `task` names the member of a
+    collection whose scans these are; the labels are numbered as its own are. Returns the files
+    written.
 
     Raises:
       UserError: no run, no scans, a file that would be overwritten; or, after all others are
         written, a scan that can not be read.
     """
-    predictor = Predictor.restore(workdirs, options)
-    files = find(source, output, overwrite, predictor.config.data.channels)
+    predictor = Predictor.restore(workdirs, options, task)
+    files = find(source, output, overwrite, predictor.task.data.channels)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -51,7 +54,7 @@ def predict(
     def stacks():
         for name, paths in tqdm(files.items(), "segmenting", unit="scan", disable=None):
             try:
-                image, scan = read_channels(paths, predictor.config.data)
+                image, scan = read_channels(paths, predictor.task.data)
             except UserError as error:
                 problems.append(str(error))
             else:
@@ -114,13 +117,16 @@ if __name__ == "__main__":
     _INPUT = flags.DEFINE_string("input", None, "a NIfTI file, or a folder of them")
     _OUTPUT = flags.DEFINE_string("output", None, "folder for the label maps")
     _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace label maps that are there")
+    _TASK = flags.DEFINE_string(
+        "task", "", "of a run on a collection: which member's scans these are"
+    )
     _options = evaluate.define_flags()
     flags.mark_flags_as_required(["workdir", "input", "output"])
 
     def _main(_):
         workdirs = [folder(name) for name in _WORKDIRS.value]
         scans, labels = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
-        for path in predict(workdirs, scans, labels, _OVERWRITE.value, _options()):
+        for path in predict(workdirs, scans, labels, _OVERWRITE.value, _options(), _TASK.value):
             say(str(path))
 
     cli(_main)

@@ -87,6 +87,7 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.root = "data"  # folder of the data set
     config.data.cache = ""  # prepared data; '' means ROOT/cgs_cache
     config.data.channels = 1  # of an image
+    config.data.partial = False  # some cases are annotated for some organs only; found in the files
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
     config.data.patch = 0  # training sees windows of patch x patch pixels of them; 0: whole slices
     config.data.patch_anywhere = 0.15  # share of the windows that lie anywhere
@@ -94,6 +95,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.patch_spread = 24  # centres of the others: at most so far from the slice's, pixels
     config.data.grow_at = ()  # shares of total_steps, such as (0.5, 0.95), from which on
     config.data.grow_to = ()  # the windows are so wide, such as (160, 0)
+    # one slice alone is labelled: 'CASE:SLICE', counted from 0, or 'auto', see docs/own_data.md
+    config.data.exemplar = ""
     config.data.splits = ""  # folder of train.txt, val.txt, test.txt; '': published, else random
     config.data.split_seed = 0  # of random splits
     config.data.val_fraction = 0.1  # of the patients, where no list says

@@ -8,7 +8,7 @@ from configs import common
 def tiny(method="cgs", size=16, **fields):
     """The published configuration, shrunk."""
     config = common.get_config(*method.split(":"))
-    config.data.update(classes=("big", "small"), size=size)
+    config.data.update(name="acdc", classes=("big", "small"), size=size)
     config.model.update(channels=(4, 4, 8), dropout=(0.1, 0.1, 0.1))
     config.batch.update(labelled=2, unlabelled=0 if method == "supervised" else 2)
     config.total_steps = 60

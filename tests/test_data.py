@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from layouts import lists, nnunet_folder, save
 
-from cgs_jax.data import cache, case_lists, streams
+from cgs_jax.data import cache, case_lists, streams, tasks
 from cgs_jax.data.grid import resize
 from cgs_jax.data.layouts import acdc as acdc_layout
 from cgs_jax.data.layouts import nnunet as nnunet_layout
@@ -134,7 +134,7 @@ def test_other_splits_prepare_nothing(thorax, reads):
 
 def test_one_more_scan_prepares_only_that_one(tmp_path, reads):
     config, root = nnunet_folder(tmp_path)
-    config.data.update(cache.from_files(config.data))
+    tasks.complete(config.data)
     cache.prepare(config)
     assert len(reads) == 12
     save(root / "imagesTr" / "mine_100_0000.nii.gz", np.zeros((9, 8, 4), np.float32))
@@ -387,7 +387,7 @@ def test_synapse_layouts(tmp_path):
 
 def test_nnunet_layout(tmp_path):
     config, root = nnunet_folder(tmp_path)
-    config.data.update(cache.from_files(config.data))
+    tasks.complete(config.data)
     assert config.data.classes == ("head", "tail")
     data = cache.prepare(config)
     assert [len(part) for part in data.splits] == [6 + 3, 1, 2, 6]
@@ -402,14 +402,16 @@ def test_nnunet_layout(tmp_path):
     config.data.classes = ()
     old = {"labels": {"0": "background", "1": "head", "2": "tail"}}
     (root / "dataset.json").write_text(json.dumps(old))
-    assert cache.from_files(config.data) == {"classes": ("head", "tail")}
+    tasks.complete(config.data)
+    assert config.data.classes == ("head", "tail")
 
 
 def test_unlabelled_pool_falls_back_to_the_labelled_images(thorax):
     config, root = thorax
     lists(root.parent / "lists", train=["Patient_01", "Patient_02"])
-    cases = streams.sources(cache.prepare(config).splits)
-    assert cases["labelled"] == cases["unlabelled"] == ["Patient_01", "Patient_02"]
+    data = cache.prepare(config)
+    (labelled,), (unlabelled,) = data.source("labelled"), data.source("unlabelled")
+    assert labelled.tolist() == unlabelled.tolist() == list(range(12))
 
 
 def test_channels_of_array_files(tmp_path):
@@ -436,7 +438,7 @@ def test_channels_of_array_files(tmp_path):
 def test_channels_of_nnunet(tmp_path):
     """A file a channel; each is scaled on its own, and all move together."""
     config, root = nnunet_folder(tmp_path, channel_names={"0": "T1", "1": "T2"})
-    config.data.update(cache.from_files(config.data))
+    tasks.complete(config.data)
     assert config.data.channels == 2
     data = cache.prepare(config)
     case = data.splits.labelled[0]
@@ -454,7 +456,8 @@ def test_channels_of_nnunet(tmp_path):
     old = {"labels": {"background": 0, "head": 1, "tail": 2}, "modality": {"0": "T1", "1": "T2"}}
     (root / "dataset.json").write_text(json.dumps(old))
     config.data.channels = 0
-    assert cache.from_files(config.data) == {"channels": 2}
+    tasks.complete(config.data)
+    assert config.data.channels == 2
     config.data.channels = 1
     with pytest.raises(UserError, match=r"_0000.nii.gz has 2 channel.*--config.data.channels=2"):
         cache.prepare(config)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from scipy import ndimage
+from steps import tiny
 
 from cgs_jax.data.grid import likeliest, resize
 from cgs_jax.data.volume import keep_largest
@@ -64,14 +65,14 @@ def test_summary_counts_undefined_and_leaves_them_out():
         "a": {"big": {"dice": 0.8}, "small": {"dice": nan}},
         "b": {"big": {"dice": 0.6}, "small": {"dice": 0.4}},
     }
-    summary = summaries.summarise(results)
+    summary = summaries.summarise(results, tiny().data)
     assert summary["organs"]["big"]["dice"]["mean"] == pytest.approx(0.7)
     assert summary["organs"]["small"]["dice"] == {"mean": 0.4, "std": 0, "undefined": 1}
     assert summary["mean"]["dice"] == pytest.approx(0.55)
     assert "(1 undefined)" in summaries.table(summary)
 
 
-DATA = {"size": 16, "classes": ("a", "b", "c"), "channels": 1}
+DATA = {"name": "acdc", "size": 16, "classes": ("a", "b", "c"), "channels": 1}
 CONFIG = ConfigDict({"data": DATA, "eval_batch": 4})
 CONFIG.update(window=0, upsample="nearest", largest_component=False)
 

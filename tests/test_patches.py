@@ -9,7 +9,7 @@ from runs import config_of, saved_state
 from steps import tiny
 
 from cgs_jax import main
-from cgs_jax.data import cache, case_lists, patches, streams
+from cgs_jax.data import cache, case_lists, patches, streams, tasks
 from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import Volume
 from cgs_jax.runtime import devices, processes
@@ -28,7 +28,9 @@ def prepared(tmp_path_factory):
         cache.write(path, Volume(image, (image[0] % 3).astype(np.uint8), None), 16)
         assert {x.name for x in path.iterdir()} == {"image.npy", "label.npy", "case.json"}
     cases = list(folders)
-    return cache.Prepared(folders, case_lists.Splits(cases, [], [], cases[:3]), 16)
+    task = tasks.find(tiny().data, "")
+    entries = {case: cache.Entry(path, task) for case, path in folders.items()}
+    return cache.Prepared(entries, case_lists.Splits(cases, [], [], cases[:3]), task.data.classes)
 
 
 def options(**fields):
@@ -90,7 +92,7 @@ def test_processes_cut_the_windows_of_one_global_batch(prepared):
 
 def corners(label=None, count=2000, **fields):
     data, rng = options(**fields).data, np.random.RandomState(0)
-    return np.array([patches.corner(rng, data, 8, label) for _ in range(count)])
+    return np.array([patches.corner(rng, data, 16, 8, label) for _ in range(count)])
 
 
 def test_where_windows_lie():

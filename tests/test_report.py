@@ -40,18 +40,20 @@ def test_slices_of_a_case():
     truth = np.zeros((60, 40, 600), np.uint8)
     truth[5:50, 5:10, 5:10] = 1
     truth[30, 5:30, 5:30] = 2
-    shown = plots.Shown("</script><b>", 50.0, np.uint16(truth) + 1, truth, np.roll(truth, 3, 0))
-    slices = report.slices(shown, "stored")
+    shown = plots.Shown(
+        "</script><b>", 50.0, "stored", np.uint16(truth) + 1, truth, np.roll(truth, 3, 0)
+    )
+    slices = report.slices(shown)
     numbers = slices["numbers"]
     assert (numbers[0], numbers[-1], len(numbers)) == (5, 52, report.SLICES)
     assert abs(numbers[slices["start"]] - 30) <= 1
     assert len(slices["pictures"]) == report.SLICES
-    image, overlay, prediction, error = plots.panels(shown, 5, "stored")
+    image, overlay, prediction, error = plots.panels(shown, 5)
     assert image.shape == (40, 600, 3)
     assert (overlay != image).any(-1).sum() == 25
     assert (prediction == image).all()  # it begins three slices later
     np.testing.assert_array_equal((error != image).any(-1), truth[5] == 1)  # missed
-    turned = plots.panels(shown, 5, "axial")[1]
+    turned = plots.panels(shown._replace(slicing="axial"), 5)[1]
     np.testing.assert_array_equal(turned, overlay[::-1, ::-1])
 
 

@@ -1,6 +1,7 @@
 """Figures: learning curves, and overlays of labels on slices."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib.patches import Patch
 
 from cgs_jax.data.cache import Prepared
 from cgs_jax.inference.predictor import Predictor
+from cgs_jax.scoring import summaries
 
 SOURCES = {
     "generalist": "generalist, confident",
@@ -34,12 +36,12 @@ def colour(i: int) -> Any:
     )
 
 
-def curves(lines: list[dict[str, float]], classes: tuple[str, ...]) -> Figure | None:
+def curves(lines: list[dict[str, float]], organs: Sequence[str]) -> Figure | None:
     """Losses, validation Dice by organ, and coverage and precision of pseudo-labels over the steps
     of metrics.jsonl; None if it is empty."""
     groups = {
         "loss": {"loss": "total", "sup": "supervised", "unsup": "unsupervised (unweighted)"},
-        "validation Dice %": {f"val/{organ}": organ for organ in classes} | {"val/dice": "mean"},
+        "validation Dice %": {f"val/{organ}": organ for organ in organs} | {"val/dice": "mean"},
         "share of unlabelled pixels": {
             "cover/g": "confident",
             "cover/s": "IHED",
@@ -78,19 +80,21 @@ class Shown(NamedTuple):
 
     case: str
     dice: float  # %, mean over the organs
+    slicing: str
     image: np.ndarray
-    truth: np.ndarray
+    truth: np.ndarray  # numbers of organs count those of all data sets of a collection
     label: np.ndarray
 
 
 def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]]) -> list[Shown]:
     """Cases with their Dice, predicted again to be looked at."""
-    volumes = ((scored, prepared.volume(scored[0])) for scored in cases)
-    stacks = ((volume, volume[1].image) for volume in volumes)
-    return [
-        Shown(*scored, volume.image[0], volume.label, label)
-        for (scored, volume), (label,) in predictor.labels(stacks, predictor.scoring)
-    ]
+    volumes = {case: prepared.volume(case) for case, _ in cases}
+    found = {}
+    for case, (label,) in summaries.segmented(predictor, prepared, volumes, predictor.scoring):
+        task, volume = prepared.task(case), volumes[case]
+        labels = (np.where(x > 0, x + task.first, 0) for x in (volume.label, label))
+        found[case] = Shown(case, dict(cases)[case], task.data.slicing, volume.image[0], *labels)
+    return [found[case] for case, _ in cases]
 
 
 def telling_slice(truth: np.ndarray) -> int:
@@ -99,15 +103,15 @@ def telling_slice(truth: np.ndarray) -> int:
     return int(np.argmax([len(np.unique(s)) + np.count_nonzero(s) / s.size for s in flat]))
 
 
-def panels(shown: Shown, at: int, slicing: str) -> list[np.ndarray]:
+def panels(shown: Shown, at: int) -> list[np.ndarray]:
     """RGB uint8 of slice `at`: the image, with truth, with prediction, and with what is wrong.
 
     Oriented scans are turned as radiologists look at them: anterior or superior up, and the
     patient's right on the left.
     """
-    turned = slice(None) if slicing == "stored" else slice(None, None, -1)
-    mirrored = turned if slicing in ("axial", "coronal") else slice(None)
-    image, truth, label = (np.asarray(x[at])[turned, mirrored] for x in shown[2:])
+    turned = slice(None) if shown.slicing == "stored" else slice(None, None, -1)
+    mirrored = turned if shown.slicing in ("axial", "coronal") else slice(None)
+    image, truth, label = (np.asarray(x[at])[turned, mirrored] for x in shown[3:])
     grey = np.repeat(image[..., None] / max(image.max(), 1), 3, -1)
     wrong = np.select(
         [truth == label, label == 0, truth == 0], [0, 1, 2], 3
@@ -123,17 +127,17 @@ def _paint(grey, labels, colours=None):
     return np.where(labels[..., None] > 0, painted, grey)
 
 
-def overlays(cases: list[Shown], classes: tuple[str, ...], slicing: str) -> Figure:
+def overlays(cases: list[Shown], organs: Sequence[str]) -> Figure:
     """Image, truth, prediction and error of the telling slice of every case."""
     figure = Figure(figsize=(12, 3 * len(cases) + 0.5), layout="constrained")
     for row, shown in zip(figure.subplots(len(cases), 4, squeeze=False), cases, strict=True):
         titles = (shown.case, "truth", f"prediction, Dice {shown.dice:.1f}", "error")
-        pictures = panels(shown, telling_slice(shown.truth), slicing)
+        pictures = panels(shown, telling_slice(shown.truth))
         for axes, title, picture in zip(row, titles, pictures, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_title(title, fontsize=9)
             axes.axis("off")
-    patches = [Patch(color=colour(i), label=organ) for i, organ in enumerate(classes)]
+    patches = [Patch(color=colour(i), label=organ) for i, organ in enumerate(organs)]
     patches += [Patch(color=c, label=f"error: {name}") for name, c in ERRORS.items()]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(7, len(patches)))
     return figure

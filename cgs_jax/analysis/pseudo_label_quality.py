@@ -52,11 +52,14 @@ def make_measure(
 
     Precision: of the pixels taught as the organ those that are. Coverage: of the organ's pixels
     those that teach anything. Measured in evaluation mode on `config.pseudo_slices` slices, spread
-    evenly over those unlabelled training cases that have labels; {} where there are none. Masks
+    evenly over those unlabelled training cases that have labels of all organs; {} where there are
+    none. Masks
     and label cleaning of a method's own (UA-MT, BCP) are not applied, and one without `tau` counts
     as sure everywhere.
     """
     withheld = set(prepared.splits.train) - set(prepared.splits.labelled)
+    every = set(config.data.classes)
+    withheld = {case for case in withheld if set(prepared.organs(case)) == every}
     known = prepared.rows(filter(prepared.has_label, withheld))
     if not len(known) or not method.unlabelled or not config.pseudo_slices:
         return lambda state: {}

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from cgs_jax.analysis import plots
+from cgs_jax.data import tasks
 from cgs_jax.data.grid import resize
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.files import read_lines, to_json, write_text
@@ -27,7 +28,8 @@ def write(
     """Writes the report of a tested run; `cases` are shown slice by slice."""
     lines = read_lines(workdir / "metrics.jsonl")
     minutes, hardware = spent(workdir)
-    figure = plots.curves(lines, config.data.classes)
+    organs = tasks.organs(config.data)
+    figure = plots.curves(lines, organs)
     split = summaries.final_split(summary)
     name = summaries.SPLITS[split]
     data = {
@@ -40,14 +42,14 @@ def write(
             "hardware": hardware,
             "folder": str(workdir),
         },
-        "organs": {organ: to_hex(plots.colour(i)) for i, organ in enumerate(config.data.classes)},
+        "organs": {organ: to_hex(plots.colour(i)) for i, organ in enumerate(organs)},
         "errors": plots.ERRORS,
         "curves": _svg(figure) if figure else None,
         "summary": {s: summary[s] for s in summaries.SPLITS if s in summary},
         "splits": summaries.SPLITS,
         "heads": metrics.HEADINGS | {"voxels": "true voxels"},
         "final": split,
-        "shown": [slices(shown, config.data.slicing) for shown in cases],
+        "shown": [slices(shown) for shown in cases],
         "config": config.to_dict(),
     }
     # Inside <script>, "</script>" would end it and "<!--" hide its end.
@@ -69,14 +71,14 @@ def _uri(kind, file):
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def slices(shown, slicing):
+def slices(shown):
     """All panels of the slices that hold an organ, or were thought to, as one picture each."""
     there = np.flatnonzero((np.asarray(shown.truth) | shown.label).any((1, 2)))
     first, last = (there[0], there[-1]) if len(there) else (0, len(shown.truth) - 1)
     numbers = np.unique(np.linspace(first, last, min(SLICES, last - first + 1)).round().astype(int))
     pictures = []
     for at in numbers:
-        strip = np.stack([_shrink(x) for x in plots.panels(shown, at, slicing)])
+        strip = np.stack([_shrink(x) for x in plots.panels(shown, at)])
         file = io.BytesIO()
         Image.fromarray(np.concatenate(strip, 1)).save(file, "JPEG", quality=88)
         pictures.append(_uri("jpeg", file))

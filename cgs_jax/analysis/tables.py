@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from cgs_jax.data.case_lists import patient
+from cgs_jax.data.case_lists import patient_of
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import read_lines
@@ -77,7 +77,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
             if split.removeprefix("last_") not in summaries.SPLITS:
                 continue
             for case, organs in scored["cases"].items():
-                who = {"split": split, "case": case, "patient": patient(case, config.data.patient)}
+                who = {"split": split, "case": case, "patient": patient_of(case, config.data)}
                 for organ, scores in organs.items():
                     values = {
                         k: number(v) * (100 if k in OVERLAP else 1) for k, v in scores.items()

@@ -16,18 +16,18 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cgs_jax.data import case_lists, patches
+from cgs_jax.data import case_lists, exemplar, patches, tasks
 from cgs_jax.data.grid import resize
+from cgs_jax.data.tasks import Task
 from cgs_jax.data.volume import Case, Volume, check_label
-from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
 VERSION = 2  # of the cache layout
@@ -38,26 +38,66 @@ OPTIONS = ("name", "size", "normalise", "slicing", "classes", "channels")
 MAPPED = 400  # arrays at most: each holds a file open, and most systems allow a process 1,024
 
 
+class Entry(NamedTuple):
+    """A case in the cache."""
+
+    folder: pathlib.Path
+    task: Task
+    annotated: tuple[str, ...] | None = None  # organs that its label marks; None: all of its task
+
+
 class Prepared:
-    """A prepared data set: the training slices as rows, and every case as a volume.
+    """Prepared data sets: the training slices as rows, and every case as a volume.
 
     Attributes:
-      splits: the case lists.
+      splits: the case lists; cases have the full names of their task.
     """
 
-    def __init__(self, folders: dict[str, pathlib.Path], splits: case_lists.Splits, size: int):
-        """`folders` holds the cache entry of every case of `splits`."""
-        self.splits, self._folders, self._size = splits, folders, size
+    def __init__(
+        self,
+        entries: dict[str, Entry],
+        splits: case_lists.Splits,
+        classes: Sequence[str],
+        exemplars: Sequence[tuple[str, int]] = (),
+    ):
+        """
+        Args:
+          entries: cache entry of every case of `splits`.
+          classes: organs of all tasks, the numbering of `labels`.
+          exemplars: cases of which one slice alone is labelled, and that slice.
+        """
+        self.splits, self._entries, self._classes = splits, entries, list(classes)
+        self._exemplars = dict(exemplars)
+        folders = {case: entry.folder for case, entry in entries.items()}
         self._about = {c: json.loads((f / "case.json").read_text()) for c, f in folders.items()}
         depths = [self._about[case]["shape"][1] for case in splits.train]
         self._first = np.cumsum([0, *depths])
         self._mapped = functools.lru_cache(MAPPED)(self._map)
+        self._tables = functools.cache(self._table)
 
     def rows(self, cases: Iterable[str]) -> np.ndarray:
         """Rows, one a slice, of those training cases that are in `cases`."""
         wanted = set(cases)
         taken = [case in wanted for case in self.splits.train]
         return np.flatnonzero(np.repeat(taken, np.diff(self._first)))
+
+    def source(self, name: str) -> list[np.ndarray]:
+        """Rows of the 'labelled' or the 'unlabelled' training slices of each task that has any.
+
+        Where every slice of a task is labelled, they serve as unlabelled ones, too.
+        """
+        by_task: dict[str, list[str]] = {}
+        for case in self.splits.train:
+            by_task.setdefault(self.task(case).name, []).append(case)
+        found = []
+        for cases in by_task.values():
+            labelled = self.rows(set(cases) & set(self.splits.labelled))
+            for case in set(cases) & set(self._exemplars):
+                labelled = self.rows([case])[[self._exemplars[case]]]
+            rest = np.setdiff1d(self.rows(cases), labelled)
+            rows = labelled if name == "labelled" else rest if len(rest) else labelled
+            found += [rows] * (len(rows) > 0)
+        return found
 
     def images(self, rows: np.ndarray, corners: Any = None, side: int = 0) -> np.ndarray:
         """uint16 [B, H, W, C], intensity times 65535: the slices `rows` on the training grid, or
@@ -66,30 +106,71 @@ class Prepared:
         return np.ascontiguousarray(np.moveaxis(stack, 1, -1))
 
     def labels(self, rows: np.ndarray, corners: Any = None, side: int = 0) -> np.ndarray:
-        """The same of the labels, uint8 [B, H, W]; 255 where a case has none."""
-        return patches.cut(self.slices("label", rows), corners, side)
+        """The same of the labels, uint8 [B, H, W] in the union's numbering; 255 where a case has
+        none."""
+        stack = patches.cut(self.slices("label", rows), corners, side)
+        tables = [self._tables(case) for case, _ in self._places(rows)]
+        if all(table is None for table in tables):
+            return stack
+        pairs = zip(tables, stack, strict=True)
+        return np.stack([label if table is None else table[label] for table, label in pairs])
+
+    def annotated(self, rows: np.ndarray) -> np.ndarray:
+        """bool [B, 1, 1, K]: which organs of the union the labels of `rows` mark."""
+        marks = np.zeros((len(rows), 1, 1, len(self._classes)), bool)
+        for mark, (case, _) in zip(marks, self._places(rows), strict=True):
+            for organ in self.organs(case):
+                mark[..., self._classes.index(organ)] = True
+        return marks
 
     def slices(self, what: str, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Memory-mapped slices on the training grid: of 'image' uint16 [C, size, size], of 'label'
-        uint8 [size, size]."""
+        """Memory-mapped slices on the training grid of their task: of 'image' uint16 [C, size,
+        size], of 'label' uint8 [size, size] in the numbering of the task."""
+        for case, at in self._places(rows):
+            size = self.task(case).data.size
+            yield self._mapped(case, what, size)[..., at, :, :]
+
+    def _places(self, rows):
+        """Case, and slice in it, of each row."""
         cases = np.searchsorted(self._first, rows, "right") - 1
         places = rows - self._first[cases]
-        for case, at in zip(cases.tolist(), places.tolist(), strict=True):
-            yield self._mapped(self.splits.train[case], what, self._size)[..., at, :, :]
+        return [
+            (self.splits.train[case], at)
+            for case, at in zip(cases.tolist(), places.tolist(), strict=True)
+        ]
+
+    def task(self, case: str) -> Task:
+        """The data set that it is of."""
+        return self._entries[case].task
+
+    def organs(self, case: str) -> tuple[str, ...]:
+        """Those that the label of a case marks."""
+        entry = self._entries[case]
+        return entry.task.data.classes if entry.annotated is None else entry.annotated
 
     def has_label(self, case: str) -> bool:
         """Whether there is a label file."""
         return self._about[case]["label"]
 
     def volume(self, case: str) -> Volume:
-        """A case on its own grid: image uint16 [C, D, H, W] and label uint8 [D, H, W], or None
-        where there is none, memory-mapped."""
+        """A case on its own grid: image uint16 [C, D, H, W] and label uint8 [D, H, W] in the
+        numbering of its task, or None where there is none, memory-mapped."""
         spacing = self._about[case]["spacing"]
         label = self._mapped(case, "label") if self.has_label(case) else None
         return Volume(self._mapped(case, "image"), label, tuple(spacing) if spacing else None)
 
+    def _table(self, case: str) -> np.ndarray | None:
+        """The union's label for each of the case's own; None where they are the same. What its
+        label file is not said to mark is background."""
+        table, own = np.zeros(256, np.uint8), self.task(case).data.classes
+        table[NO_LABEL] = NO_LABEL
+        for organ in self.organs(case):
+            table[1 + own.index(organ)] = 1 + self._classes.index(organ)
+        same = (table[: 1 + len(own)] == np.arange(1 + len(own))).all()
+        return None if same else table
+
     def _map(self, case: str, what: str, size: int = 0) -> np.ndarray:
-        path, (_, *shape) = self._folders[case] / f"{what}.npy", self._about[case]["shape"]
+        path, (_, *shape) = self._entries[case].folder / f"{what}.npy", self._about[case]["shape"]
         if what == "label" and not self.has_label(case):
             return np.broadcast_to(np.uint8(NO_LABEL), (shape[0], size, size))
         if size and shape[1:] != [size, size]:
@@ -102,28 +183,33 @@ def quantise(image: np.ndarray) -> np.ndarray:
     return np.round(image * LEVELS).astype(np.uint16)
 
 
-def layout(data: ConfigDict) -> ModuleType:
-    """The module of `data.name`."""
-    return load_by_name("cgs_jax.data.layouts", data.name, "data set")
-
-
-def from_files(data: ConfigDict) -> dict[str, Any]:
-    """Values of the fields that are empty in `data` and that its files name."""
-    module = layout(data)
-    return {
-        field: getattr(module, field)(data)
-        for field in ("classes", "channels")
-        if not data[field] and hasattr(module, field)
-    }
-
-
 def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prepared:
     """Finds the scans, splits them unless `splits` is given, and makes the arrays that are new.
 
     Raises:
       UserError: scans are missing, broken or do not fit the configuration.
     """
-    module, data = layout(config.data), config.data
+    entries, parts, known = {}, [], tasks.tasks(config.data)
+    for name, task in known.items():
+        with tasks.of_member(name):
+            own = splits and case_lists.part(splits, config.data, name)
+            cases, own = _prepare_task(task, own)
+            entries |= {task.full_name(case): entry for case, entry in cases.items()}
+            parts.append(case_lists.Splits(*([*map(task.full_name, of)] for of in own)))
+    together = case_lists.Splits(*(sum(lists, []) for lists in zip(*parts, strict=True)))
+    prepared = Prepared(entries, together, config.data.classes)
+    found = [exemplar.find(prepared, task) for task in known.values() if task.data.exemplar]
+    if not found:
+        return prepared
+    with_one = {prepared.task(case).name for case, _ in found}
+    rest = [case for case in together.labelled if prepared.task(case).name not in with_one]
+    together = together._replace(labelled=rest + [case for case, _ in found])
+    return Prepared(entries, together, config.data.classes, found)
+
+
+def _prepare_task(task, splits):
+    """Entries by case, and the case lists, of one data set."""
+    data, module = task.data, tasks.layout(task.data)
     cases = module.find(data)
     splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.check(splits, cases, data)
@@ -138,7 +224,8 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
         raise UserError(
             f"can not write to {cache} ({error.strerror}); choose a folder with --config.data.cache"
         ) from error
-    return Prepared(folders, splits, data.size)
+    annotated = {name: cases[name].annotated for name in names}
+    return {name: Entry(folders[name], task, annotated[name]) for name in names}, splits
 
 
 def _fingerprint(case: Case, data: ConfigDict) -> str:

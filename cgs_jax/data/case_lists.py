@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from cgs_jax.data import tasks
 from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
 
@@ -101,6 +102,19 @@ def read_list(path: pathlib.Path) -> list[str]:
         raise UserError(f"no case list {path}") from None
     lines = (line.split("#")[0].strip() for line in text.splitlines())
     return [line for line in lines if line]
+
+
+def part(splits: Splits, data: ConfigDict, task: str) -> Splits:
+    """The cases of one task of `config.data`, by their names in there."""
+    named = ([tasks.task_of(data, case) for case in cases] for cases in splits)
+    return Splits(*([case for name, case in cases if name == task] for cases in named))
+
+
+def patient_of(case: str, data: ConfigDict) -> str:
+    """Full name of the patient of a case of any task of `config.data`."""
+    name, own = tasks.task_of(data, case)
+    task = tasks.tasks(data)[name]
+    return task.full_name(patient(own, task.data.patient))
 
 
 def patient(case: str, pattern: str) -> str:

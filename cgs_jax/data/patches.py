@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from cgs_jax.data import tasks
 from cgs_jax.runtime.errors import UserError
 
 
@@ -28,11 +29,17 @@ def check(data: ConfigDict, divisor: int) -> None:
         raise UserError("data.grow_at and data.grow_to must have the same length")
     if sorted(data.grow_at) != list(data.grow_at) or not all(0 <= at <= 1 for at in data.grow_at):
         raise UserError(f"data.grow_at={data.grow_at}: shares of total_steps in rising order")
+    sizes = {own.size for own in tasks.members(data).values()}
     for patch in (data.patch, *data.grow_to):
-        if patch % divisor or not 0 <= patch <= data.size:
+        if patch % divisor or not 0 <= patch <= min(sizes):
             raise UserError(
                 f"data.patch or data.grow_to has {patch}: sides of windows divide by {divisor} and "
-                f"are at most data.size={data.size}; 0 takes whole slices"
+                f"are at most data.size={min(sizes)}; 0 takes whole slices"
+            )
+        if not patch and sizes != {data.size}:
+            raise UserError(
+                f"slices of the members have {sorted(sizes)} pixels a side: give data.patch, or "
+                "all of them one data.size"
             )
     shares = data.patch_anywhere, data.patch_foreground
     if min(shares) < 0 or sum(shares) > 1:
@@ -53,9 +60,9 @@ def cut(
 
 
 def corner(
-    rng: np.random.RandomState, data: ConfigDict, patch: int, label: np.ndarray | None
+    rng: np.random.RandomState, data: ConfigDict, size: int, patch: int, label: np.ndarray | None
 ) -> tuple[int, int]:
-    """Row and column of the first pixel of one window.
+    """Row and column of the first pixel of one window of a slice of `size` x `size` pixels.
 
     A share `data.patch_anywhere` of the windows lies anywhere, all places being equally likely; a
     share `data.patch_foreground` is centred, as far as the slice allows, on a pixel of an organ,
@@ -63,7 +70,7 @@ def corner(
     `data.patch_spread` pixels beside that of the slice along either axis. Where `label` [size,
     size] is None or holds no organ, those others take the share of the foreground.
     """
-    room = data.size - patch
+    room = size - patch
     kind = rng.random_sample()
     if kind < data.patch_anywhere:
         return tuple(rng.randint(0, room + 1, 2))

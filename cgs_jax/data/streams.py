@@ -5,16 +5,17 @@ slices fill a batch by repetition. Of each a window is cut, or it is taken whole
 Every process knows the same global order and loads its part.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain.python as grain
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgs_jax.data import patches
+from cgs_jax.data import patches, tasks
 from cgs_jax.data.cache import Prepared
-from cgs_jax.data.case_lists import Splits
+
+BLOCK = 64  # slices in which every data set of a collection has its share of a stream
 
 
 class Stream(NamedTuple):
@@ -23,15 +24,6 @@ class Stream(NamedTuple):
     source: str  # 'labelled' or 'unlabelled': whose slices
     with_labels: bool
     count: int  # slices a step, over all devices
-
-
-def sources(splits: Splits) -> dict[str, list[str]]:
-    """Training cases of each source.
-
-    Where every training case is labelled, its images serve as unlabelled ones, too.
-    """
-    rest = [case for case in splits.train if case not in set(splits.labelled)]
-    return {"labelled": splits.labelled, "unlabelled": rest or splits.train}
 
 
 def batches(
@@ -49,31 +41,74 @@ def batches(
 
     Returns:
       By name {'image': uint16 [B, H, W, C]} and, of streams with labels, 'label' uint8 [B, H, W],
-      H = W = `patches.side`: the others have no label that could leak.
+      H = W = `patches.side`: the others have no label that could leak. With `data.partial` there is
+      'annotated' bool [B, 1, 1, K] beside a label: the organs that it marks.
     """
     seed, data = config.seed, config.data
-    rows = {source: prepared.rows(cases) for source, cases in sources(prepared.splits).items()}
+    rows = {source: prepared.source(source) for source in ("labelled", "unlabelled")}
+    sizes = {own.size for own in tasks.members(data).values()}
 
     def load(step: int) -> dict[str, dict[str, np.ndarray]]:
         batch, side = {}, patches.side(data, step, config.total_steps)
         for i, (name, (source, with_labels, count)) in enumerate(streams.items()):
             places, corners = step * count + mine(count), None
-            at = rows[source][_shuffled(places, len(rows[source]), (seed, i))]
-            if side < data.size:
+            at = drawn(places, rows[source], (seed, i))
+            if sizes != {side}:
                 corners, rng = [], np.random.RandomState()
-                labels = prepared.slices("label", at) if with_labels else [None] * len(at)
-                for place, label in zip(places, labels, strict=True):
+                slices = prepared.slices("label" if with_labels else "image", at)
+                for place, x in zip(places, slices, strict=True):
                     rng.seed((seed, i, place))  # quicker than to make another
-                    corners.append(patches.corner(rng, data, side, label))
+                    label = x if with_labels else None
+                    corners.append(patches.corner(rng, data, x.shape[-1], side, label))
             batch[name] = {"image": prepared.images(at, corners, side)}
             if with_labels:
                 batch[name]["label"] = prepared.labels(at, corners, side)
+                if data.partial:
+                    batch[name]["annotated"] = prepared.annotated(at)
         return batch
 
     return grain.MapDataset.range(start, config.total_steps).map(load)
 
 
-def _shuffled(places: np.ndarray, count: int, seed: tuple[int, int]) -> np.ndarray:
+def drawn(places: np.ndarray, rows: Sequence[np.ndarray], seed: tuple[int, int]) -> np.ndarray:
+    """The rows at `places` of an endless stream from the `rows` of one or several data sets.
+
+    Each is shuffled anew in each of its epochs. Several are drawn in proportion to the root of
+    their numbers of slices, so that large ones count, but do not drown the small (as MultiTalent
+    does, Ulrich et al., 2303.14444): every block of BLOCK places has the same share of each, in an
+    order of its own.
+    """
+    if len(rows) == 1:
+        return rows[0][_shuffled(places, len(rows[0]), seed)]
+    counts = shares([len(of) for of in rows])
+    taken = np.zeros(len(places), int)
+    orders = {block: _shuffled_block(block, counts, seed) for block in set(places // BLOCK)}
+    for i, place in enumerate(places):
+        block, within = divmod(int(place), BLOCK)
+        which = orders[block][within]
+        before = block * counts[which] + np.count_nonzero(orders[block][:within] == which)
+        (at,) = _shuffled(np.array([before]), len(rows[which]), (*seed, which))
+        taken[i] = rows[which][at]
+    return taken
+
+
+def shares(sizes: Sequence[int]) -> np.ndarray:
+    """How many of BLOCK draws each of several data sets has: in proportion to the roots of their
+    sizes, one at least."""
+    exact = 1 + np.sqrt(sizes) / np.sum(np.sqrt(sizes)) * (BLOCK - len(sizes))
+    counts = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1
+    return counts
+
+
+def _shuffled_block(block, counts, seed):
+    """Which data set has each place of a block."""
+    return np.random.RandomState((*seed, len(counts), block)).permutation(
+        np.repeat(np.arange(len(counts)), counts)
+    )
+
+
+def _shuffled(places: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
     """What stands at `places` of an endless row of shuffled epochs of `count` items."""
     epochs, within = places // count, places % count
     # RandomState, not Generator: numpy promises that it draws the same for ever.

@@ -14,13 +14,15 @@ class Case(NamedTuple):
     """One scan on disk; `label` is None for an image-only scan.
 
     A scan that is stored slice by slice, or channel by channel, has its files in order. `test`
-    marks a case that its data set reserves for testing.
+    marks a case that its data set reserves for testing. `annotated` names the organs that its label
+    file marks; None: all.
     """
 
     name: str
     image: tuple[pathlib.Path, ...]
     label: tuple[pathlib.Path, ...] | None
     test: bool = False
+    annotated: tuple[str, ...] | None = None
 
 
 class Volume(NamedTuple):

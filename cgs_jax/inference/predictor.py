@@ -5,6 +5,7 @@ predictor = Predictor.restore("runs/acdc")
 labels = predictor.segment(array)  # intensities [C, D, H, W] or [D, H, W] -> uint8 [D, H, W]
 """
 
+import functools
 import itertools
 import os
 import pathlib
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cgs_jax.data import cache
+from cgs_jax.data import cache, tasks
 from cgs_jax.data.grid import likeliest, resize
 from cgs_jax.data.volume import finite, keep_largest, normalise
 from cgs_jax.inference import windows
@@ -57,25 +58,46 @@ class Predictor:
         names the class. It is only asked for one shape, with `config.window` a window's.
       config: of the run, or of the first of several.
       scoring: that of `config`.
+      task: the data set whose scans are segmented, with its grid, intensities and organs; `of` of a
+        collection's predictor chooses it.
     """
 
-    def __init__(self, predict: Callable[[np.ndarray], np.ndarray], config: ConfigDict):
-        self.predict, self.config = predict, config
+    def __init__(
+        self, predict: Callable[[np.ndarray], np.ndarray], config: ConfigDict, task: str = ""
+    ):
+        self.predict, self.config, self._task = predict, config, task
         self.scoring = Scoring(config.upsample, config.largest_component)
+
+    def of(self, task: str) -> "Predictor":
+        """The same for the scans of that data set of a collection.
+
+        Raises:
+          UserError: it was not trained on.
+        """
+        tasks.find(self.config.data, task)
+        return Predictor(self.predict, self.config, task)
+
+    @functools.cached_property
+    def task(self) -> tasks.Task:
+        return tasks.find(self.config.data, self._task)
 
     @classmethod
     def restore(
         cls,
         workdirs: str | os.PathLike | Sequence[str | os.PathLike],
         options: Mapping[str, Any] | None = None,
+        task: str = "",
     ) -> "Predictor":
         """The best checkpoint of a run, or of several that predict together.
+
+        A run on a collection segments scans of the member `task`, with its numbers of organs.
 
         `options` such as {'inference': 'both', 'upsample': 'nearest', 'largest_component': True}
         replace those of the first run, which hold for all.
 
         Raises:
-          UserError: no run, no validated checkpoint, an unknown option, or runs on different data.
+          UserError: no run, no validated checkpoint, an unknown option or task, or runs on
+            different data.
         """
         workdirs = [workdirs] if isinstance(workdirs, str | os.PathLike) else workdirs
         methods, states = [], []
@@ -84,10 +106,11 @@ class Predictor:
             options = prediction_options(method.config)
             methods.append(method)
             states.append(state)
-            for field in cache.OPTIONS:
-                if method.config.data[field] != methods[0].config.data[field]:
-                    raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field}")
-        return make_predictor(*methods)(*states)
+            data, first = (tasks.members(m.config.data) for m in (method, methods[0]))
+            for name, field in itertools.product(data | first, cache.OPTIONS):
+                if name not in data or name not in first or data[name][field] != first[name][field]:
+                    raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field} {name}")
+        return make_predictor(*methods)(*states).of(task)
 
     def scores(self, array: np.ndarray) -> np.ndarray:
         """Scores of classes float32 [D, size, size, C] on the training grid; the highest names the
@@ -115,7 +138,7 @@ class Predictor:
     def stack(self, array: np.ndarray, source: Any = "the array") -> np.ndarray:
         """Intensities -> the uint16 [C, D, H, W] that `labels` takes, each channel normalised on
         its own; `source` is named in errors."""
-        data, image = self.config.data, np.asarray(array)
+        data, image = self.task.data, np.asarray(array)
         image = image[None] if image.ndim == 3 else image
         if image.ndim != 4 or len(image) != data.channels:
             raise UserError(
@@ -154,11 +177,11 @@ class Predictor:
                 volume.fill(i, of_slice, scorings)
             while begun and begun[0].todo == 0:
                 volume = begun.popleft()
-                yield volume.name, volume.cleaned(scorings, len(self.config.data.classes))
+                yield volume.name, volume.cleaned(scorings, len(self.task.data.classes))
 
     def _to_grid(self, stack):
         """[C, D, H, W] -> the slices as the network takes them, [D, size, size, C]."""
-        size = self.config.data.size
+        size = self.task.data.size
         return np.moveaxis(resize(stack, size, size), 0, -1)
 
     def _scores(self, slices):
@@ -166,9 +189,11 @@ class Predictor:
         window = self.config.window
         padding = [(0, self.config.eval_batch - len(slices)), *[(0, 0)] * (slices.ndim - 1)]
         padded = np.pad(slices, padding)
-        if 0 < window < self.config.data.size:
-            return windows.blend(self.predict, padded, (window, window))[: len(slices)]
-        return self.predict(padded)[: len(slices)]
+        if 0 < window < self.task.data.size:
+            scores = windows.blend(self.predict, padded, (window, window))
+        else:
+            scores = self.predict(padded)
+        return self.task.own(scores[: len(slices)])
 
 
 class _Volume:

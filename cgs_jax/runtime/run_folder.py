@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import pathlib
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -105,7 +106,8 @@ def check_same(
     fields aside."""
     saved, now = flatten(saved), flatten(config)
     for name in sorted(saved.keys() | now.keys()):
-        if name not in free and saved.get(name) != now.get(name):
+        field = re.sub(r"^data\.members\.[^.]+\.", "data.", name)
+        if field not in free and saved.get(name) != now.get(name):
             raise UserError(
                 f"{workdir} was trained with {name}={saved.get(name)}, now it is {now.get(name)}; "
                 "give back the old value or choose another --workdir"

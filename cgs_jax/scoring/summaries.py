@@ -3,15 +3,18 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from cgs_jax.data import tasks
 from cgs_jax.data.cache import Prepared
+from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import LITERATURE, Predictor, Scoring
 from cgs_jax.runtime import processes
 from cgs_jax.runtime.errors import UserError
@@ -42,12 +45,11 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
 def evaluate(
     predictor: Predictor, prepared: Prepared, cases: list[str], surface: bool, *scorings: Scoring
 ) -> list[Results]:
-    """Scores `cases`, dealt over the processes, by each scoring; without `surface` only the overlap
-    metrics."""
+    """Scores the annotated organs of `cases`, dealt over the processes, by each scoring; without
+    `surface` only the overlap metrics."""
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
     volumes = {case: prepared.volume(case) for case in cases}
-    stacks = ((case, volume.image) for case, volume in volumes.items())
-    labels = predictor.labels(stacks, *scorings)
+    labels = segmented(predictor, prepared, volumes, *scorings)
     labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
     futures = {}
     # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
@@ -57,9 +59,11 @@ def evaluate(
         for case, by_scoring in labels:
             truth, spacing = np.asarray(volumes[case].label), volumes[case].spacing
             for which, label in enumerate(by_scoring):
-                for i, organ in enumerate(predictor.config.data.classes, 1):
-                    task = (label, truth, i, spacing, surface)
-                    futures[which, case, organ] = pool.submit(_score, *task)
+                task = prepared.task(case)
+                for organ in prepared.organs(case):
+                    i = 1 + task.data.classes.index(organ)
+                    future = pool.submit(_score, label, truth, i, spacing, surface)
+                    futures[which, case, task.full_name(organ)] = future
         results = [{case: {} for case in cases} for _ in scorings]
         for (which, case, organ), future in futures.items():
             results[which][case][organ] = future.result()
@@ -72,6 +76,18 @@ def evaluate(
     ]
 
 
+def segmented(
+    predictor: Predictor, prepared: Prepared, volumes: Mapping[str, Volume], *scorings: Scoring
+) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
+    """Of each case its labels [D, H, W] by each scoring, a data set after the other."""
+    by_task: dict[str, list[str]] = {}
+    for case in volumes:
+        by_task.setdefault(prepared.task(case).name, []).append(case)
+    for name, cases in by_task.items():
+        stacks = ((case, volumes[case].image) for case in cases)
+        yield from predictor.of(name).labels(stacks, *scorings)
+
+
 def score(predictor: Predictor, prepared: Prepared) -> dict[str, Any]:
     """Summaries of all metrics: {'val': ..., 'test': ...}, or the first alone, and from the same
     predictions what the literature's scoring makes of them: 'val_literature', 'test_literature'."""
@@ -81,7 +97,8 @@ def score(predictor: Predictor, prepared: Prepared) -> dict[str, Any]:
     summaries = {}
     for name, cases in splits.items():
         both = evaluate(predictor, prepared, cases, True, predictor.scoring, LITERATURE)
-        summaries[name], summaries[f"{name}_literature"] = map(summarise, both)
+        for scoring, results in zip(("", "_literature"), both, strict=True):
+            summaries[name + scoring] = summarise(results, predictor.config.data)
     return summaries
 
 
@@ -103,10 +120,10 @@ def ranked(results: Results) -> list[tuple[str, float]]:
     return sorted(defined, key=lambda pair: pair[1]) or list(dice.items())
 
 
-def summarise(results: Results) -> dict[str, Any]:
+def summarise(results: Results, data: ConfigDict) -> dict[str, Any]:
     """Means over cases for every organ, and over organs, with the number of undefined values.
 
-    'voxels' is an organ's true size.
+    'voxels' is an organ's true size. The mean of a collection is that of its members' means.
 
     Returns {'mean': {metric: value}, 'organs': {organ: {metric: {'mean', 'std', 'undefined'}}},
     'cases': results}; what no case defines is nan.
@@ -121,9 +138,15 @@ def summarise(results: Results) -> dict[str, Any]:
             undefined = int(np.isnan(values).sum())
             by_metric[metric] = {"mean": mean(values), "std": mean(values, np.std)}
             by_metric[metric]["undefined"] = undefined
-    names = next(iter(organs.values()))
-    overall = {m: mean([by_metric[m]["mean"] for by_metric in organs.values()]) for m in names}
-    return {"mean": overall, "organs": organs, "cases": results}
+    by_task = {}
+    for name, task in tasks.tasks(data).items():
+        known = [organs[organ] for organ in task.organs() if organ in organs]
+        if known:
+            by_task[name] = {m: mean(organ[m]["mean"] for organ in known) for m in known[0]}
+    metrics_of = next(iter(by_task.values()))
+    overall = {m: mean(means[m] for means in by_task.values() if m in means) for m in metrics_of}
+    members = {"members": by_task} if data.name == tasks.COLLECTION else {}
+    return {"mean": overall, **members, "organs": organs, "cases": results}
 
 
 def mean(values: Iterable[float], statistic: Callable = np.mean) -> float:
@@ -143,6 +166,8 @@ def table(summary: dict[str, Any]) -> str:
         undefined = max(scores[c]["undefined"] for c in columns)
         note = f"   ({undefined} undefined)" if undefined else ""
         lines.append(f"{organ:<{width}}" + "".join(cells) + note)
-    cells = (f"{summary['mean'][c] * scale[c]:>11.2f}" for c in columns)
-    lines.append(f"{'mean':<{width}}" + "".join(cells))
+    means = {f"mean of {name}": of for name, of in summary.get("members", {}).items()}
+    for name, of in (means | {"mean": summary["mean"]}).items():
+        cells = (f"{of[c] * scale[c]:>11.2f}" for c in columns)
+        lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cgs_jax.analysis import pseudo_label_quality
-from cgs_jax.data import streams
+from cgs_jax.data import streams, tasks
 from cgs_jax.data.cache import Prepared
 from cgs_jax.inference.predictor import Predictor, make_predictor
 from cgs_jax.methods.base import Method
@@ -71,7 +71,7 @@ def train(
     train_step = make_train_step(method, optimizer, config, mesh)
     predictor = make_predictor(method)
     measure = pseudo_label_quality.make_measure(config, method, prepared)
-    zero_before = set()
+    organs, zero_before = tasks.organs(config.data), set()
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )
@@ -96,9 +96,10 @@ def train(
             scores = validate(predictor(state), prepared) | measure(state)
             writer.write(step, scores)
             writer.publish(step)
-            organs = "  ".join(f"{c} {scores[f'val/{c}']:.1f}" for c in config.data.classes)
-            say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({organs})")
-            zero = {c for c in config.data.classes if scores[f"val/{c}"] == 0}
+            by_organ = {o: scores[f"val/{o}"] for o in organs if f"val/{o}" in scores}
+            told = "  ".join(f"{organ} {dice:.1f}" for organ, dice in by_organ.items())
+            say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({told})")
+            zero = {organ for organ, dice in by_organ.items() if dice == 0}
             stays = zero if step == config.total_steps else zero & zero_before
             if stays:
                 say(f"WARNING: validation Dice stays 0 for {', '.join(sorted(stays))}")
@@ -159,7 +160,7 @@ def validate(predictor: Predictor, prepared: Prepared) -> dict[str, float]:
     """Mean validation Dice (%) by organ, 'val/<organ>', and of all, 'val/dice'."""
     cases, scoring = prepared.splits.val, predictor.scoring
     (results,) = summaries.evaluate(predictor, prepared, cases, False, scoring)
-    summary = summaries.summarise(results)
+    summary = summaries.summarise(results, predictor.config.data)
     scores = {f"val/{o}": 100 * s["dice"]["mean"] for o, s in summary["organs"].items()}
     return scores | {"val/dice": 100 * float(np.nan_to_num(summary["mean"]["dice"]))}
 

@@ -4,7 +4,7 @@ import operator
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cgs_jax.data import cache, patches
+from cgs_jax.data import patches, tasks
 from cgs_jax.inference import predictor
 from cgs_jax.models import network
 from cgs_jax.runtime.errors import UserError
@@ -28,7 +28,7 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
       UserError: a module that it names is not there, or an option has a value that can not be.
     """
     config = ConfigDict(config.to_dict())
-    config.data.update(cache.from_files(config.data))
+    tasks.complete(config.data)
     check(config)
     return FrozenConfigDict(config)
 
@@ -37,7 +37,11 @@ def check(config: ConfigDict) -> None:
     """Raises UserError where an option has a value that can not be. Those of the data are checked
     where they are used, and those of the mesh where the devices are known."""
     network.check(config)
-    patches.check(config.data, network.stride(config))
+    stride = network.stride(config)
+    for name, own in tasks.members(config.data).items():
+        if name and own.size % stride:
+            raise UserError(f"data.members.{name}.size={own.size} does not divide by {stride}")
+    patches.check(config.data, stride)
     method = make_method(config)
     predictor.check(config, method)
     least_of = AT_LEAST | {"batch.unlabelled": int(method.unlabelled)}

@@ -90,6 +90,9 @@ def abstract_inputs(
         batch[name] = {"image": jax.ShapeDtypeStruct((*shape, config.data.channels), np.uint16)}
         if stream.with_labels:
             batch[name]["label"] = jax.ShapeDtypeStruct(shape, np.uint8)
+            if config.data.partial:
+                marks = (stream.count, 1, 1, len(config.data.classes))
+                batch[name]["annotated"] = jax.ShapeDtypeStruct(marks, bool)
     seed = jax.ShapeDtypeStruct((), np.uint32)
     batch = devices.abstract(batch, devices.batched(mesh))
     return state, batch, devices.abstract(seed, devices.replicated(mesh))

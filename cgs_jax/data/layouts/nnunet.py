@@ -2,7 +2,8 @@
 
 `dataset.json`, `imagesTr/CASE_0000.nii.gz` and so on, a file a channel, `labelsTr/CASE.nii.gz`;
 images without a label file are the unlabelled pool. Cases of `imagesTs` that have a label in
-`labelsTs` are the test set.
+`labelsTs` are the test set. `partial_labels.json` {case: [organs]} names the cases whose label file
+marks some of the organs only.
 """
 
 import json
@@ -15,6 +16,7 @@ from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
 
 read = read_nifti_case
+PARTIAL = "partial_labels.json"
 
 
 def find(data: ConfigDict) -> dict[str, Case]:
@@ -22,7 +24,7 @@ def find(data: ConfigDict) -> dict[str, Case]:
     root, ending = (pathlib.Path(data.root), _description(data).get("file_ending", ".nii.gz"))
     if ending not in (".nii.gz", ".nii"):
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; NIfTI is read")
-    cases, count = {}, channels(data)
+    cases, count, listed = {}, channels(data), _partial_labels(data)
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
         for path in sorted((root / images).glob(f"*{ending}")):
             if path.name.startswith("."):
@@ -33,11 +35,36 @@ def find(data: ConfigDict) -> dict[str, Case]:
             if name in cases:
                 raise UserError(f"{name} is in imagesTr and in imagesTs of {root}")
             label, test = root / labels / f"{name}{ending}", images == "imagesTs"
-            if label.exists() or not test:
-                cases[name] = Case(name, files, (label,) if label.exists() else None, test)
+            if label.exists():
+                cases[name] = Case(name, files, (label,), test, listed.get(name))
+            elif not test:
+                cases[name] = Case(name, files, None)
     if not cases:
         raise UserError(f"no scans in {root / 'imagesTr'} (CASE_0000{ending})")
     return cases
+
+
+def partial(data: ConfigDict) -> bool:
+    """Whether some cases are annotated for some organs only."""
+    return bool(_partial_labels(data))
+
+
+def _partial_labels(data):
+    """Annotated organs by case, of the cases that are listed."""
+    path, known = pathlib.Path(data.root) / PARTIAL, data.classes or classes(data)
+    if not path.exists():
+        return {}
+    try:
+        listed = {case: tuple(organs) for case, organs in json.loads(path.read_text()).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{path} must map cases to lists of organs: {{case: [organs]}}") from None
+    for case, organs in listed.items():
+        if not organs:
+            raise UserError(f"{path}: {case} is annotated for no organ; remove its label file")
+        if unknown := sorted(set(organs) - set(known)):
+            known = ", ".join(known)
+            raise UserError(f"{path}: {case} names {unknown[0]!r}; the organs are: {known}")
+    return listed
 
 
 def classes(data: ConfigDict) -> tuple[str, ...]:

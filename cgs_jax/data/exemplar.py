@@ -1,0 +1,55 @@
+"""One annotated slice: all that the labelled stream of a data set then has (exemplar learning)."""
+
+import numpy as np
+
+from cgs_jax.data.tasks import Task
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.logs import say
+
+
+def find(prepared, task: Task) -> tuple[str, int]:
+    """Training case and slice that `data.exemplar` of `task` names, and prints what it shows.
+
+    'auto' chooses among the slices of the labelled cases one with as many organs as any, and of
+    those the one whose smallest organ has most pixels. 'CASE:SLICE' counts slices from 0, in the
+    order in which the case is read.
+
+    Raises:
+      UserError: there is no such slice, or no organ in it.
+    """
+    option = task.data.exemplar
+    if option == "auto":
+        cases = [case for case in prepared.splits.labelled if prepared.task(case).name == task.name]
+        case, at, areas = max(
+            (
+                (case, at, areas)
+                for case in cases
+                for at, areas in enumerate(_areas(prepared, case))
+            ),
+            key=lambda found: (np.count_nonzero(found[2]), min(found[2][found[2] > 0], default=0)),
+        )
+    else:
+        own, _, number = option.rpartition(":")
+        case = task.full_name(own)
+        if case not in prepared.splits.train or not prepared.has_label(case):
+            raise UserError(f"data.exemplar={option}: no training case {own!r} with a label")
+        known = _areas(prepared, case)
+        if not number.isdigit() or int(number) >= len(known):
+            raise UserError(f"data.exemplar={option}: {own} has slices 0 to {len(known) - 1}")
+        at, areas = int(number), known[int(number)]
+    if not areas.any():
+        raise UserError(f"data.exemplar={option}: no organ in slice {at} of {case}; choose another")
+    organs = task.data.classes
+    shows = ", ".join(f"{organ} {n}" for organ, n in zip(organs, areas, strict=True) if n)
+    lacking = [organ for organ, n in zip(organs, areas, strict=True) if not n]
+    say(f"exemplar: slice {at} of {case}, pixels of {shows}")
+    if lacking:
+        say(f"WARNING: the exemplar shows no {', '.join(lacking)}, which can not be learnt from it")
+    return case, at
+
+
+def _areas(prepared, case):
+    """Pixels of every organ in each slice [D, organs], on the training grid."""
+    labels = prepared.slices("label", prepared.rows([case]))
+    count = len(prepared.task(case).data.classes)
+    return [np.bincount(x.ravel(), minlength=1 + count)[1 : 1 + count] for x in labels]

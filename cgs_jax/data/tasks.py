@@ -1,0 +1,141 @@
+"""Data sets that train one network together, and their organs in the union of all.
+
+A data set of its own is the only task, named ''. In a collection (`data.name=collection`) every
+member is a task: `config.data.members` has its options under its name. Organs of one name are one
+class of the network, whichever members annotate them. Cases and scores of a member carry its name:
+'heart/patient001', 'heart/LV'.
+"""
+
+import contextlib
+import pathlib
+import re
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from cgs_jax.runtime.by_name import load_by_name
+from cgs_jax.runtime.errors import UserError
+
+COLLECTION = "collection"
+
+
+class Task(NamedTuple):
+    """A data set with a numbering of its own.
+
+    Attributes:
+      name: '' where it is the only one.
+      data: its options.
+      union: for each of its labels 0, 1, ... the label in the union of all tasks.
+      first: how many organs the tasks before it have, each counted by itself.
+    """
+
+    name: str
+    data: ConfigDict
+    union: tuple[int, ...]
+    first: int
+
+    def full_name(self, of: str) -> str:
+        """Of a case, patient or organ, such that no other task has it."""
+        return f"{self.name}/{of}" if self.name else of
+
+    def organs(self) -> list[str]:
+        """Full names of its organs 1, 2, ..."""
+        return [self.full_name(organ) for organ in self.data.classes]
+
+    def own(self, scores: np.ndarray) -> np.ndarray:
+        """Scores of its own labels [..., 1 + organs] of those of the union's [..., 1 + K]: what is
+        an organ of other tasks alone is background here."""
+        if self.union == tuple(range(scores.shape[-1])):
+            return scores
+        organs = scores[..., list(self.union[1:])]
+        rest = np.sum(scores, -1, keepdims=True) - np.sum(organs, -1, keepdims=True)
+        return np.concatenate([rest, organs], -1)
+
+
+def layout(data: ConfigDict) -> ModuleType:
+    """The module of `data.name`, for a data set."""
+    return load_by_name("cgs_jax.data.layouts", data.name, "data set")
+
+
+def tasks(data: ConfigDict) -> dict[str, Task]:
+    """By name, of `config.data`."""
+    found, first = {}, 0
+    for name, own in members(data).items():
+        union = (0, *(1 + data.classes.index(organ) for organ in own.classes))
+        found[name] = Task(name, own, union, first)
+        first += len(own.classes)
+    return found
+
+
+def members(data: ConfigDict) -> dict[str, ConfigDict]:
+    """Options of each data set by its name."""
+    return dict(data.members.items()) if data.name == COLLECTION else {"": data}
+
+
+def organs(data: ConfigDict) -> list[str]:
+    """Full names of the organs of all tasks, as scores have them."""
+    return [organ for task in tasks(data).values() for organ in task.organs()]
+
+
+def task_of(data: ConfigDict, case: str) -> tuple[str, str]:
+    """Task of a case of `config.data`, and its name in there."""
+    return tuple(case.split("/", 1)) if data.name == COLLECTION else ("", case)
+
+
+def find(data: ConfigDict, name: str) -> Task:
+    """The task of that name; '' for the only one.
+
+    Raises:
+      UserError: there is no such task, or there are several to choose from.
+    """
+    known = tasks(data)
+    if name in known:
+        return known[name]
+    if data.name != COLLECTION:
+        raise UserError(f"--task {name}: this run was trained on one data set; leave it out")
+    problem = f"no task {name!r}" if name else "which task?"
+    raise UserError(f"{problem} This run was trained on: {', '.join(known)}; give one by --task")
+
+
+def complete(data: ConfigDict) -> None:
+    """Fills in what is empty in `data` and what its files name: classes and channels, and whether
+    some cases are annotated for some organs only.
+
+    Raises:
+      UserError: members of a collection do not fit each other.
+    """
+    if data.name != COLLECTION:
+        module = layout(data)
+        for field in ("classes", "channels", "partial"):
+            if not data[field] and hasattr(module, field):
+                data[field] = getattr(module, field)(data)
+        return
+    if not data.members:
+        raise UserError("data.members is empty: a collection needs at least one data set")
+    for name, own in data.members.items():
+        own.root = own.root or str(pathlib.Path(data.root) / name)
+        own.cache = own.cache or (data.cache and str(pathlib.Path(data.cache) / name))
+        own.size = own.size or data.size
+        with of_member(name):
+            complete(own)
+    data.classes = tuple(dict.fromkeys(o for own in data.members.values() for o in own.classes))
+    data.partial = True  # members leave out each other's organs
+    counts = {name: own.channels for name, own in data.members.items()}
+    if len(set(counts.values())) > 1:
+        raise UserError(f"members of a collection need as many channels each, not {counts}")
+    data.channels = next(iter(counts.values()))
+
+
+@contextlib.contextmanager
+def of_member(name: str) -> Iterator[None]:
+    """Errors in here name the member of a collection, and the options as it has them."""
+    try:
+        yield
+    except UserError as error:
+        if not name:
+            raise
+        text = re.sub(r"(?<![\w/])((?:--)?(?:config\.)?data)\.", rf"\1.members.{name}.", str(error))
+        raise UserError(f"{name}: {text}") from error

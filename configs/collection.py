@@ -1,0 +1,46 @@
+"""Several data sets, one network, in the union of their organs.
+
+python -m cgs_jax.main --config configs/collection.py:method=cgs,members=acdc+brain@nnunet \
+    --workdir runs/collection --config.data.root=FOLDER
+
+`members` are files of configs, with `NAME@` before one the member's own name, without it the
+file's. The folder of a member is FOLDER/NAME, unless --config.data.members.NAME.root says another;
+its other options are --config.data.members.NAME.labelled and so on, as its config file has them.
+"""
+
+import importlib
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# What each member has of its own; all else holds for all.
+OWN = (
+    *("name", "root", "cache", "classes", "channels", "partial", "size", "normalise", "slicing"),
+    *("labelled", "exemplar", "splits", "split_seed", "val_fraction", "test_fraction", "patient"),
+)
+
+
+def get_config(arg=None):
+    options = common.parse(arg, method="cgs", base="", members="acdc+segthor")
+    config = common.get_config(options["method"], options["base"])
+    config.data.name = "collection"
+    config.data.classes = ()  # of all members
+    config.data.channels = 0  # as all members have
+    config.data.members = ConfigDict()
+    for member in options["members"].split("+"):
+        name, _, file = member.rpartition("@")
+        name = name or file
+        if name in config.data.members:
+            raise ValueError(f"config argument members: {name} is there twice; write NAME@{file}")
+        if not name.isidentifier():
+            raise ValueError(f"config argument members: {name!r} must be letters, digits and _")
+        try:
+            data = importlib.import_module(f"configs.{file}").get_config().data
+        except ImportError:
+            raise ValueError(f"config argument members: there is no configs/{file}.py") from None
+        own = ConfigDict({field: data[field] for field in OWN})
+        own.root = ""  # FOLDER/NAME
+        own.size = 0  # that of the collection, data.size
+        config.data.members[name] = own
+    return config

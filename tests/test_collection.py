@@ -1,0 +1,287 @@
+"""Several data sets that train one network, partly annotated cases, and one annotated slice."""
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import runs
+from layouts import nnunet_folder
+
+from cgs_jax.data import cache, streams, tasks
+from cgs_jax.inference.predictor import Predictor
+from cgs_jax.methods.base import Method
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.scoring import summaries
+from cgs_jax.training.resolve import resolve
+from configs import collection, nnunet
+
+NET = {
+    "model.channels": (4, 4, 8),
+    "model.dropout": (0.0,) * 3,
+    "batch.labelled": 4,
+    "batch.unlabelled": 4,
+    "eval_batch": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Members 'brain' (head, tail) and 'neck' (tail, cord), of which some cases are annotated for
+    one organ only."""
+    root = tmp_path_factory.mktemp("members")
+    for name, organs in (("brain", ("head", "tail")), ("neck", ("tail", "cord"))):
+        labels = {"background": 0} | {organ: i for i, organ in enumerate(organs, 1)}
+        nnunet_folder(root / name, labels)
+        (root / name / "Dataset001_Mine").rename(root / f"{name}_")
+        (root / name).rmdir()
+        (root / f"{name}_").rename(root / name)
+    partial = {"mine_000": ["cord"], "mine_001": ["cord"], "mine_002": ["tail", "cord"]}
+    (root / "neck" / "partial_labels.json").write_text(json.dumps(partial))
+    return root
+
+
+def config_of(folders, method="cgs", **fields):
+    config = collection.get_config(f"method={method},members=brain@nnunet+neck@nnunet")
+    config.update_from_flattened_dict(NET | {"data.size": 16, "total_steps": 20} | fields)
+    config.data.root = str(folders)
+    return config
+
+
+@pytest.fixture(scope="module")
+def prepared(folders):
+    config = resolve(config_of(folders))
+    return config, cache.prepare(config)
+
+
+def test_classes_are_the_union(prepared):
+    config, data = prepared
+    assert config.data.classes == ("head", "tail", "cord")
+    assert config.data.partial
+    assert config.data.channels == 1
+    assert tasks.organs(config.data) == ["brain/head", "brain/tail", "neck/tail", "neck/cord"]
+    assert {case.split("/")[0] for case in data.splits.train} == {"brain", "neck"}
+
+
+def test_labels_are_numbered_as_the_union_and_say_what_they_mark(prepared):
+    config, data = prepared
+    for case in data.splits.labelled:
+        rows = data.rows([case])
+        own = np.stack(list(data.slices("label", rows)))
+        number = {"brain": [0, 1, 2], "neck": [0, 2, 3]}[case.split("/")[0]]
+        marks = {"brain": [1, 1, 0], "neck": [0, 1, 1]}[case.split("/")[0]]
+        if case in ("neck/mine_000", "neck/mine_001"):
+            number, marks = [0, 0, 3], [0, 0, 1]
+        np.testing.assert_array_equal(data.labels(rows), np.array(number)[own], case)
+        assert (data.annotated(rows) == np.array(marks)).all(), case
+        truth = data.volume(case).label  # in the member's own numbering
+        assert set(np.unique(truth)) == {0, 1, 2}
+
+
+def test_batches_hold_both_members_and_marks(prepared):
+    config, data = prepared
+    batches = streams.batches(data, config, Method(config).streams(), 0)
+    seen = [batches[i]["labelled"] for i in range(8)]
+    for batch in seen:
+        assert batch["annotated"].shape == (4, 1, 1, 3)
+        for label, marks in zip(batch["label"], batch["annotated"][:, 0, 0], strict=True):
+            assert marks[np.unique(label[label > 0]) - 1].all()
+    marks = np.concatenate([batch["annotated"][:, 0, 0] for batch in seen])
+    assert 0 < marks[:, 0].sum() < len(marks)
+    assert "annotated" not in batches[0]["unlabelled"]
+    again = streams.batches(data, config, Method(config).streams(), 5)[0]
+    np.testing.assert_array_equal(again["labelled"]["image"], batches[5]["labelled"]["image"])
+
+
+def test_members_are_drawn_by_the_root_of_their_size():
+    assert streams.shares([400, 100]).tolist() == [42, 22]  # 1 + 62 (2/3, 1/3)
+    assert streams.shares([10**6, 1, 1]).tolist() == [62, 1, 1]
+    assert streams.shares([5] * 64).tolist() == [1] * 64
+    rows = [np.arange(8), 100 + np.arange(3)]
+    places = np.arange(4 * streams.BLOCK)
+    found = streams.drawn(places, rows, (0, 1))
+    counts = streams.shares([8, 3])
+    assert (found < 100).sum() == 4 * counts[0]
+    epochs = found[found < 100].reshape(-1)[: 8 * (4 * counts[0] // 8)].reshape(-1, 8)
+    assert (np.sort(epochs) == np.arange(8)).all()  # each slice once an epoch
+    np.testing.assert_array_equal(streams.drawn(places[77:99], rows, (0, 1)), found[77:99])
+    assert (streams.drawn(places, rows, (1, 1)) != found).any()
+
+
+def test_scores_of_one_member(prepared):
+    """What is an organ of others alone is background; organs keep the member's numbers."""
+    config, _ = prepared
+    scores = np.array([0.1, 0.2, 0.3, 0.4])
+    np.testing.assert_allclose(tasks.find(config.data, "neck").own(scores), [0.3, 0.3, 0.4])
+    np.testing.assert_allclose(tasks.find(config.data, "brain").own(scores), [0.5, 0.2, 0.3])
+
+
+def test_the_mean_of_a_collection_is_that_of_its_members(prepared):
+    config, _ = prepared
+    dice = lambda value: {"dice": value}  # noqa: E731
+    results = {
+        "brain/a": {"brain/head": dice(0.8), "brain/tail": dice(0.6)},
+        "brain/b": {"brain/head": dice(0.6), "brain/tail": dice(0.4)},
+        "neck/a": {"neck/cord": dice(0.2)},
+    }
+    summary = summaries.summarise(results, config.data)
+    assert summary["members"]["brain"]["dice"] == pytest.approx(0.6)
+    assert summary["members"]["neck"]["dice"] == pytest.approx(0.2)
+    assert summary["mean"]["dice"] == pytest.approx(0.4)
+    assert "mean of neck" in summaries.table(summary)
+
+
+def test_annotated_organs_alone_are_scored(prepared):
+    config, data = prepared
+    predictor = Predictor(lambda x: np.ones((*x.shape[:3], 4), np.float32), config)
+    cases = ["brain/mine_003", "neck/mine_000"]
+    (results,) = summaries.evaluate(predictor, data, cases, False, predictor.scoring)
+    assert set(results["brain/mine_003"]) == {"brain/head", "brain/tail"}
+    assert set(results["neck/mine_000"]) == {"neck/cord"}
+
+
+def test_a_collection_is_trained_scored_and_predicts(folders, tmp_path):
+    """As a user does it; label maps of a member have its own numbers."""
+    line = runs.command(folders, tmp_path / "run", program="main")[:5]
+    line += ["--config", "configs/collection.py:method=cgs,members=brain@nnunet+neck@nnunet"]
+    line += [f"--config.{name}={value}" for name, value in NET.items()]
+    line += [f"--config.data.root={folders}", "--config.data.size=16", "--config.total_steps=4"]
+    line += ["--config.data.members.neck.size=24", "--config.data.patch=16"]
+    done = runs.start(line)
+    assert done.returncode == 0, done.stderr
+    assert "mean of brain" in done.stdout
+    assert "neck/cord" in done.stdout
+    summary = summaries.read_summary(tmp_path / "run")
+    means = [summary["test"]["members"][name]["dice"] for name in ("brain", "neck")]
+    assert summary["test"]["mean"]["dice"] == pytest.approx(np.mean(means))
+    scans = folders / "neck" / "imagesTr"
+    predict = ["--input", str(scans / "mine_009_0000.nii.gz"), "--output", str(tmp_path / "out")]
+    line = runs.command(folders, tmp_path / "run", *predict, program="predict")
+    done = runs.start(line)
+    assert done.returncode == 1
+    assert "give one by --task" in done.stderr
+    assert "brain, neck" in done.stderr
+    assert "no task 'knee'" in runs.start([*line, "--task", "knee"]).stderr
+    done = runs.start([*line, "--task", "neck"])
+    assert done.returncode == 0, done.stderr
+    label = np.asarray(nib.load(tmp_path / "out" / "mine_009_0000.nii.gz").dataobj)
+    scan = np.asarray(nib.load(scans / "mine_009_0000.nii.gz").dataobj)
+    predictor = Predictor.restore(tmp_path / "run", task="neck")
+    expected = predictor.segment(scan.transpose(2, 1, 0)).transpose(2, 1, 0)
+    np.testing.assert_array_equal(label, expected)
+    assert label.max() <= 2
+    with pytest.raises(UserError, match="which task"):
+        Predictor.restore(tmp_path / "run")
+
+
+def test_members_that_do_not_fit(folders, tmp_path):
+    with pytest.raises(ValueError, match="brain is there twice"):
+        collection.get_config("members=brain@nnunet+brain@acdc")
+    with pytest.raises(ValueError, match="no configs/liver.py"):
+        collection.get_config("members=liver")
+    config = config_of(folders)
+    config.data.members.neck.root = str(tmp_path)
+    with pytest.raises(UserError, match=r"neck: no .*--config.data.members.neck.root must hold"):
+        resolve(config)
+    config = config_of(folders, **{"data.members.neck.size": 24})
+    with pytest.raises(UserError, match=r"\[16, 24\] pixels a side: give data.patch"):
+        resolve(config)
+    config = config_of(folders, **{"data.members.neck.size": 18})
+    with pytest.raises(UserError, match="members.neck.size=18 does not divide by 4"):
+        resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"mine_000": []}', "mine_000 is annotated for no organ"),
+        ('{"mine_000": ["liver"]}', "mine_000 names 'liver'; the organs are: head, tail"),
+        ("[1]", "must map cases to lists of organs"),
+        ("{", "must map cases to lists of organs"),
+    ],
+)
+def test_bad_partial_labels(tmp_path, text, message):
+    config, root = nnunet_folder(tmp_path)
+    (root / "partial_labels.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        resolve(config)
+
+
+@pytest.fixture(scope="module")
+def one_slice(tmp_path_factory):
+    config, _ = nnunet_folder(tmp_path_factory.mktemp("exemplar"))
+    config.update_from_flattened_dict(NET)
+    config.data.labelled = 1
+    return config
+
+
+def test_the_exemplar_is_the_only_labelled_slice(one_slice, capsys):
+    config = one_slice.copy_and_resolve_references()
+    config.data.exemplar = "auto"
+    config = resolve(config)
+    plain = cache.prepare(resolve(one_slice))
+    data = cache.prepare(config)
+    areas = {
+        (case, at): [np.count_nonzero(x == k) for k in (1, 2)]
+        for case in plain.splits.labelled
+        for at, x in enumerate(plain.slices("label", plain.rows([case])))
+    }
+    case, at = max(areas, key=lambda place: min(areas[place]))
+    assert f"exemplar: slice {at} of {case}" in capsys.readouterr().out
+    (labelled,), (unlabelled,) = data.source("labelled"), data.source("unlabelled")
+    assert labelled.tolist() == [data.rows([case])[at]]
+    every = data.rows(data.splits.train)
+    assert sorted([*labelled, *unlabelled]) == every.tolist()
+    assert data.splits.labelled == [case]
+    batch = streams.batches(data, config, Method(config).streams(), 0)[3]["labelled"]
+    assert (batch["image"] == batch["image"][:1]).all()
+    again = cache.prepare(config, data.splits)  # as a resumed run
+    assert again.source("labelled")[0].tolist() == labelled.tolist()
+
+
+def test_the_exemplar_by_name(one_slice):
+    config = one_slice.copy_and_resolve_references()
+    train = cache.prepare(resolve(config)).splits.train
+    with_label = [case for case in train if case < "mine_009"]
+    config.data.exemplar = f"{with_label[-1]}:2"
+    data = cache.prepare(resolve(config))
+    assert data.source("labelled")[0].tolist() == [data.rows([with_label[-1]])[2]]
+    for option, message in (
+        ("mine_777:0", "no training case 'mine_777' with a label"),
+        ("mine_009:0", "no training case 'mine_009' with a label"),
+        (f"{train[0]}:4", "has slices 0 to 3"),
+        (f"{train[0]}:x", "has slices 0 to 3"),
+        (train[0], "no training case ''"),
+    ):
+        config.data.exemplar = option
+        with pytest.raises(UserError, match=message):
+            cache.prepare(resolve(config))
+
+
+def test_an_exemplar_without_organs(tmp_path):
+    config, root = nnunet_folder(tmp_path, cases=8)
+    for path in (root / "labelsTr").iterdir():
+        nifti = nib.load(path)
+        nib.save(nib.Nifti1Image(np.zeros(nifti.shape, np.uint8), nifti.affine), path)
+    config.data.exemplar = "auto"
+    with pytest.raises(UserError, match="no organ in slice"):
+        cache.prepare(resolve(config))
+
+
+def test_one_data_set_is_a_collection_of_one(folders):
+    """Its only member trains on the same slices, as many as the data set by itself."""
+    config = collection.get_config("members=brain@nnunet")
+    config.data.root, config.data.size = str(folders), 16
+    alone = nnunet.get_config()
+    alone.data.root, alone.data.size = str(folders / "brain"), 16
+    config, alone = resolve(config), resolve(alone)
+    ours, theirs = cache.prepare(config), cache.prepare(alone)
+    assert [case.split("/")[1] for case in ours.splits.train] == theirs.splits.train
+    a, b = (
+        streams.batches(data, of, Method(of).streams(), 0)[2]["labelled"]
+        for data, of in ((ours, config), (theirs, alone))
+    )
+    np.testing.assert_array_equal(a["image"], b["image"])
+    np.testing.assert_array_equal(a["label"], b["label"])
+    assert a["annotated"].all()
+    assert "annotated" not in b
