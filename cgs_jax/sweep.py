@@ -140,7 +140,9 @@ def _config(path, arguments, overrides, fields, row):
         raise UserError(f"{row}: {error}") from None
     plain = run_folder.flatten(config)
     shared = {
-        k: v for k, v in overrides.items() if k in plain or not k.startswith(("method.", "cgs."))
+        k: v
+        for k, v in overrides.items()
+        if k in plain or not k.startswith(("method.", "cgs.", "data.members."))
     }
     for name, value in (shared | fields).items():
         if name not in plain:
@@ -207,13 +209,17 @@ def _train(run, bar):
 
 
 def write_tables(workdir: pathlib.Path) -> str:
-    """Writes table.csv, .md and .tex of the finished runs; returns the first that has all rows."""
+    """Writes table.csv, .md and .tex of the finished runs, for each member of a collection; returns
+    the first that has all rows."""
     *_, cases, first = tables.load(workdir)
     scored = {
-        f"{HEADINGS[metric]}, {split}": tables.table(cases, first, metric, which)
+        ", ".join(filter(None, (member, HEADINGS[metric], split))): tables.table(
+            some, first, metric, which
+        )
+        for member, some in cases.groupby("member", sort=False)
         for which, split in SPLITS.items()
         for metric in METRICS
-        if which in set(cases.split)
+        if which in set(some.split)
     }
     texts = {title: tables.as_text(table, first) for title, table in scored.items()}
     markdown = {title: f"{title}\n\n{tables.markdown(text)}" for title, text in texts.items()}

@@ -97,6 +97,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.grow_to = ()  # the windows are so wide, such as (160, 0)
     # one slice alone is labelled: 'CASE:SLICE', counted from 0, or 'auto', see docs/own_data.md
     config.data.exemplar = ""
+    # False: cases that are annotated for some organs only train as unlabelled ones
+    config.data.partly_labelled = True
     config.data.splits = ""  # folder of train.txt, val.txt, test.txt; '': published, else random
     config.data.split_seed = 0  # of random splits
     config.data.val_fraction = 0.1  # of the patients, where no list says

@@ -230,7 +230,7 @@ def test_every_slice_once_an_epoch_and_no_label_in_the_unlabelled_stream(thorax)
     data = cache.prepare(config)
     images, _ = everything(data)
     batches = streams.batches(data, config, STREAMS, 0)
-    assert set(batches[0]["unlabelled"]) == {"image"}
+    assert set(batches[0]["unlabelled"]) == {"image", "aspect"}
     labelled = np.concatenate([batches[i]["labelled"]["image"] for i in range(6)])
     for epoch in (labelled[:12], labelled[12:]):  # 12 slices, 4 a step
         assert {x.tobytes() for x in epoch} == {x.tobytes() for x in images[:12]}

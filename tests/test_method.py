@@ -279,18 +279,24 @@ def test_channels_move_and_change_together():
     assert (np.asarray(jittered) != np.asarray(both)).any((1, 2, 3)).sum() > 8
 
 
-def test_rotation_is_about_the_centre_and_nearest():
-    """What a pixel holds came from within two pixels of where an exact rotation takes it from."""
+@pytest.mark.parametrize("ratio", [1.0, 1.5, 0.7])
+def test_rotation_is_about_the_centre_and_nearest(ratio):
+    """What a pixel holds came from within two pixels of where an exact rotation takes it from; of
+    slices that were `ratio` times as high as wide, one before they were made square."""
     size, degrees = 64, 20.0
     rows, columns = (x.astype(np.float32) for x in np.mgrid[1 : size + 1, 1 : size + 1])
     turn = np.array([-1.0, -0.37, 0.0, 0.5, 1.0], np.float32)
-    rotate = jax.jit(lambda x, turn: augment._rotate(x, turn, degrees))
+    aspect = None if ratio == 1 else jnp.full(5, ratio)
+    rotate = jax.jit(lambda x, turn: augment._rotate(x, turn, degrees, aspect))
     got_rows, got_columns = (np.asarray(rotate(jnp.stack([x] * 5), turn)) for x in (rows, columns))
     centre = (size + 1) / 2
     for i, angle in enumerate(np.deg2rad(degrees) * turn):
         y, x = rows - centre, columns - centre
         exact = np.stack(
-            [y * np.cos(angle) - x * np.sin(angle), y * np.sin(angle) + x * np.cos(angle)]
+            [
+                y * np.cos(angle) - x / ratio * np.sin(angle),
+                y * ratio * np.sin(angle) + x * np.cos(angle),
+            ]
         )
         exact += centre
         inside = got_rows[i] > 0

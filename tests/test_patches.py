@@ -51,7 +51,7 @@ def test_windows_move_with_their_label_and_repeat_on_resume(prepared):
         assert again["unlabelled"]["image"].shape == (3, 8, 8, 1)
         image, label = again["labelled"].values()
         np.testing.assert_array_equal(image[..., 0] % 3, label)
-        assert set(again["unlabelled"]) == {"image"}
+        assert set(again["unlabelled"]) == {"image", "aspect"}
     slices = prepared.images(np.arange(6))
     places = {tuple(np.argwhere(slices == x[0, 0])[0, 1:3].tolist()) for x in first(whole)}
     assert len(places) > 5  # each image has a place of its own

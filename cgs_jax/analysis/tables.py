@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from cgs_jax.data.case_lists import patient_of
+from cgs_jax.data.tasks import task_of
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import read_lines
@@ -28,8 +29,8 @@ class Sweep(NamedTuple):
         hardware.
       curves: a line a line of metrics.jsonl, with row and seed.
       cases: a line an organ of a case: row, seed, split ('val', 'test', 'val_literature',
-        'test_literature' of the best checkpoint, with 'last_' before it of the last), case,
-        patient, organ, voxels (true size), dice, jaccard, hd95, asd.
+        'test_literature' of the best checkpoint, with 'last_' before it of the last), member (of a
+        collection, else ''), case, patient, organ, voxels (true size), dice, jaccard, hd95, asd.
       first: the row that others are held against, finished or not.
     """
 
@@ -78,11 +79,13 @@ def load(folder: pathlib.Path | str) -> Sweep:
                 continue
             for case, organs in scored["cases"].items():
                 who = {"split": split, "case": case, "patient": patient_of(case, config.data)}
+                member, _ = task_of(config.data, case)
                 for organ, scores in organs.items():
+                    organ = organ.removeprefix(f"{member}/")
                     values = {
                         k: number(v) * (100 if k in OVERLAP else 1) for k, v in scores.items()
                     }
-                    cases.append(key | who | {"organ": organ} | values)
+                    cases.append(key | who | {"member": member, "organ": organ} | values)
     return Sweep(*map(pd.DataFrame, (runs, curves, cases)), rows[0])
 
 
@@ -92,7 +95,10 @@ def number(value: float | None) -> float:
 
 
 def scores(cases: pd.DataFrame, metric: str = "dice", split: str = "test") -> pd.DataFrame:
-    """A line a row and seed, a column an organ, and their 'mean'; undefined cases are left out."""
+    """A line a row and seed, a column an organ, and their 'mean'; undefined cases are left out.
+
+    `cases` are of one member, here and below: the members of a collection have tables of their own.
+    """
     cases = cases[cases.split == split]
     by_organ = cases.groupby(["row", "seed", "organ"], sort=False)[metric].mean()
     by_organ = by_organ.unstack("organ", sort=False)

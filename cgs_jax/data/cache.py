@@ -123,6 +123,11 @@ class Prepared:
                 mark[..., self._classes.index(organ)] = True
         return marks
 
+    def aspects(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [B]: height by width of each slice on its own grid."""
+        shapes = [self._about[case]["shape"] for case, _ in self._places(rows)]
+        return np.array([height / width for *_, height, width in shapes], np.float32)
+
     def slices(self, what: str, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Memory-mapped slices on the training grid of their task: of 'image' uint16 [C, size,
         size], of 'label' uint8 [size, size] in the numbering of the task."""

@@ -40,7 +40,7 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     train, test = read_list(folder / "train.txt"), read_list(folder / "test.txt")
     path = folder / f"labelled_{data.labelled}.txt"
     labelled = read_list(path) if path.exists() else None
-    with_label = [name for name in train if name not in cases or cases[name].label]
+    with_label = [name for name in train if name not in cases or _teaches(cases[name], data)]
     if (folder / "val.txt").exists():
         val = read_list(folder / "val.txt")
     else:
@@ -65,7 +65,13 @@ def _random_split(cases, data, seed):
     held_out = {patient(name, data.patient) for name in val + test}
     only_images = [name for name, case in cases.items() if not case.label]
     train = rest + [n for n in only_images if patient(n, data.patient) not in held_out]
-    return Splits(train, val, test, first_patients(rest, data.labelled, data.patient))
+    with_label = [name for name in rest if _teaches(cases[name], data)]
+    return Splits(train, val, test, first_patients(with_label, data.labelled, data.patient))
+
+
+def _teaches(case, data):
+    """Whether its label is used in training."""
+    return bool(case.label) and (data.partly_labelled or case.annotated is None)
 
 
 def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:

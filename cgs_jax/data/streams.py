@@ -40,7 +40,8 @@ def batches(
       mine: size of a batch -> the rows of it that this process loads.
 
     Returns:
-      By name {'image': uint16 [B, H, W, C]} and, of streams with labels, 'label' uint8 [B, H, W],
+      By name {'image': uint16 [B, H, W, C], 'aspect': float32 [B], height by width of the slices
+      before they were made square} and, of streams with labels, 'label' uint8 [B, H, W],
       H = W = `patches.side`: the others have no label that could leak. With `data.partial` there is
       'annotated' bool [B, 1, 1, K] beside a label: the organs that it marks.
     """
@@ -60,7 +61,8 @@ def batches(
                     rng.seed((seed, i, place))  # quicker than to make another
                     label = x if with_labels else None
                     corners.append(patches.corner(rng, data, x.shape[-1], side, label))
-            batch[name] = {"image": prepared.images(at, corners, side)}
+            image = prepared.images(at, corners, side)
+            batch[name] = {"image": image, "aspect": prepared.aspects(at)}
             if with_labels:
                 batch[name]["label"] = prepared.labels(at, corners, side)
                 if data.partial:

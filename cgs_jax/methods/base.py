@@ -87,7 +87,8 @@ class Method:
         return variables["params"], {"batch_stats": variables["batch_stats"]}, {}
 
     def views(self, batch: Batch, key: jax.Array) -> Batch:
-        """Augments a batch {'labelled': {'image', 'label'}, 'unlabelled': {'image'}}.
+        """Augments a batch {'labelled': {'image', 'label'}, 'unlabelled': {'image'}}; 'aspect' [B]
+        beside an image is height by width of the slices before they were made square.
 
         Returns {'labelled': {'image', 'label'}, 'unlabelled': {'weak', 'strong'}}, images
         [B, H, W, C]; the strong view is the weak one, jittered. Where images are annotated for some
@@ -95,12 +96,13 @@ class Method:
         """
         k_labelled, k_weak, k_strong = jax.random.split(key, 3)
         options = self.config.augment
-        image, label = augment.weak(
-            k_labelled, batch["labelled"]["image"], batch["labelled"]["label"], options
-        )
-        views = {"labelled": batch["labelled"] | {"image": image, "label": label}}
+        truth = dict(batch["labelled"])
+        moved = truth["image"], truth["label"], options, truth.pop("aspect", None)
+        truth["image"], truth["label"] = augment.weak(k_labelled, *moved)
+        views = {"labelled": truth}
         if "unlabelled" in batch:
-            weak, _ = augment.weak(k_weak, batch["unlabelled"]["image"], None, options)
+            image, aspect = (batch["unlabelled"].get(name) for name in ("image", "aspect"))
+            weak, _ = augment.weak(k_weak, image, None, options, aspect)
             strong = augment.strong(k_strong, weak, options)
             views["unlabelled"] = {"weak": weak, "strong": strong}
         return views

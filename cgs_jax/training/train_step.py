@@ -88,6 +88,7 @@ def abstract_inputs(
     for name, stream in method.streams().items():
         shape = (stream.count, *[patches.side(config.data, 0, config.total_steps)] * 2)
         batch[name] = {"image": jax.ShapeDtypeStruct((*shape, config.data.channels), np.uint16)}
+        batch[name]["aspect"] = jax.ShapeDtypeStruct((stream.count,), np.float32)
         if stream.with_labels:
             batch[name]["label"] = jax.ShapeDtypeStruct(shape, np.uint8)
             if config.data.partial:

@@ -1,0 +1,25 @@
+"""One network for several data sets against one for each, by three methods.
+
+python -m cgs_jax.sweep --config configs/collection.py:members=acdc+brain@nnunet \
+    --sweep configs/sweeps/systems.py --workdir runs/systems --seeds 3 --config.data.root=FOLDER
+"""
+
+
+def get_sweep(config):
+    """Row -> (arguments of the config file, fields that differ); every member has a table, in
+    which its rows are held against the first row.
+
+    All rows have as many steps and slices a step.
+    """
+    slices = config.batch.labelled + config.batch.unlabelled
+    methods = {
+        "versemi": {},
+        "cgs": {},
+        "supervised": {"batch.labelled": slices, "batch.unlabelled": 0},
+    }
+    rows = {method: (f"method={method}", fields) for method, fields in methods.items()}
+    for name, own in config.data.members.items():
+        for method, fields in methods.items():
+            arguments = f"method={method},members={name}@{own.name}"
+            rows[f"{method}_{name}"] = (arguments, fields)
+    return rows
