@@ -6,7 +6,7 @@ import re
 import pytest
 from flax.traverse_util import flatten_dict
 
-from configs import common, nnunet
+from configs import collection, common, nnunet
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = (".", "docs", "launch", "results", "tests/oracle")
@@ -27,7 +27,9 @@ def test_what_documents_name_exists(path):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
     for script in re.findall(r"(?:bash |python |`)((?:launch|benchmarks)/\w+\.\w+)", text):
         assert (ROOT / script).exists(), script
-    fields = {*flatten_dict(nnunet.get_config().to_dict(), sep=".")}
+    members = collection.get_config("members=acdc+brain@nnunet").to_dict()
+    fields = {"data.members", *flatten_dict(members, sep=".")}
+    fields |= {*flatten_dict(nnunet.get_config().to_dict(), sep=".")}
     for method in (ROOT / "configs/methods").glob("*.py"):
         fields |= {*flatten_dict(common.get_config(method.stem).to_dict(), sep=".")}
     unknown = set(re.findall(r"--config\.([a-z_.]*[a-z_])", text)) - fields
