@@ -4,6 +4,7 @@ python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [
 """
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,8 +33,8 @@ def predict(
 ) -> list[pathlib.Path]:
     """Writes one label map (uint8) for every scan, with its grid and header, under its name.
 
-    Of runs with several channels a scan is CASE_0000.nii.gz, CASE_0001.nii.gz and so on, as
-    nnU-Net names them, and its label map CASE.nii.gz.
+    A scan is CASE_0000.nii.gz, CASE_0001.nii.gz and so on, a file a channel as nnU-Net names them,
+    and its label map CASE.nii.gz; of one channel it may have any name, and its label map the same.
 
     `options` such as {'inference': 'both'} replace the run's own. `task` names the member of a
     collection whose scans these are; the labels are numbered as its own are. Returns the files
@@ -84,10 +85,16 @@ def find(
         raise UserError(f"no .nii or .nii.gz in {source}")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
-    scans = {path.name: (path,) for path in files}
     if channels > 1:
         found = [channels_of(path, channels) for path in files]
         scans = {case + ending: paths for case, ending, paths in found}
+    else:
+        scans = {}
+        for path in files:
+            name = re.sub(r"_0000(?=\.nii(\.gz)?$)", "", path.name)
+            if name in scans:
+                raise UserError(f"{scans[name][0]} and {path} would both be {name}; rename one")
+            scans[name] = (path,)
     for name, paths in scans.items():
         target = output / name
         if target.exists() and any(map(target.samefile, paths)):
@@ -104,9 +111,6 @@ def write(scan: Scan, label: np.ndarray, path: pathlib.Path) -> None:
     header.set_slope_inter(1, 0)
     header["cal_min"], header["cal_max"] = 0, 0
     nifti = type(scan.nifti)(scan.to_stored(label), scan.nifti.affine, header)
-    for which in ("qform", "sform"):
-        matrix, code = getattr(scan.nifti, f"get_{which}")(coded=True)
-        getattr(nifti, f"set_{which}")(matrix, int(code))
     unfinished = path.with_name("unfinished_" + path.name)
     nib.save(nifti, unfinished)
     unfinished.replace(path)

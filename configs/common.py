@@ -103,7 +103,10 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.split_seed = 0  # of random splits
     config.data.val_fraction = 0.1  # of the patients, where no list says
     config.data.test_fraction = 0.2
-    config.data.patient = r"(.+?)(?:_(?:frame|time|visit|phase)\d+)?$"  # of a case name, by regex
+    # patient of a case name: its group; here all but what tells scans of one patient apart
+    config.data.patient = (
+        r"(?i)(.+?)(?:[_-](?:(?:frame|time|visit|phase|session|ses|scan|tp|t)[_-]?\d+|ED|ES))*$"
+    )
 
     # Of an unknown name main lists those that there are.
     name = config.method.name

@@ -164,7 +164,7 @@ def test_a_collection_is_trained_scored_and_predicts(folders, tmp_path):
     assert "no task 'knee'" in runs.start([*line, "--task", "knee"]).stderr
     done = runs.start([*line, "--task", "neck"])
     assert done.returncode == 0, done.stderr
-    label = np.asarray(nib.load(tmp_path / "out" / "mine_009_0000.nii.gz").dataobj)
+    label = np.asarray(nib.load(tmp_path / "out" / "mine_009.nii.gz").dataobj)
     scan = np.asarray(nib.load(scans / "mine_009_0000.nii.gz").dataobj)
     predictor = Predictor.restore(tmp_path / "run", task="neck")
     expected = predictor.segment(scan.transpose(2, 1, 0)).transpose(2, 1, 0)

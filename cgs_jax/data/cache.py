@@ -218,6 +218,7 @@ def _prepare_task(task, splits):
     cases = module.find(data)
     splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.check(splits, cases, data)
+    case_lists.tell(splits, data)
     cache = pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
     names = [*splits.train, *splits.val, *splits.test]
     folders = {name: cache / f"{name}_{_fingerprint(cases[name], data)}" for name in names}

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from cgs_jax.data import tasks
 from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.logs import say
 
 
 class Splits(NamedTuple):
@@ -98,6 +99,28 @@ def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
             who = patient(case, data.patient)
             if seen.setdefault(who, name) != name:
                 raise UserError(f"patient {who} is in {seen[who]} and in {name}")
+
+
+def tell(splits: Splits, data: ConfigDict) -> None:
+    """Prints how many cases and patients there are, and warns of patients who may be one."""
+    of = {case: patient(case, data.patient) for cases in splits[:3] for case in cases}
+    parts = {
+        name: {of[case] for case in cases} for name, cases in splits._asdict().items() if cases
+    }
+    counts = ", ".join(f"{name} {len(patients)}" for name, patients in parts.items())
+    say(f"{len(of)} cases of {len(set(of.values()))} patients: {counts}")
+    alike: dict[str, list[str]] = {}
+    for who in sorted(set(of.values())):
+        alike.setdefault(re.split(r"[_-](?=[^_-]*$)", who)[0], []).append(who)
+    for prefix, patients in alike.items():
+        # "liver_1" and "liver_2" are two; "p7_a" and "p7_b" look like one.
+        if len(alike) > 1 and len(patients) > 1 and re.search(r"\d", prefix):
+            where = {name for name in ("train", "val", "test") if parts[name] & set(patients)}
+            if len(where) > 1:
+                say(
+                    f"WARNING: {', '.join(patients[:3])} are in {' and '.join(sorted(where))}; if "
+                    "they are one patient, say how names tell it with --config.data.patient"
+                )
 
 
 def read_list(path: pathlib.Path) -> list[str]:

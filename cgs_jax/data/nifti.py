@@ -1,5 +1,7 @@
 """Reading NIfTI: orientation, and checks that image and label lie on each other."""
 
+import gzip
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -46,12 +48,12 @@ def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
         regard to its orientation (what SimpleITK's arrays are).
 
     Raises:
-      UserError: not readable, not 3D, or without a usable orientation; names the file.
+      UserError: not readable, damaged, not 3D, or without a usable place; names the file.
     """
     if slicing not in SLICINGS:
         raise UserError(f"unknown data.slicing {slicing!r}; there are: {', '.join(SLICINGS)}")
     try:
-        nifti = nib.load(path)
+        nifti = _load(path)
         array = np.asanyarray(nifti.dataobj)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
@@ -63,14 +65,34 @@ def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
         array = array[..., 0]
     if array.ndim != 3 or not array.size:
         raise UserError(f"{path} has shape {nifti.shape}; one 3D volume per file is read")
+    zooms = nifti.header.get_zooms()[:3]
+    if not (np.isfinite(nifti.affine).all() and np.isfinite(zooms).all() and min(zooms) > 0):
+        raise UserError(
+            f"{path}: its affine or voxel size has no usable numbers; repair its header"
+        )
     if slicing == "stored":
         permutation, flipped = (2, 1, 0), ()
     else:
         permutation, flipped = _orientation(path, nifti, slicing)
     array = np.flip(array.transpose(permutation), flipped)
-    zooms = nifti.header.get_zooms()
     spacing = tuple(float(zooms[axis]) for axis in permutation)
     return Scan(array, spacing, permutation, flipped, nifti)
+
+
+def _load(path):
+    """Reads the whole file, so that gzip's checksum is looked at, which nibabel does not."""
+    data = path.read_bytes()
+    if path.name.endswith(".gz"):
+        data = gzip.decompress(data)
+    kinds = (nib.Nifti1Image, nib.Nifti2Image)
+    kind = next((kind for kind in kinds if kind.header_class.may_contain_header(data)), None)
+    if kind is None:
+        raise ValueError("no NIfTI header")
+    nifti = kind.from_bytes(data)
+    needed = math.prod(nifti.shape) * nifti.get_data_dtype().itemsize
+    if len(data) < nifti.dataobj.offset + needed:  # before memory is asked for
+        raise ValueError(f"{len(data)} bytes, but its header says {needed}")
+    return nifti
 
 
 def _orientation(path, nifti, slicing):

@@ -75,7 +75,7 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
         raise UserError(f"{path}: labels must map names to numbers; got {labels}")
     if all(key.isdigit() for key in labels):  # the older layout: value -> name
         labels = {name: int(value) for value, name in labels.items()}
-    names = sorted((v, k) for k, v in labels.items() if isinstance(v, int))
+    names = sorted((v, str(k)) for k, v in labels.items() if type(v) is int)
     if len(names) < 2 or "ignore" in labels or [v for v, _ in names] != list(range(len(labels))):
         raise UserError(f"{path}: labels must be background 0 and organs 1, 2, ...; got {labels}")
     return tuple(name for _, name in names[1:])
@@ -83,14 +83,17 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
 
 def channels(data: ConfigDict) -> int:
     """How many dataset.json names; one where it does not tell."""
-    description = _description(data)
-    return len(description.get("channel_names") or description.get("modality") or "1")
+    description, path = _description(data), pathlib.Path(data.root) / "dataset.json"
+    names = description.get("channel_names") or description.get("modality") or {"0": "image"}
+    if not isinstance(names, dict):
+        raise UserError(f"{path}: channel_names must map 0, 1, ... to names; got {names}")
+    return len(names)
 
 
 def _description(data):
     path = pathlib.Path(data.root) / "dataset.json"
     try:
-        return json.loads(path.read_text())
+        description = json.loads(path.read_text(encoding="utf-8-sig"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no {path}: --config.data.root must hold dataset.json, imagesTr/CASE_0000.nii.gz and "
@@ -98,3 +101,6 @@ def _description(data):
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(description, dict):
+        raise UserError(f"{path} must be an object with labels and file_ending")
+    return description
