@@ -113,8 +113,8 @@ def write(
     organs = tasks.organs(best.config.data)
     write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
     ranked = summaries.ranked(summary[summaries.final_split(summary)]["cases"])
-    telling = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
-    shown = plots.show(best, prepared, telling)
+    worst_middle_best = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
+    shown = plots.show(best, prepared, worst_middle_best)
     plots.save(plots.overlays(shown, organs), workdir / "overlays.png", dpi=110)
     figure = plots.curves(read_lines(workdir / "metrics.jsonl"), organs)
     if figure:  # else metrics.jsonl was not kept

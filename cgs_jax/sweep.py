@@ -27,7 +27,7 @@ from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text
-from cgs_jax.runtime.logs import say, spent
+from cgs_jax.runtime.logs import say, time_spent
 from cgs_jax.scoring import summaries
 from cgs_jax.scoring.metrics import HEADINGS
 from cgs_jax.training import loop
@@ -171,7 +171,7 @@ def train_all(runs: list[Run]) -> None:
                 failed.append(f"{run.name} ({error})")
                 say(f"{i}/{len(runs)} {run.name}  {error}")
                 continue
-            minutes, _ = spent(run.workdir)
+            minutes, _ = time_spent(run.workdir)
             summary = summaries.read_summary(run.workdir)
             split = summaries.final_split(summary)
             dice = 100 * tables.number(summary[split]["mean"]["dice"])

@@ -13,7 +13,7 @@ from runs import TINY, before_the_end, command, config_of, start
 
 from cgs_jax import compare, evaluate, main, predict, sweep
 from cgs_jax.analysis import tables
-from cgs_jax.data.grid import likeliest
+from cgs_jax.data.grid import upsampled_labels
 from cgs_jax.data.nifti import read_nifti
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.errors import UserError
@@ -207,7 +207,7 @@ def test_arrays_in_arrays_out(trained, scans, tmp_path):
     scores = predictor.scores(scan.array)
     assert scores.shape == (5, 32, 32, 5)
     np.testing.assert_allclose(scores.sum(-1), 1, rtol=1e-5)
-    np.testing.assert_array_equal(likeliest(scores, *labels.shape[1:]), labels)
+    np.testing.assert_array_equal(upsampled_labels(scores, *labels.shape[1:]), labels)
     before = scan.array[::2, :11].astype(np.float64)  # of another shape and kind, and left as it is
     given = before.copy()
     assert predictor.segment(given).shape == given.shape

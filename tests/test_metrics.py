@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 from scipy import ndimage
 from steps import tiny
 
-from cgs_jax.data.grid import likeliest, resize
+from cgs_jax.data.grid import resize, upsampled_labels
 from cgs_jax.data.volume import keep_largest
 from cgs_jax.inference import predictor
 from cgs_jax.inference.predictor import Predictor
@@ -117,10 +117,10 @@ def test_probabilities_are_interpolated_as_scipy_does():
     for height, width in ((40, 23), (16, 16), (9, 64)):
         zoom = (1, height / 16, width / 16, 1)
         expected = ndimage.zoom(probs, zoom, order=1).argmax(-1)
-        labels = likeliest(probs, height, width)
+        labels = upsampled_labels(probs, height, width)
         assert labels.shape == expected.shape
         assert np.mean(labels != expected) < 0.001  # ties up to rounding
-    np.testing.assert_array_equal(likeliest(probs, 16, 16), probs.argmax(-1))
+    np.testing.assert_array_equal(upsampled_labels(probs, 16, 16), probs.argmax(-1))
 
 
 def test_largest_component_of_every_organ():
@@ -159,7 +159,7 @@ def test_scorings_share_a_prediction():
     assert len(calls) == 2  # five slices, four a batch
     small = resize(stack, 16, 16)
     np.testing.assert_array_equal(nearest, resize(small, 30, 20))
-    np.testing.assert_array_equal(linear, likeliest(one_hot(small[..., None]), 30, 20))
+    np.testing.assert_array_equal(linear, upsampled_labels(one_hot(small[..., None]), 30, 20))
     assert (nearest != linear).any()
     assert (linear[4, -1, -1], linear[4, 8, 8]) == (2, 2)
     assert (cleaned[4, -1, -1], cleaned[4, 8, 8]) == (0, 2)

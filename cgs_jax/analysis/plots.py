@@ -97,7 +97,7 @@ def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]
     return [found[case] for case, _ in cases]
 
 
-def telling_slice(truth: np.ndarray) -> int:
+def fullest_slice(truth: np.ndarray) -> int:
     """The slice of [D, H, W] with most organs, and of those the one with most area."""
     flat = truth.reshape(len(truth), -1)
     return int(np.argmax([len(np.unique(s)) + np.count_nonzero(s) / s.size for s in flat]))
@@ -128,11 +128,11 @@ def _paint(grey, labels, colours=None):
 
 
 def overlays(cases: list[Shown], organs: Sequence[str]) -> Figure:
-    """Image, truth, prediction and error of the telling slice of every case."""
+    """Image, truth, prediction and error of the fullest slice of every case."""
     figure = Figure(figsize=(12, 3 * len(cases) + 0.5), layout="constrained")
     for row, shown in zip(figure.subplots(len(cases), 4, squeeze=False), cases, strict=True):
         titles = (shown.case, "truth", f"prediction, Dice {shown.dice:.1f}", "error")
-        pictures = panels(shown, telling_slice(shown.truth))
+        pictures = panels(shown, fullest_slice(shown.truth))
         for axes, title, picture in zip(row, titles, pictures, strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_title(title, fontsize=9)

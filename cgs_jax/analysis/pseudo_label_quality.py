@@ -36,8 +36,12 @@ def sources(outputs: Outputs, tau: float) -> dict[str, tuple[jax.Array, jax.Arra
 
 
 def counts(label: jax.Array, mask: jax.Array, truth: jax.Array, num_targets: int) -> jax.Array:
-    """Pixels of every target as int32 [4, K]: taught, rightly taught, there, there and taught as
-    whatever."""
+    """Four numbers of pixels for every target, int32 [4, K]: those that are taught as the target;
+    of these, those that are the target; those that are the target; and of these, those that are
+    taught as anything.
+
+    `label`, `mask` and `truth` are [B, H, W]; pixels outside of `mask` are not taught.
+    """
     k = jnp.arange(1, num_targets + 1)
     taught = (label[..., None] == k) & mask[..., None]
     there = truth[..., None] == k

@@ -15,7 +15,7 @@ from cgs_jax.data import tasks
 from cgs_jax.data.grid import resize
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.files import read_lines, to_json, write_text
-from cgs_jax.runtime.logs import spent
+from cgs_jax.runtime.logs import time_spent
 from cgs_jax.scoring import metrics, summaries
 
 SLICES, WIDTH = 24, 256  # at most, of a case and in pixels: a report stays below some megabytes
@@ -27,7 +27,7 @@ def write(
 ) -> None:
     """Writes the report of a tested run; `cases` are shown slice by slice."""
     lines = read_lines(workdir / "metrics.jsonl")
-    minutes, hardware = spent(workdir)
+    minutes, hardware = time_spent(workdir)
     organs = tasks.organs(config.data)
     figure = plots.curves(lines, organs)
     split = summaries.final_split(summary)
@@ -82,7 +82,7 @@ def slices(shown):
         file = io.BytesIO()
         Image.fromarray(np.concatenate(strip, 1)).save(file, "JPEG", quality=88)
         pictures.append(_uri("jpeg", file))
-    start = int(np.argmin(np.abs(numbers - plots.telling_slice(shown.truth))))
+    start = int(np.argmin(np.abs(numbers - plots.fullest_slice(shown.truth))))
     about = {"case": shown.case, "dice": shown.dice, "numbers": numbers.tolist(), "start": start}
     return about | {"pictures": pictures}
 

@@ -16,7 +16,7 @@ from cgs_jax.data.tasks import task_of
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import read_lines
-from cgs_jax.runtime.logs import spent
+from cgs_jax.runtime.logs import time_spent
 from cgs_jax.scoring import summaries
 from cgs_jax.scoring.metrics import OVERLAP
 
@@ -61,7 +61,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
         config, _ = run_folder.load(workdir)
         summary = summaries.read_summary(workdir)
         key = {"row": name(workdir), "seed": config.seed}
-        minutes, hardware = spent(workdir)
+        minutes, hardware = time_spent(workdir)
         runs.append(
             key
             | {

@@ -23,7 +23,7 @@ def _places(old, new):
     return np.arange(new) * ((old - 1) / max(new - 1, 1))
 
 
-def likeliest(probs: np.ndarray, height: int, width: int) -> np.ndarray:
+def upsampled_labels(probs: np.ndarray, height: int, width: int) -> np.ndarray:
     """Labels uint8 [D, height, width] of scores of classes [D, H, W, C], such as probabilities,
     which are interpolated linearly, on corner-aligned grids too.
 

@@ -111,7 +111,8 @@ def _shuffled_block(block, counts, seed):
 
 
 def _shuffled(places: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
-    """What stands at `places` of an endless row of shuffled epochs of `count` items."""
+    """The items at `places` of an endless sequence of epochs, each of which has all `count` items
+    in an order of its own."""
     epochs, within = places // count, places % count
     # RandomState, not Generator: numpy promises that it draws the same for ever.
     orders = {e: np.random.RandomState((*seed, e)).permutation(count) for e in set(epochs)}

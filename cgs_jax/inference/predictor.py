@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from cgs_jax.data import cache, tasks
-from cgs_jax.data.grid import likeliest, resize
+from cgs_jax.data.grid import resize, upsampled_labels
 from cgs_jax.data.volume import finite, keep_largest, normalise
 from cgs_jax.inference import windows
 from cgs_jax.methods.augment import to_image
@@ -207,7 +207,7 @@ class _Volume:
         for label, scoring in zip(self.labels, scorings, strict=True):
             height, width = label.shape[1:]
             if scoring.upsample == "linear":
-                label[i] = likeliest(scores[None], height, width)[0]
+                label[i] = upsampled_labels(scores[None], height, width)[0]
             else:
                 coarse = np.argmax(scores, -1).astype(np.uint8)
                 label[i] = resize(coarse[None], height, width)[0]

@@ -57,10 +57,13 @@ class BatchNorm(nn.Module):
     def __call__(
         self, mean: jax.Array | None, var: jax.Array | None, offset: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """(factor, summand) by which x is the norm of x + `offset`, all float32 of one shape.
+        """Returns (factor, summand), float32 [C]: x * factor + summand is what batch norm makes of
+        x + offset.
 
         Args:
-          mean, var: of x over the batch, without `offset`; None takes the running statistics.
+          mean, var: float32 [C] of x over the batch, before `offset` is added; None takes the
+            running statistics.
+          offset: float32 [C], such as the bias of the convolution that made x.
         """
         shape = offset.shape
         scale = self.param("scale", nn.initializers.ones, shape)
@@ -97,7 +100,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 def drop_channels(x: jax.Array, pack: int, key: jax.Array) -> jax.Array:
-    """Zeroes half of the channels, others in each image, and doubles the rest."""
+    """Zeroes half of the channels and doubles the rest; each image draws its own half."""
     keep = jax.random.bernoulli(key, 0.5, (len(x), 1, 1, x.shape[-1] // pack))
     return jnp.where(jnp.tile(keep, pack), 2 * x, 0).astype(x.dtype)
 

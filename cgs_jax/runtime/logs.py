@@ -19,7 +19,7 @@ from cgs_jax.runtime import processes
 from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text
 
 
-def spent(workdir: pathlib.Path) -> tuple[float, str]:
+def time_spent(workdir: pathlib.Path) -> tuple[float, str]:
     """Minutes of training, validation included, over all starts of a run; the last one's hardware
     and jax. What a kill lost since the validation before is not counted."""
     total, here, hardware = 0.0, 0.0, ""

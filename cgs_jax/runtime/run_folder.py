@@ -37,7 +37,8 @@ FREE = (
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes `workdir` and keeps other jobs out of it; process 0 does so for all of this one.
+    """Makes `workdir` and keeps other jobs out of it. Of several processes of one job the first
+    locks the folder, for all of them.
 
     Raises:
       UserError: it can not be written, another job works in it, or it is not the same for all
