@@ -40,7 +40,7 @@ def get_config(arg=None):
             data = importlib.import_module(f"configs.{file}").get_config().data
         except ImportError:
             raise ValueError(f"config argument members: there is no configs/{file}.py") from None
-        own = ConfigDict({field: data[field] for field in OWN})
+        own = ConfigDict({field: data.get_ref(field) for field in OWN})
         own.root = ""  # FOLDER/NAME
         own.size = 0  # that of the collection, data.size
         config.data.members[name] = own

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from configs.methods import cgs
 
@@ -89,6 +89,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.channels = 1  # of an image
     config.data.partial = False  # some cases are annotated for some organs only; found in the files
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
+    # intensities to [0, 1]: 'percentile' (0.5 and 99.5) or 'minmax' of each scan, or (low, high)
+    config.data.normalise = FieldReference("percentile", field_type=object)
     config.data.patch = 0  # training sees windows of patch x patch pixels of them; 0: whole slices
     config.data.patch_anywhere = 0.15  # share of the windows that lie anywhere
     config.data.patch_foreground = 0.0  # share of the labelled windows that are centred on an organ

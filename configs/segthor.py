@@ -13,9 +13,7 @@ def get_config(arg=None):
     config.data.name = "segthor"
     config.data.classes = ("esophagus", "heart", "trachea", "aorta")
     config.data.labelled = int(options["labelled"])  # patients
-    config.data.normalise = (
-        -400.0,
-        400.0,
-    )  # HU: soft tissue, with contrast agent and air kept apart
+    # HU: soft tissue, with contrast agent and air kept apart
+    config.data.normalise = (-400.0, 400.0)
     config.data.slicing = "axial"
     return config

@@ -2,12 +2,16 @@
 
 import gzip
 import json
+import pathlib
+import sys
 
 import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+from absl import flags
 from layouts import lists, nnunet_folder, save
+from ml_collections import config_flags
 
 from cgs_jax.data import cache, case_lists, streams, tasks
 from cgs_jax.data.grid import resize
@@ -51,7 +55,6 @@ def test_orientation_round_trip(tmp_path):
 def test_normalise():
     image = np.array([-1000.0, -400, 0, 400, 3000], np.float32)
     np.testing.assert_allclose(normalise(image, (-400, 400)), [0, 0, 0.5, 1, 1])
-    np.testing.assert_allclose(normalise(image, "(-400, 400)"), [0, 0, 0.5, 1, 1])
     np.testing.assert_allclose(normalise(image, "minmax"), [0, 0.15, 0.25, 0.35, 1])
     assert np.isfinite(normalise(np.zeros(3, np.float32), "minmax")).all()
     for wrong in ("zscore", (400, -400), "(400", (1.0, 2.0, 3.0), (float("nan"), 3)):
@@ -461,3 +464,23 @@ def test_channels_of_nnunet(tmp_path):
     config.data.channels = 1
     with pytest.raises(UserError, match=r"_0000.nii.gz has 2 channel.*--config.data.channels=2"):
         cache.prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("(-200,400)", (-200, 400)), ("minmax", "minmax"), ((-200.0, 400.0), (-200.0, 400.0))],
+)
+def test_intensities_are_chosen_on_the_command_line_and_in_python(value, expected, monkeypatch):
+    for name, module in (("segthor", segthor), ("nnunet", nnunet)):
+        config = module.get_config()
+        if isinstance(value, str):
+            values = flags.FlagValues()
+            path = pathlib.Path(module.__file__)
+            line = ["program", f"--config={path}", f"--config.data.normalise={value}"]
+            monkeypatch.setattr(sys, "argv", line)  # there the fields are looked for
+            config_flags.DEFINE_config_file("config", flag_values=values)
+            values(line)
+            config = values["config"].value
+        else:
+            config.data.normalise = value
+        assert config.data.normalise == expected, name

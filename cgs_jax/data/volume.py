@@ -83,16 +83,14 @@ def normalise(image: np.ndarray, how: Sequence[float] | str) -> np.ndarray:
     `how`: (low, high) for a fixed window such as Hounsfield units; 'minmax' of the volume;
     'percentile' for its 0.5 and 99.5 percentiles.
     """
-    if isinstance(how, str) and how.startswith("("):
-        how = how.strip("()").split(",")  # from the command line
-    if how in ("minmax", ("minmax",)):
+    if how == "minmax":
         low, high = float(image.min()), float(image.max())
-    elif how in ("percentile", ("percentile",)):
+    elif how == "percentile":
         low, high = (float(v) for v in np.percentile(image, (0.5, 99.5)))
     else:
         try:
             low, high = map(float, how)
-        except ValueError:
+        except (TypeError, ValueError):
             low = high = 0.0
         if not -np.inf < low < high < np.inf:
             raise UserError(f"data.normalise={how!r}: give (low, high), minmax or percentile")
