@@ -223,8 +223,8 @@ def test_a_method_may_ask_for_any_streams(thorax):
     shapes = {name: {key: x.shape for key, x in part.items()} for name, part in batch.items()}
     image, label = (16, 16, 1), (16, 16)
     assert shapes == {
-        "exemplar": {"image": (1, *image), "label": (1, *label)},
-        "images": {"image": (2, *image)},
+        "exemplar": {"image": (1, *image), "aspect": (1,), "label": (1, *label)},
+        "images": {"image": (2, *image), "aspect": (2,)},
     }
 
 
