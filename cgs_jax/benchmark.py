@@ -24,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 from scipy import ndimage
 
 from cgs_jax.data import cache, case_lists, tasks
+from cgs_jax.data.grid import Grid
 from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import make_predictor
 from cgs_jax.runtime import devices, processes
@@ -93,7 +94,7 @@ def data(config: ConfigDict) -> Iterator[cache.Prepared]:
                 image = cache.quantise(label / label.max())
                 image = np.stack([image] * config.data.channels)
                 entries[case] = cache.Entry(pathlib.Path(folder, case), task)
-                cache.write(entries[case].folder, Volume(image, label, None), size)
+                cache.write(entries[case].folder, Volume(image, label, None), Grid(size))
         yield cache.Prepared(entries, splits, config.data.classes)
 
 
@@ -230,18 +231,18 @@ def time_evaluation(
     state = train_step.init_state(method, optimizer, config, mesh)
     predictor = make_predictor(method)(state)
     cases = prepared.splits.val
-    stacks = [(case, prepared.volume(case).image) for case in cases]
+    volumes = {case: prepared.volume(case) for case in cases}
     size = config.data.size
     predictor.scores(np.zeros((config.data.channels, 1, size, size)))
     started = time.perf_counter()
-    for _ in predictor.labels(stacks, predictor.scoring):
+    for _ in summaries.segmented(predictor, prepared, volumes, predictor.scoring):
         pass
     predicted = time.perf_counter()
     summaries.evaluate(predictor, prepared, cases, True, predictor.scoring)
     evaluated = time.perf_counter()
     return {
         "volumes": len(cases),
-        "slices": sum(stack.shape[1] for _, stack in stacks),
+        "slices": sum(volume.image.shape[1] for volume in volumes.values()),
         "prediction_ms": 1000 * (predicted - started) / len(cases),
         "evaluation_ms": 1000 * (evaluated - predicted) / len(cases),
     }

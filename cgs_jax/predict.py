@@ -16,6 +16,7 @@ from tqdm import tqdm
 from cgs_jax import evaluate
 from cgs_jax.data.cache import quantise
 from cgs_jax.data.nifti import Scan, channels_of, read_channels
+from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
@@ -52,17 +53,18 @@ def predict(
         raise UserError(f"can not write to --output {output}: {error.strerror}") from error
     problems: list[str] = []
 
-    def stacks():
+    def volumes():
         for name, paths in tqdm(files.items(), "segmenting", unit="scan", disable=None):
             try:
                 image, scan = read_channels(paths, predictor.task.data)
             except UserError as error:
                 problems.append(str(error))
             else:
-                yield (name, scan._replace(array=None)), quantise(image)
+                volume = Volume(quantise(image), None, scan.spacing)
+                yield (name, scan._replace(array=None)), volume
 
     written = []
-    for (name, scan), (label,) in predictor.labels(stacks(), predictor.scoring):
+    for (name, scan), (label,) in predictor.labels(volumes(), predictor.scoring):
         write(scan, label, output / name)
         written.append(output / name)
     if problems:

@@ -16,7 +16,8 @@ from configs import common
 
 # What each member has of its own; all else holds for all.
 OWN = (
-    *("name", "root", "cache", "classes", "channels", "partial", "size", "normalise", "slicing"),
+    *("name", "root", "cache", "classes", "channels", "partial", "size", "spacing", "normalise"),
+    "slicing",
     *("labelled", "exemplar", "partly_labelled", "splits", "split_seed", "val_fraction"),
     *("test_fraction", "patient"),
 )

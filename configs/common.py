@@ -91,6 +91,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
     # intensities to [0, 1]: 'percentile' (0.5 and 99.5) or 'minmax' of each scan, or (low, high)
     config.data.normalise = FieldReference("percentile", field_type=object)
+    # instead: millimetres of a pixel, (1.5,) or (height, width), or 'median' of the scans
+    config.data.spacing = FieldReference((), field_type=object)
     config.data.patch = 0  # training sees windows of patch x patch pixels of them; 0: whole slices
     config.data.patch_anywhere = 0.15  # share of the windows that lie anywhere
     config.data.patch_foreground = 0.0  # share of the labelled windows that are centred on an organ

@@ -7,7 +7,7 @@ from scipy import ndimage
 from steps import tiny
 
 from cgs_jax.data.grid import resize, upsampled_labels
-from cgs_jax.data.volume import keep_largest
+from cgs_jax.data.volume import Volume, keep_largest
 from cgs_jax.inference import predictor
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.scoring import metrics, summaries
@@ -72,7 +72,7 @@ def test_summary_counts_undefined_and_leaves_them_out():
     assert "(1 undefined)" in summaries.table(summary)
 
 
-DATA = {"name": "acdc", "size": 16, "classes": ("a", "b", "c"), "channels": 1}
+DATA = {"name": "acdc", "spacing": (), "size": 16, "classes": ("a", "b", "c"), "channels": 1}
 CONFIG = ConfigDict({"data": DATA, "eval_batch": 4})
 CONFIG.update(window=0, upsample="nearest", largest_component=False)
 
@@ -93,7 +93,7 @@ def test_segment_returns_every_volume_on_its_own_grid():
         batches.append(slices.shape)
         return one_hot(slices)
 
-    named = ((i, stack[None]) for i, stack in enumerate(stacks))
+    named = ((i, Volume(stack[None], None, None)) for i, stack in enumerate(stacks))
     found = Predictor(predict, CONFIG).labels(named, predictor.LITERATURE)
     names, labels = zip(*found, strict=True)
     assert set(batches) == {(4, 16, 16, 1)}
@@ -154,7 +154,7 @@ def test_scorings_share_a_prediction():
         predictor.Scoring("linear", False),
         predictor.Scoring("linear", True),
     ]
-    found = Predictor(predict, CONFIG).labels([("", stack[None])], *ways)
+    found = Predictor(predict, CONFIG).labels([("", Volume(stack[None], None, None))], *ways)
     ((_, (nearest, linear, cleaned)),) = found
     assert len(calls) == 2  # five slices, four a batch
     small = resize(stack, 16, 16)

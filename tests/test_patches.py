@@ -10,6 +10,7 @@ from steps import tiny
 
 from cgs_jax import main
 from cgs_jax.data import cache, case_lists, patches, streams, tasks
+from cgs_jax.data.grid import Grid
 from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import Volume
 from cgs_jax.runtime import devices, processes
@@ -25,7 +26,7 @@ def prepared(tmp_path_factory):
     images = np.random.default_rng(0).permutation(6 * 16 * 16).astype(np.uint16)
     folders = {f"c{i}": folder / f"c{i}" for i in range(6)}
     for path, image in zip(folders.values(), images.reshape(6, 1, 1, 16, 16), strict=True):
-        cache.write(path, Volume(image, (image[0] % 3).astype(np.uint8), None), 16)
+        cache.write(path, Volume(image, (image[0] % 3).astype(np.uint8), None), Grid(16))
         assert {x.name for x in path.iterdir()} == {"image.npy", "label.npy", "case.json"}
     cases = list(folders)
     task = tasks.find(tiny().data, "")
@@ -92,7 +93,7 @@ def test_processes_cut_the_windows_of_one_global_batch(prepared):
 
 def corners(label=None, count=2000, **fields):
     data, rng = options(**fields).data, np.random.RandomState(0)
-    return np.array([patches.corner(rng, data, 16, 8, label) for _ in range(count)])
+    return np.array([patches.corner(rng, data, (16, 16), 8, label) for _ in range(count)])
 
 
 def test_where_windows_lie():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from cgs_jax.data.volume import Volume
 from cgs_jax.inference import windows
 from cgs_jax.inference.predictor import Predictor
 
@@ -57,15 +58,19 @@ def test_weights_sum_to_one(shape, window):
 
 def test_slices_that_fit_are_taken_whole():
     config = ConfigDict(
-        {"data": {"name": "acdc", "size": 24, "classes": ("a", "b")}, "eval_batch": 3}
+        {
+            "data": {"name": "acdc", "size": 24, "spacing": (), "classes": ("a", "b")},
+            "eval_batch": 3,
+        }
     )
     config.update(upsample="nearest", largest_component=False, window=0)
     stack, labels = np.random.default_rng(0).integers(0, 99, (4, 30, 20), np.uint16), {}
+    volumes = [("", Volume(stack[None], None, None))]
     for side, shapes in ((0, {(3, 24, 24)}), (24, {(3, 24, 24)}), (8, {(3, 8, 8)})):
         config.window, seen = side, set()
         of_pixels = says(seen)
         predictor = Predictor(lambda x, of_pixels=of_pixels: of_pixels(x[..., 0]), config)
-        ((_, (labels[side],)),) = predictor.labels([("", stack[None])], predictor.scoring)
+        ((_, (labels[side],)),) = predictor.labels(volumes, predictor.scoring)
         assert seen == shapes
     np.testing.assert_array_equal(labels[0], labels[24])
     np.testing.assert_array_equal(labels[0], labels[8])

@@ -38,8 +38,8 @@ def participation(
     """
     if not method.specialists:
         raise UserError(f"{method.config.method.name} has no specialists")
-    if method.config.data.partial:
-        raise UserError("shares of organs are measured where all of them are annotated")
+    if method.config.data.partial or method.config.data.spacing:
+        raise UserError("shares of organs are measured on whole slices with all organs annotated")
     rows = prepared.rows(prepared.splits.labelled)
     rows = rows[np.linspace(0, len(rows) - 1, min(slices, len(rows))).round().astype(int)]
     image, label = augment.to_image(prepared.images(rows)), jnp.asarray(prepared.labels(rows))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from cgs_jax.data import tasks
 from cgs_jax.data.cache import NO_LABEL, Prepared
 from cgs_jax.methods import augment, pseudo_labels
 from cgs_jax.methods.base import Method
@@ -57,7 +58,7 @@ def make_measure(
     Precision: of the pixels taught as the organ those that are. Coverage: of the organ's pixels
     those that teach anything. Measured in evaluation mode on `config.pseudo_slices` slices, spread
     evenly over those unlabelled training cases that have labels of all organs; {} where there are
-    none. Masks
+    none, or where slices have many shapes (`data.spacing`). Masks
     and label cleaning of a method's own (UA-MT, BCP) are not applied, and one without `tau` counts
     as sure everywhere.
     """
@@ -65,7 +66,8 @@ def make_measure(
     every = set(config.data.classes)
     withheld = {case for case in withheld if set(prepared.organs(case)) == every}
     known = prepared.rows(filter(prepared.has_label, withheld))
-    if not len(known) or not method.unlabelled or not config.pseudo_slices:
+    many_shapes = any(own.spacing for own in tasks.members(config.data).values())
+    if many_shapes or not (len(known) and method.unlabelled and config.pseudo_slices):
         return lambda state: {}
     spread = np.linspace(0, len(known) - 1, min(config.pseudo_slices, len(known)))
     rows = known[spread.round().astype(int)]

@@ -5,7 +5,7 @@ nothing of the splits: other lists prepare nothing, one more scan prepares only 
 is written under another name and renamed when whole. It holds
 
 - `image.npy` uint16 [C, D, H, W], and `label.npy` uint8 [D, H, W] where there is a label file;
-- `image_SIZE.npy` and `label_SIZE.npy`, slices resized to the training grid, where that is another;
+- `image_GRID.npy` and `label_GRID.npy`, slices on the training grid, where that is another;
 - `case.json`: shape, whether there is a label, and spacing.
 """
 
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cgs_jax.data import case_lists, exemplar, patches, tasks
-from cgs_jax.data.grid import resize
+from cgs_jax.data.grid import Grid
 from cgs_jax.data.tasks import Task
 from cgs_jax.data.volume import Case, Volume, check_label
 from cgs_jax.runtime.errors import UserError
@@ -34,7 +34,7 @@ VERSION = 2  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
 NO_LABEL = 255
 # of data, that the arrays depend on
-OPTIONS = ("name", "size", "normalise", "slicing", "classes", "channels")
+OPTIONS = ("name", "size", "spacing", "normalise", "slicing", "classes", "channels")
 MAPPED = 400  # arrays at most: each holds a file open, and most systems allow a process 1,024
 
 
@@ -124,16 +124,16 @@ class Prepared:
         return marks
 
     def aspects(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [B]: height by width of each slice on its own grid."""
-        shapes = [self._about[case]["shape"] for case, _ in self._places(rows)]
-        return np.array([height / width for *_, height, width in shapes], np.float32)
+        """float32 [B]: height by width of a pixel of the training grid, by slice."""
+        cases = [case for case, _ in self._places(rows)]
+        scans = ((Grid.of(self.task(c).data), self._about[c]["shape"]) for c in cases)
+        return np.array([grid.aspect(shape[2:], None) for grid, shape in scans], np.float32)
 
     def slices(self, what: str, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Memory-mapped slices on the training grid of their task: of 'image' uint16 [C, size,
-        size], of 'label' uint8 [size, size] in the numbering of the task."""
+        """Memory-mapped slices on the training grid of their task: of 'image' uint16 [C, H, W], of
+        'label' uint8 [H, W] in the numbering of the task."""
         for case, at in self._places(rows):
-            size = self.task(case).data.size
-            yield self._mapped(case, what, size)[..., at, :, :]
+            yield self._mapped(case, what, True)[..., at, :, :]
 
     def _places(self, rows):
         """Case, and slice in it, of each row."""
@@ -174,12 +174,15 @@ class Prepared:
         same = (table[: 1 + len(own)] == np.arange(1 + len(own))).all()
         return None if same else table
 
-    def _map(self, case: str, what: str, size: int = 0) -> np.ndarray:
-        path, (_, *shape) = self._entries[case].folder / f"{what}.npy", self._about[case]["shape"]
-        if what == "label" and not self.has_label(case):
-            return np.broadcast_to(np.uint8(NO_LABEL), (shape[0], size, size))
-        if size and shape[1:] != [size, size]:
-            path = path.with_stem(f"{what}_{size}")
+    def _map(self, case: str, what: str, on_grid: bool = False) -> np.ndarray:
+        path, about = self._entries[case].folder / f"{what}.npy", self._about[case]
+        (_, depth, *shape), grid = about["shape"], Grid.of(self.task(case).data)
+        if on_grid:
+            shape = grid.shape(shape, about["spacing"])
+            if what == "label" and not self.has_label(case):
+                return np.broadcast_to(np.uint8(NO_LABEL), (depth, *shape))
+            if tuple(about["shape"][2:]) != shape:
+                path = path.with_stem(f"{what}_{grid.name}")
         return np.asarray(np.load(path, mmap_mode="r"))  # views of a plain array are made faster
 
 
@@ -225,7 +228,7 @@ def _prepare_task(task, splits):
     new = [name for name, folder in folders.items() if not folder.exists()]
     try:
         for name in tqdm(new, "preparing scans", unit="scan", disable=None if new else True):
-            write(folders[name], _read(module, cases[name], data), data.size)
+            write(folders[name], _read(module, cases[name], data), Grid.of(data))
     except OSError as error:
         raise UserError(
             f"can not write to {cache} ({error.strerror}); choose a folder with --config.data.cache"
@@ -254,20 +257,21 @@ def _read(module: ModuleType, case: Case, data: ConfigDict) -> Volume:
     return Volume(quantise(image), label, spacing)
 
 
-def write(folder: pathlib.Path, volume: Volume, size: int) -> None:
-    """Makes the cache entry `folder` of a volume with image uint16 [C, D, H, W] for training slices
-    of size x size pixels."""
+def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
+    """Makes the cache entry `folder` of a volume with image uint16 [C, D, H, W], with its slices on
+    the training grid."""
     image, label, spacing = volume
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix="unfinished_", dir=folder.parent))
     try:
-        for what, array in (("image", image), ("label", label)):
+        same = grid.shape(image.shape[-2:], spacing) == image.shape[-2:]
+        for what, array, to_grid in (("image", image, grid.image), ("label", label, grid.label)):
             if array is None:
                 continue
             np.save(unfinished / f"{what}.npy", np.ascontiguousarray(array))
-            if array.shape[-2:] != (size, size):
-                small = np.ascontiguousarray(resize(array, size, size))
-                np.save(unfinished / f"{what}_{size}.npy", small)
+            if not same:
+                resampled = np.ascontiguousarray(to_grid(array, spacing))
+                np.save(unfinished / f"{what}_{grid.name}.npy", resampled)
         about = {"shape": image.shape, "label": label is not None, "spacing": spacing}
         (unfinished / "case.json").write_text(json.dumps(about))
         os.chmod(unfinished, 0o755)

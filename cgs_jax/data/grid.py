@@ -2,8 +2,84 @@
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
+
+from cgs_jax.runtime.errors import UserError
+
+Spacing = tuple[float, float, float] | None  # millimetres along D, H, W of a volume
+
+
+class Grid(NamedTuple):
+    """What slices are resampled to for the network.
+
+    Attributes:
+      size: pixels a side of squares, to which slices of any shape are stretched, as the literature
+        does; nearest neighbour for images and labels.
+      pixel: (height, width) of a pixel in millimetres instead, so that all scans are seen at one
+        scale; images are interpolated linearly. () for squares.
+    """
+
+    size: int
+    pixel: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, data: ConfigDict) -> "Grid":
+        """Of a data set's options."""
+        return cls(data.size, pixel_of(data.spacing))
+
+    @property
+    def name(self) -> str:
+        return "x".join(f"{mm:g}" for mm in self.pixel) + "mm" if self.pixel else str(self.size)
+
+    def shape(self, shape: tuple[int, int], spacing: Spacing) -> tuple[int, int]:
+        """Of slices that have `shape` in a volume of `spacing`.
+
+        Raises:
+          UserError: the spacing is needed and not known.
+        """
+        if not self.pixel:
+            return self.size, self.size
+        if spacing is None:
+            raise UserError("data.spacing needs scans that tell their voxel size; leave it out")
+        ratios = np.array(spacing[1:]) / self.pixel
+        height, width = 1 + np.rint((np.array(shape) - 1) * ratios).astype(int)
+        return int(height), int(width)
+
+    def aspect(self, shape: tuple[int, int], spacing: Spacing) -> float:
+        """Height by width of a pixel of the grid on the scan: in millimetres, or in the scan's own
+        pixels where slices are stretched to squares."""
+        return self.pixel[0] / self.pixel[1] if self.pixel else shape[0] / shape[1]
+
+    def image(self, stack: np.ndarray, spacing: Spacing) -> np.ndarray:
+        """uint16 [C, D, H, W] of a volume -> the same on the grid."""
+        shape = self.shape(stack.shape[-2:], spacing)
+        return (resize_linear if self.pixel else resize)(stack, *shape)
+
+    def label(self, label: np.ndarray, spacing: Spacing) -> np.ndarray:
+        """Labels [D, H, W] of a volume -> the same on the grid."""
+        return resize(label, *self.shape(label.shape[-2:], spacing))
+
+
+def pixel_of(spacing: tuple[float, ...]) -> tuple[float, ...]:
+    """`data.spacing`, one number or two, as (height, width), or () for none."""
+    numbers = tuple(spacing) if np.iterable(spacing) else (spacing,)
+    numbers = numbers * (2 if len(numbers) == 1 else 1)
+    real = all(isinstance(mm, int | float) and 0 < mm < np.inf for mm in numbers)
+    if len(numbers) not in (0, 2) or not real:
+        raise UserError(f"data.spacing={spacing}: give millimetres, (1.5, 1.5), or median")
+    return numbers
+
+
+def resize_linear(stack: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes every slice of [..., H, W] of integers, linearly on corner-aligned grids."""
+    rows, columns = (
+        _neighbours(old, new) for old, new in zip(stack.shape[-2:], (height, width), strict=True)
+    )
+    upright = sum(stack[..., at, :] * share[:, None] for at, share in rows)
+    return np.rint(sum(upright[..., at] * share for at, share in columns)).astype(stack.dtype)
 
 
 def resize(stack: np.ndarray, height: int, width: int) -> np.ndarray:

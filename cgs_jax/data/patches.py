@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data import tasks
+from cgs_jax.data.grid import Grid
 from cgs_jax.runtime.errors import UserError
 
 
@@ -29,13 +30,16 @@ def check(data: ConfigDict, divisor: int) -> None:
         raise UserError("data.grow_at and data.grow_to must have the same length")
     if sorted(data.grow_at) != list(data.grow_at) or not all(0 <= at <= 1 for at in data.grow_at):
         raise UserError(f"data.grow_at={data.grow_at}: shares of total_steps in rising order")
-    sizes = {own.size for own in tasks.members(data).values()}
+    grids = [Grid.of(own) for own in tasks.members(data).values()]
+    sizes = {grid.size for grid in grids if not grid.pixel}
     for patch in (data.patch, *data.grow_to):
-        if patch % divisor or not 0 <= patch <= min(sizes):
+        if patch % divisor or not 0 <= patch <= min(sizes, default=patch):
             raise UserError(
                 f"data.patch or data.grow_to has {patch}: sides of windows divide by {divisor} and "
-                f"are at most data.size={min(sizes)}; 0 takes whole slices"
+                f"are at most data.size={min(sizes, default='')}; 0 takes whole slices"
             )
+        if not patch and any(grid.pixel for grid in grids):
+            raise UserError("with data.spacing slices have many shapes: give data.patch")
         if not patch and sizes != {data.size}:
             raise UserError(
                 f"slices of the members have {sorted(sizes)} pixels a side: give data.patch, or "
@@ -51,26 +55,37 @@ def check(data: ConfigDict, divisor: int) -> None:
 def cut(
     slices: Iterable[np.ndarray], corners: Sequence[tuple[int, int]] | None, patch: int
 ) -> np.ndarray:
-    """Stacks windows [..., patch, patch] of slices [..., size, size], whose first pixels are at
-    `corners`; whole slices where those are None. Of memory-mapped slices no more is read."""
-    if corners is not None:
-        pairs = zip(slices, corners, strict=True)
-        slices = (x[..., i : i + patch, j : j + patch] for x, (i, j) in pairs)
-    return np.stack(list(slices))
+    """Stacks windows [..., patch, patch] of slices [..., H, W], whose first pixels are `corners`;
+    whole slices where those are None. Of memory-mapped slices no more is read. What a slice has too
+    little is 0."""
+    if corners is None:
+        return np.stack(list(slices))
+    windows = []
+    for x, (i, j) in zip(slices, corners, strict=True):
+        window = x[..., i : i + patch, j : j + patch]
+        lacking = [(0, patch - n) for n in window.shape[-2:]]
+        if lacking != [(0, 0), (0, 0)]:
+            window = np.pad(window, [*[(0, 0)] * (x.ndim - 2), *lacking])
+        windows.append(window)
+    return np.stack(windows)
 
 
 def corner(
-    rng: np.random.RandomState, data: ConfigDict, size: int, patch: int, label: np.ndarray | None
+    rng: np.random.RandomState,
+    data: ConfigDict,
+    shape: tuple[int, int],
+    patch: int,
+    label: np.ndarray | None,
 ) -> tuple[int, int]:
-    """Row and column of the first pixel of one window of a slice of `size` x `size` pixels.
+    """Row and column of the first pixel of one window of a slice of `shape`.
 
     A share `data.patch_anywhere` of the windows lies anywhere, all places being equally likely; a
     share `data.patch_foreground` is centred, as far as the slice allows, on a pixel of an organ,
     each organ of the slice being equally likely; the centres of the others are at most
-    `data.patch_spread` pixels beside that of the slice along either axis. Where `label` [size,
-    size] is None or holds no organ, those others take the share of the foreground.
+    `data.patch_spread` pixels beside that of the slice along either axis. Where `label` [H, W] is
+    None or holds no organ, those others take the share of the foreground.
     """
-    room = size - patch
+    room = np.maximum(np.array(shape) - patch, 0)
     kind = rng.random_sample()
     if kind < data.patch_anywhere:
         return tuple(rng.randint(0, room + 1, 2))

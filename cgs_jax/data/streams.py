@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from cgs_jax.data import patches, tasks
 from cgs_jax.data.cache import Prepared
+from cgs_jax.data.grid import Grid
 
 BLOCK = 64  # slices in which every data set of a collection has its share of a stream
 
@@ -47,20 +48,20 @@ def batches(
     """
     seed, data = config.seed, config.data
     rows = {source: prepared.source(source) for source in ("labelled", "unlabelled")}
-    sizes = {own.size for own in tasks.members(data).values()}
+    grids = [Grid.of(own) for own in tasks.members(data).values()]
 
     def load(step: int) -> dict[str, dict[str, np.ndarray]]:
         batch, side = {}, patches.side(data, step, config.total_steps)
         for i, (name, (source, with_labels, count)) in enumerate(streams.items()):
             places, corners = step * count + mine(count), None
             at = drawn(places, rows[source], (seed, i))
-            if sizes != {side}:
+            if any(grid.pixel or grid.size != side for grid in grids):
                 corners, rng = [], np.random.RandomState()
                 slices = prepared.slices("label" if with_labels else "image", at)
                 for place, x in zip(places, slices, strict=True):
                     rng.seed((seed, i, place))  # quicker than to make another
                     label = x if with_labels else None
-                    corners.append(patches.corner(rng, data, x.shape[-1], side, label))
+                    corners.append(patches.corner(rng, data, x.shape[-2:], side, label))
             image = prepared.images(at, corners, side)
             batch[name] = {"image": image, "aspect": prepared.aspects(at)}
             if with_labels:

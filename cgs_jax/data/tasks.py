@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from cgs_jax.data import nifti
 from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
@@ -112,6 +113,9 @@ def complete(data: ConfigDict) -> None:
         for field in ("classes", "channels", "partial"):
             if not data[field] and hasattr(module, field):
                 data[field] = getattr(module, field)(data)
+        if data.spacing == "median":
+            with data.ignore_type():
+                data.spacing = nifti.median_pixel(module.find(data).values(), data.slicing)
         return
     if not data.members:
         raise UserError("data.members is empty: a collection needs at least one data set")

@@ -19,8 +19,8 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from cgs_jax.data import cache, tasks
-from cgs_jax.data.grid import resize, upsampled_labels
-from cgs_jax.data.volume import finite, keep_largest, normalise
+from cgs_jax.data.grid import Grid, resize, upsampled_labels
+from cgs_jax.data.volume import Volume, finite, keep_largest, normalise
 from cgs_jax.inference import windows
 from cgs_jax.methods.augment import to_image
 from cgs_jax.methods.base import Method
@@ -112,10 +112,12 @@ class Predictor:
                     raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field} {name}")
         return make_predictor(*methods)(*states).of(task)
 
-    def scores(self, array: np.ndarray) -> np.ndarray:
-        """Scores of classes float32 [D, size, size, C] on the training grid; the highest names the
-        class. Argument and errors are those of `segment`."""
-        slices, batch = self._to_grid(self.stack(array)), self.config.eval_batch
+    def scores(
+        self, array: np.ndarray, spacing: tuple[float, float, float] | None = None
+    ) -> np.ndarray:
+        """Scores of classes float32 [D, H, W, C] on the training grid; the highest names the class.
+        Arguments and errors are those of `segment`."""
+        slices, batch = self._to_grid(self.volume(array, spacing)), self.config.eval_batch
         parts = (slices[i : i + batch] for i in range(0, len(slices), batch))
         return np.concatenate([self._scores(part) for part in parts])
 
@@ -127,83 +129,83 @@ class Predictor:
         Args:
           array: intensities [C, D, H, W], or [D, H, W] of one channel, in the unit and orientation
             of the run's scans; they are normalised as those were.
-          spacing: millimetres along D, H and W. Slices are resized to a square whatever it is.
+          spacing: millimetres along D, H and W; needed where the run has `data.spacing`.
 
         Raises:
-          UserError: other axes or channels, or a voxel that is no number.
+          UserError: other axes or channels, a voxel that is no number, or a spacing is lacking.
         """
-        ((_, (label,)),) = self.labels([(None, self.stack(array))], self.scoring)
+        ((_, (label,)),) = self.labels([(None, self.volume(array, spacing))], self.scoring)
         return label
 
-    def stack(self, array: np.ndarray, source: Any = "the array") -> np.ndarray:
-        """Intensities -> the uint16 [C, D, H, W] that `labels` takes, each channel normalised on
-        its own; `source` is named in errors."""
+    def volume(self, array: np.ndarray, spacing: tuple[float, float, float] | None) -> Volume:
+        """Intensities -> the volume that `labels` takes, each channel normalised on its own."""
         data, image = self.task.data, np.asarray(array)
         image = image[None] if image.ndim == 3 else image
         if image.ndim != 4 or len(image) != data.channels:
-            raise UserError(
-                f"{source} has shape {np.shape(array)}; volumes are [{data.channels}, D, H, W]"
-            )
-        channels = (normalise(finite(channel, source), data.normalise) for channel in image)
-        return cache.quantise(np.stack(list(channels)))
+            shape = np.shape(array)
+            raise UserError(f"the array has shape {shape}; volumes are [{data.channels}, D, H, W]")
+        channels = (normalise(finite(x, "the array"), data.normalise) for x in image)
+        return Volume(cache.quantise(np.stack(list(channels))), None, spacing)
 
     def labels(
-        self, stacks: Iterable[tuple[Any, np.ndarray]], *scorings: Scoring
+        self, volumes: Iterable[tuple[Any, Volume]], *scorings: Scoring
     ) -> Iterator[tuple[Any, tuple[np.ndarray, ...]]]:
-        """Segments volumes, slices of all of them batched to one fixed shape.
+        """Segments volumes, slices of all that have one shape on the training grid batched.
 
         Args:
-          stacks: pairs of a name, which may be anything, and uint16 [C, D, H, W] on a grid of its
-            own.
+          volumes: pairs of a name, which may be anything, and a volume with image uint16 [C, D, H,
+            W] on a grid of its own.
           scorings: how labels are made of the scores; the scores are computed once for all.
 
         Yields:
           For each volume in order its name and, by each scoring, uint8 labels [D, H, W] on its own
           grid.
         """
-        begun: deque[_Volume] = deque()
+        begun: deque[_Segmented] = deque()
 
         def slices():
-            for name, stack in stacks:
-                volume = _Volume(name, [np.empty(stack.shape[1:], np.uint8) for _ in scorings])
-                begun.append(volume)
-                for i, image in enumerate(self._to_grid(stack)):
-                    yield volume, i, image
+            for name, volume in volumes:
+                shape = volume.image.shape[1:]
+                segmented = _Segmented(name, [np.empty(shape, np.uint8) for _ in scorings])
+                begun.append(segmented)
+                for i, image in enumerate(self._to_grid(volume)):
+                    yield segmented, i, image
 
-        waiting = slices()
-        while part := list(itertools.islice(waiting, self.config.eval_batch)):
-            scores = self._scores(np.stack([image for *_, image in part]))
-            for (volume, i, _), of_slice in zip(part, scores, strict=True):
-                volume.fill(i, of_slice, scorings)
-            while begun and begun[0].todo == 0:
-                volume = begun.popleft()
-                yield volume.name, volume.cleaned(scorings, len(self.task.data.classes))
+        for _, alike in itertools.groupby(slices(), lambda slice: slice[-1].shape):
+            while part := list(itertools.islice(alike, self.config.eval_batch)):
+                scores = self._scores(np.stack([image for *_, image in part]))
+                for (segmented, i, _), of_slice in zip(part, scores, strict=True):
+                    segmented.fill(i, of_slice, scorings)
+                while begun and begun[0].todo == 0:
+                    done = begun.popleft()
+                    yield done.name, done.cleaned(scorings, len(self.task.data.classes))
 
-    def _to_grid(self, stack):
-        """[C, D, H, W] -> the slices as the network takes them, [D, size, size, C]."""
-        size = self.task.data.size
-        return np.moveaxis(resize(stack, size, size), 0, -1)
+    def _to_grid(self, volume):
+        """Slices as the network takes them, [D, H, W, C]."""
+        grid = Grid.of(self.task.data)
+        return np.moveaxis(grid.image(volume.image, volume.spacing), 0, -1)
 
     def _scores(self, slices):
-        """Of a batch, or less."""
-        window = self.config.window
+        """Of a batch, or less. Slices of many shapes are seen through windows of one."""
+        data, window = self.task.data, self.config.window
+        window = window or (data.spacing and self.config.data.patch)
         padding = [(0, self.config.eval_batch - len(slices)), *[(0, 0)] * (slices.ndim - 1)]
         padded = np.pad(slices, padding)
-        if 0 < window < self.task.data.size:
+        if data.spacing or 0 < window < data.size:
             scores = windows.blend(self.predict, padded, (window, window))
         else:
             scores = self.predict(padded)
         return self.task.own(scores[: len(slices)])
 
 
-class _Volume:
+class _Segmented:
     """Labels [D, H, W] by each scoring, and how many slices are not in them yet."""
 
     def __init__(self, name, labels):
         self.name, self.labels, self.todo = name, labels, len(labels[0])
 
     def fill(self, i, scores, scorings):
-        """Slice `i`, of its scores [size, size, C]."""
+        """Slice `i`, of its scores [H, W, C] on the training grid."""
         for label, scoring in zip(self.labels, scorings, strict=True):
             height, width = label.shape[1:]
             if scoring.upsample == "linear":

@@ -18,13 +18,13 @@ def blend(
 
     Args:
       predict: [B, *window, ...] -> float [B, *window, C]; it is only asked for this one shape.
-      window: pixels along each axis of S. Where an image has fewer, it is padded with its edge.
+      window: pixels along each axis of S. What an image has too little is 0.
     """
     shape = images.shape[1 : 1 + len(window)]
     missing = [max(w - n, 0) for w, n in zip(window, shape, strict=True)]
     trailing = images.ndim - 1 - len(window)
     padding = [(0, 0), *((0, m) for m in missing), *[(0, 0)] * trailing]
-    images = np.pad(images, padding, "edge")
+    images = np.pad(images, padding)
     total = 0.0
     for place, weights in placed(images.shape[1 : 1 + len(window)], window):
         scores = np.asarray(predict(images[:, *place]))

@@ -84,8 +84,8 @@ def segmented(
     for case in volumes:
         by_task.setdefault(prepared.task(case).name, []).append(case)
     for name, cases in by_task.items():
-        stacks = ((case, volumes[case].image) for case in cases)
-        yield from predictor.of(name).labels(stacks, *scorings)
+        of_task = ((case, volumes[case]) for case in cases)
+        yield from predictor.of(name).labels(of_task, *scorings)
 
 
 def score(predictor: Predictor, prepared: Prepared) -> dict[str, Any]:
