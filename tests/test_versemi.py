@@ -41,7 +41,7 @@ def test_dice_by_hand():
 
 
 def test_loss_of_the_drawn_class_by_hand():
-    """Image 0 is asked for class 1, image 1 for class 2; what other prompts say is of no account."""
+    """Image 0 is asked for class 1, image 1 for class 2; other prompts have no say."""
     label = jnp.array([[[1, 0]], [[1, 2]]])
     probs = np.full((2, 1, 2, 3), 0.123)
     probs[0, ..., 0], probs[1, ..., 1] = [[0.9, 0.2]], [[0.3, 0.6]]
@@ -95,13 +95,14 @@ def test_aggregate_loss_by_hand():
         assert reached[:, 2].all()
 
 
-@pytest.mark.parametrize("partly", [False, True])
-def test_what_a_step_asks(partly):
-    """Mixes, targets and doubt of three labelled and four unlabelled 4 x 4 images, in numpy."""
+@pytest.mark.parametrize("known", ["", "all", "partly"])
+def test_what_a_step_asks(known):
+    """Mixes, targets and doubt of three labelled and four unlabelled 4 x 4 images, in numpy; if all
+    classes are known to be annotated the numbers are those without such knowledge."""
     rng = np.random.default_rng(0)
     method = train_step.make_method(tiny("versemi", **{"method.lambda_max": 0.7}))
     label = rng.integers(0, 3, (3, 4, 4))
-    annotated = np.ones((3, 1, 1, 2), bool)
+    annotated, partly = np.ones((3, 1, 1, 2), bool), known == "partly"
     if partly:  # the second image has class 2 alone, whatever is seen
         annotated[1, ..., 0] = False
         label[1][label[1] == 1] = 0
@@ -113,7 +114,7 @@ def test_what_a_step_asks(partly):
         "labelled": {"image": image, "label": label, "task": task, "keep": keep},
         "unlabelled": {"weak": weak, "keep": outside},
     }
-    if partly:
+    if known:
         views["labelled"]["annotated"] = annotated
     views, seen = jax.tree.map(jnp.asarray, views), []
 
@@ -158,9 +159,10 @@ def test_what_a_step_asks(partly):
     parts = {s: sum(v for n, v in expected.items() if n.startswith(s)) for s in ("sup/", "unsup/")}
     np.testing.assert_allclose(metrics["sup"], parts["sup/"], rtol=1e-4)
     np.testing.assert_allclose(loss, parts["sup/"] + 0.7 * parts["unsup/"], rtol=1e-4)
-    if partly:
+    if known:
         np.testing.assert_allclose(metrics["cover/certain"], everywhere.mean(), rtol=1e-6)
-    assert ("cover/certain" in metrics) == partly
+        assert everywhere.all() != partly
+    assert ("cover/certain" in metrics) == bool(known)
 
 
 def test_terms_and_ramp_can_be_chosen():
@@ -190,26 +192,28 @@ def boxes_of(keep):
 
 
 def test_views_draw_annotated_classes_and_boxes():
-    config = tiny("versemi")
+    config = tiny("versemi", **{"augment.degrees": 0.0})
     config.data.classes = ("a", "b", "c")
     method, count = train_step.make_method(config), 200
     annotated = np.tile([[True, False, True], [False, True, False]], (count // 2, 1))
     image = np.zeros((count, 16, 16, 1), np.float32)
     labelled = {"image": image, "label": np.zeros(image.shape[:3], np.uint8)}
     batch = {"labelled": labelled, "unlabelled": {"image": image}}
-    views = jax.jit(method.views)
-    task = np.asarray(views(batch, jax.random.key(0))["labelled"]["task"])
+    assert set(jax.eval_shape(method.views, batch, jax.random.key(0))["unlabelled"]) == {
+        "weak", "strong", "keep"
+    }  # fmt: skip
+    drawn = lambda v: [v["labelled"]["task"], *(x["keep"] for x in v.values())]  # noqa: E731
+    views = jax.jit(lambda batch: drawn(method.views(batch, jax.random.key(0))))
+    task = np.asarray(views(batch)[0])
     assert (np.bincount(task, minlength=3) > 40).all()  # uniform, though no class is there
     labelled["annotated"] = annotated[:, None, None]
-    views = views(batch, jax.random.key(0))
-    task = np.asarray(views["labelled"]["task"])
+    task, of_labelled, of_unlabelled = map(np.asarray, views(batch))
     assert annotated[np.arange(count), task].all()
     assert 30 < (task == 0).sum() < 70
-    assert set(views["unlabelled"]) == {"weak", "strong", "keep"}
-    side, *corner = boxes_of(views["labelled"]["keep"])
+    side, *corner = boxes_of(of_labelled)
     assert set(side) == {10}
     assert all(set(places) == set(range(7)) for places in corner)
-    side, *corner = boxes_of(views["unlabelled"]["keep"])
+    side, *corner = boxes_of(of_unlabelled)
     assert set(side) == set(range(4, 10))
     assert all((places.min(), (places + side).max()) == (0, 16) for places in corner)
     side, *_ = boxes_of(versemi.boxes(jax.random.key(0), 2, 96, (2 / 3, 2 / 3)))
@@ -280,39 +284,32 @@ def test_merged_generalist_by_hand():
 
 
 def test_network_has_prompts_in_place_of_a_generalist():
-    method = train_step.make_method(tiny("versemi"))
+    method = train_step.make_method(tiny("versemi", **{"model.dtype": "bfloat16"}))
     image = jnp.zeros((1, 16, 16, 1))
     params, stats, _ = jax.eval_shape(method.init, jax.random.key(0), image)
     assert set(params) == set(stats["batch_stats"]) == {"backbone", "prompts"}
     state = TrainState(0, params, stats, None, {})
-    assert jax.eval_shape(method.predict, state, image).shape == (1, 1, 16, 16, 3)
-
-
-def batch_views(method, labelled, unlabelled):
-    """Views of one step with so many images, and fresh variables."""
-    config = method.config
-    whole = jax.tree.map(jnp.asarray, tiny_batch(config, draws=3))
-    batch = {name: {k: v[:n] for k, v in whole[name].items()} for name, n in (
-        ("labelled", labelled), ("unlabelled", unlabelled))}  # fmt: skip
-    make_views = jax.jit(
-        lambda b: train_step.make_views(method, make_mesh(config), b, jax.random.key(0))
-    )
-    params, stats, _ = jax.jit(method.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 1)))
-    return TrainState(jnp.asarray(0), params, stats, None, {}), make_views(batch)
+    predicted = jax.eval_shape(method.predict, state, image)
+    assert (predicted.shape, predicted.dtype) == ((1, 1, 16, 16, 3), jnp.float32)
 
 
 def test_every_term_reaches_trunk_and_controller():
     """And of the controller only the rows of the prompts that it asks; the surest class does not
     learn from the synthetic task."""
     method = train_step.make_method(tiny("versemi", **{"model.dropout": (0.0,) * 3}))
-    state, views = batch_views(method, 3, 2)
-    views["labelled"]["task"] = jnp.array([1, 1, 1])
+    params, stats, _ = jax.jit(method.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 1)))
+    state = TrainState(jnp.asarray(0), params, stats, None, {})
+    batch = jax.tree.map(jnp.asarray, tiny_batch(method.config))
+    keep = jnp.arange(16)[:, None] < jnp.full((2, 16, 16), 6)
+    views = {"labelled": batch["labelled"] | {"task": jnp.array([1, 1]), "keep": keep}}
+    views["labelled"]["image"] = batch["labelled"]["image"] / 65535
+    views["unlabelled"] = {"weak": batch["unlabelled"]["image"] / 65535, "keep": keep}
 
     def terms(params):
         metrics = method.loss(params, state, views, jax.random.key(2))[1][2]
         return {name: value for name, value in metrics.items() if "/" in name}
 
-    gradients = jax.jit(jax.jacrev(terms))(state.params)
+    gradients = jax.jit(jax.jacrev(terms))(params)
     assert len(gradients) == 6
     for name, gradient in gradients.items():
         assert np.abs(gradient["backbone"]["down0"]["conv1"]["kernel"]).max() > 0, name
@@ -352,8 +349,8 @@ def test_cgs_over_it_adds_specialists_on_the_unlabelled_part():
     pair = base.Pair(student, jax.lax.stop_gradient(student), outside)
     method.method.passes = lambda *_: base.Passes(asked, [pair], {}, {})
     state = TrainState(jnp.asarray(60), {}, {}, None, {})
-    loss, (_, _, metrics) = method.loss({}, state, {}, None)
-    heads = base.supervised_loss(labelled)
+    loss, (_, _, metrics) = jax.jit(lambda: method.loss({}, state, {}, None))()
+    heads = jax.jit(lambda: base.supervised_loss(labelled))()
     for name in ("sup/specialists_ce", "sup/specialists_dice"):
         np.testing.assert_allclose(metrics[name], heads[name], rtol=1e-6)
     assert "sup/generalist_ce" not in metrics
@@ -379,7 +376,6 @@ def test_options_that_can_not_be(fields, message):
 
 
 def test_steps_learn():
-    """Twenty steps, two of them on the same program with everything annotated said so."""
     config = tiny("versemi")
     method, optimizer = train_step.make_method(config), optimizers.make_optimizer(config)[0]
     mesh = make_mesh(config)
