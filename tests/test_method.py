@@ -369,6 +369,8 @@ def test_cutmix_boxes_are_boxes_of_the_right_size():
                 ("ad_mt", {"ramp": 1 / 3}),
                 ("urpc", {}),
                 ("ict", {}),
+                ("versemi", {}),
+                ("cgs:versemi", {}),
                 ("cgs", {"teacher": "eval"}),
             )
         ),

@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from cgs_jax.models.heads import Generalist, Pyramid, Specialists
+from cgs_jax.models.prompted import Prompted, merge
 from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
@@ -20,6 +21,8 @@ class Outputs(NamedTuple):
     generalist: jax.Array  # [B, *S, C]
     specialists: jax.Array | None  # [B, *S, K, 3 or 2]; None without specialists
     pyramid: jax.Array | None = None  # [B, *S, scales, C] of coarser maps, where there are any
+    # [B, *S, K + 1, 2] of prompts, the last the synthetic task's; the generalist is merged of them
+    prompts: jax.Array | None = None
 
 
 class Network(nn.Module):
@@ -31,6 +34,7 @@ class Network(nn.Module):
       num_classes: background included.
       specialists: makes a specialist head for every target; None: there are none.
       pyramid: whether the coarser maps have heads, too.
+      prompts: whether heads that are asked for one class at a time take the generalist's place.
       dtype: of the feature maps; parameters, statistics and losses are float32.
     """
 
@@ -38,6 +42,7 @@ class Network(nn.Module):
     num_classes: int
     specialists: Callable[[], nn.Module] | None
     pyramid: bool
+    prompts: bool
     dtype: str
 
     @nn.compact
@@ -46,16 +51,22 @@ class Network(nn.Module):
         dropped, so there are twice as many."""
         maps = self.backbone(name="backbone")(image.astype(self.dtype), train, perturb)
         features, pack = maps[-1]
-        generalist = Generalist(self.num_classes, name="generalist")(features, pack)
-        specialists, pyramid = None, None
+        specialists, pyramid, prompts = None, None, None
+        if self.prompts:
+            prompts = Prompted(self.num_classes - 1, name="prompts")(maps[0], maps[-1], train)
+            generalist = merge(prompts)
+        else:
+            generalist = Generalist(self.num_classes, name="generalist")(features, pack)
         if self.specialists:
             specialists = self.specialists(name="specialists")(features, pack, train)
         if self.pyramid:
             pyramid = Pyramid(self.num_classes, name="pyramid")(maps[1:-1], train)
-        return Outputs(generalist, specialists, pyramid)
+        return Outputs(generalist, specialists, pyramid, prompts)
 
 
-def build(config: ConfigDict, specialists: bool, pyramid: bool = False) -> Network:
+def build(
+    config: ConfigDict, specialists: bool, pyramid: bool = False, prompts: bool = False
+) -> Network:
     """Network of `config.model`, with one specialist per organ of `config.data.classes`."""
     options = dict(config.model.items())
     dtype = options.pop("dtype")
@@ -69,6 +80,7 @@ def build(config: ConfigDict, specialists: bool, pyramid: bool = False) -> Netwo
         num_classes=len(config.data.classes) + 1,
         specialists=(lambda **kw: Specialists(**heads, **kw)) if specialists else None,
         pyramid=pyramid,
+        prompts=prompts,
         dtype=dtype,
     )
 

@@ -4,7 +4,18 @@ python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/swee
     --workdir runs/ablation --seeds 3 --config.data.root=FOLDER
 """
 
-OTHERS = ("mean_teacher", "ua_mt", "ict", "fixmatch", "cps", "urpc", "unimatch", "bcp", "ad_mt")
+OTHERS = (
+    "mean_teacher",
+    "ua_mt",
+    "ict",
+    "fixmatch",
+    "cps",
+    "urpc",
+    "unimatch",
+    "bcp",
+    "ad_mt",
+    "versemi",
+)
 
 
 def get_sweep(config):

@@ -1,0 +1,239 @@
+"""VerSemi: a network that is asked for one class at a time (Zeng et al., 2311.11686).
+
+A task is a class of `config.data.classes`: the classes of several data sets, or of one ("VerSemi,
+single data set"). The prompt of a class has a binary answer; one prompt more, of the synthetic
+task, asks for the foreground of all classes together. With F(x, k) for the probability under prompt
+k, # for the synthetic task, D for Dice loss, and boxes of a labelled image b in another one, a, or
+of a in an unlabelled one (mixU):
+
+    L = D(F(a, k_a), y) + CE(F(a, k_a), y)        the class k_a that is drawn for the image
+      + D(F(mix, #), y_mix)                       'syn': y_mix is the foreground of any class
+      + (D(F(mix, k_a), y) + D(F(mix, k_b), y)) / 2                         'aux'
+      + lambda (D(F(mixU, #), max_k F(mixU, k))   'agg': agreement with all classes together
+              + D(F(mixU, #), y_a))               'cons': in the box
+
+Certain, from abstract and released code: prompts, the synthetic task and its target, the terms, no
+weights. Inferred: all terms at once (the code trains 'aux' in a first stage, 'agg' and 'cons' in a
+second one), and the maximum as a teacher that does not learn (`detach_aggregate`; in the code it
+does). What the paper says of these is not known.
+
+Chosen here: tasks are classes, drawn uniformly among those annotated, absent ones included; the
+neighbour in the batch stands for the other half of the code's batch; each image has a box of its
+own. An image of the code has one class, so 'aux' takes the class of one half as absent from the
+half of another task. Here y is where the label of either image has the class: that is the same
+where it is not annotated, and right where it is.
+
+A target is wrong where an organ is seen but not annotated. So labelled background does not count
+where the prompt of a class that the image is not annotated for is sure of it (`doubt`): any such
+prompt for the synthetic task, the one that is asked for 'aux'.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cgs_jax.methods import augment, base
+from cgs_jax.models.network import build
+from cgs_jax.runtime.errors import UserError
+
+TERMS = ("syn", "aux", "agg", "cons")
+DICE_EPS = 1e-5
+
+
+class Asked(NamedTuple):
+    """The student on labelled pixels, and what its prompts are asked there."""
+
+    labelled: base.Labelled
+    tasks: tuple[jax.Array, ...] = ()  # [B] each: a class of each image, counted from 0
+    doubt: jax.Array | None = None  # [B, *S, K], True where a class may hide; None: nowhere
+
+
+class Method(base.Method):
+    """The student predicts, by the merged answers of its prompts.
+
+    CGS over it adds specialists, and labels that the student makes of the unlabelled part of the
+    mixed images itself.
+    """
+
+    def __init__(self, config, specialists=False):
+        super().__init__(config, specialists)
+        options = config.method
+        if wrong := set(options.terms) - set(TERMS):
+            known = ", ".join(TERMS)
+            raise UserError(f"unknown method.terms {', '.join(sorted(wrong))}; there are: {known}")
+        for name in ("box", "box_unlabelled"):
+            sides = options[name]
+            if len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:
+                raise UserError(f"method.{name}={sides}: two shares of a side, smaller one first")
+        if config.model.weights:
+            raise UserError("versemi: model.weights have no prompted heads; leave it empty")
+        self.network = build(config, self.specialists, prompts=True)
+
+    def weight(self, step):
+        return super().weight(step) if self.config.method.ramp else self.constant_weight(step)
+
+    def views(self, batch, key):
+        """As the base class; with each labelled image's 'task' [B], one of its annotated classes
+        counted from 0, and the boxes 'keep' [B, H, W] of either stream, False inside."""
+        k_base, k_task, k_labelled, k_unlabelled = jax.random.split(key, 4)
+        options, views = self.config.method, super().views(batch, k_base)
+        labelled, unlabelled = views["labelled"], views["unlabelled"]
+        count, size = labelled["label"].shape[:2]
+        odds = jnp.zeros((count, self.num_targets))
+        if "annotated" in labelled:
+            odds = jnp.where(labelled["annotated"].reshape(odds.shape), odds, -jnp.inf)
+        labelled["task"] = jax.random.categorical(k_task, odds)
+        labelled["keep"] = boxes(k_labelled, count, size, options.box)
+        count = len(unlabelled["weak"])
+        unlabelled["keep"] = boxes(k_unlabelled, count, size, options.box_unlabelled)
+        return views
+
+    def passes(self, params, state, views, key):
+        """One pass over labelled images, their mixes, and unlabelled images with labelled boxes."""
+        truth, unlabelled = views["labelled"], views["unlabelled"]
+        image, task, annotated = truth["image"], truth["task"], truth.get("annotated")
+        weak, outside = unlabelled["weak"], unlabelled["keep"]
+        mixed = base.cutmix(truth["keep"], image, base.rolled(image))
+        boxed = base.cutmix(outside, weak, _repeated(image, len(weak)))
+        both, boxed, model_state = self.student(
+            params, state.model_state, base.join(image, mixed), boxed, key
+        )
+        plain, mixed = base.split(both, len(image))
+        hidden = None
+        if annotated is not None:
+            hidden = doubt(plain.prompts, truth["label"], annotated, self.config.method.doubt)
+        known = truth["label"], hidden
+        label_of_mix, hidden_in_mix = base.cutmix(truth["keep"], known, base.rolled(known))
+        label_of_box, hidden_in_box = _repeated(known, len(weak))
+        asked = [
+            Asked(base.labelled(plain, views), (task,)),
+            Asked(base.Labelled(mixed, label_of_mix), (task, base.rolled(task)), hidden_in_mix),
+            Asked(base.Labelled(boxed, label_of_box, ~outside), doubt=hidden_in_box),
+        ]
+        pair = base.Pair(boxed, jax.lax.stop_gradient(boxed), outside)
+        return base.Passes(asked, [pair], model_state, state.extra)
+
+    def objective(self, passes, step):
+        options, (plain, mixed, boxed) = self.config.method, passes.labelled
+        terms, unsupervised = task_loss(plain), {}
+        if self.specialists:
+            heads = base.supervised_loss(plain.labelled)
+            terms |= {name: x for name, x in heads.items() if name.startswith("sup/specialists")}
+        if "syn" in options.terms:
+            terms["sup/synthetic_dice"] = synthetic_loss(mixed)
+        if "aux" in options.terms:
+            terms["sup/auxiliary_dice"] = auxiliary_loss(mixed)
+        if "agg" in options.terms:
+            prompts, detach = boxed.labelled.student.prompts, options.detach_aggregate
+            unsupervised["unsup/aggregate_dice"] = aggregate_loss(prompts, detach)
+        if "cons" in options.terms:
+            unsupervised["unsup/box_dice"] = synthetic_loss(boxed)
+        sup, unsup = (sum(x.values(), jnp.zeros(())) for x in (terms, unsupervised))
+        weight = self.weight(step)
+        metrics = {"loss": sup + weight * unsup, "sup": sup, "unsup": unsup, "lambda": weight}
+        if mixed.doubt is not None:
+            metrics["cover/certain"] = jnp.mean(~jnp.any(mixed.doubt, -1))
+        return metrics["loss"], metrics | terms | unsupervised
+
+
+def task_loss(asked: Asked) -> base.Terms:
+    """L_sup: cross-entropy, a mean over the pixels, and Dice of the drawn class of each image."""
+    student, label, *_ = asked.labelled
+    (task,) = asked.tasks
+    odds, target = chosen(log_odds(student.prompts), task), is_class(label, task)
+    ce = -jnp.mean(jax.nn.log_sigmoid(jnp.where(target, odds, -odds)))
+    return {"sup/task_ce": ce, "sup/task_dice": dice_loss(odds, target)}
+
+
+def synthetic_loss(asked: Asked) -> jax.Array:
+    """L_syn, and L_cons where pixels are left out: Dice of the synthetic task."""
+    student, label, where, _ = asked.labelled
+    if asked.doubt is not None:
+        certain = ~jnp.any(asked.doubt, -1)
+        where = certain if where is None else where & certain
+    return dice_loss(log_odds(student.prompts)[..., -1], label > 0, where)
+
+
+def auxiliary_loss(asked: Asked) -> jax.Array:
+    """L_aux: Dice of the classes drawn for both images of a mix, the mean of the two."""
+    student, label, *_ = asked.labelled
+    odds, total = log_odds(student.prompts), 0
+    for task in asked.tasks:
+        where = None if asked.doubt is None else chosen(asked.doubt, task) == 0
+        total += dice_loss(chosen(odds, task), is_class(label, task), where)
+    return total / len(asked.tasks)
+
+
+def aggregate_loss(prompts: jax.Array, detach: bool) -> jax.Array:
+    """L_agg: Dice of the synthetic task against the surest of the classes at each pixel, of
+    logits [B, *S, K + 1, 2]. `detach`: that teaches only."""
+    odds = log_odds(prompts)
+    aggregate = jax.nn.sigmoid(jnp.max(odds[..., :-1], -1))
+    return dice_loss(odds[..., -1], jax.lax.stop_gradient(aggregate) if detach else aggregate)
+
+
+def dice_loss(odds: jax.Array, target: jax.Array, where: jax.Array | None = None) -> jax.Array:
+    """1 - (2 S(p y) + e) / (S(p^2) + S(y^2) + e), e = 1e-5, with sums S over the whole batch of the
+    foreground [B, *S] alone, where `where` is true; the target y may be soft."""
+    probs, target = jax.nn.sigmoid(odds), target.astype(jnp.float32)
+    if where is not None:
+        probs, target = (jnp.where(where, x, 0) for x in (probs, target))
+    sizes = jnp.sum(probs * probs) + jnp.sum(target * target)
+    return 1 - (2 * jnp.sum(probs * target) + DICE_EPS) / (sizes + DICE_EPS)
+
+
+def doubt(
+    prompts: jax.Array, label: jax.Array, annotated: jax.Array, threshold: float
+) -> jax.Array:
+    """Where a class that is not annotated may hide in the labelled background: [B, *S, K].
+
+    Args:
+      prompts: logits [B, *S, K + 1, 2] of the same images.
+      label: [B, *S].
+      annotated: [B, *S, K], S may be 1s.
+      threshold: how sure its prompt must be of the class.
+    """
+    sure = jax.nn.sigmoid(log_odds(prompts)[..., :-1]) > threshold
+    return sure & ~annotated & (label == 0)[..., None]
+
+
+def log_odds(prompts: jax.Array) -> jax.Array:
+    """Logits [..., 2] -> those of the foreground's probability [...], as a sigmoid takes them."""
+    prompts = prompts.astype(jnp.float32)
+    return prompts[..., 1] - prompts[..., 0]
+
+
+def chosen(answers: jax.Array, task: jax.Array) -> jax.Array:
+    """Of each image's answers [B, *S, prompts] those to its `task` [B]: [B, *S]."""
+    tasks = jnp.expand_dims(task, range(1, answers.ndim))
+    return jnp.sum(jnp.where(tasks == jnp.arange(answers.shape[-1]), answers, 0), -1)
+
+
+def is_class(label: jax.Array, task: jax.Array) -> jax.Array:
+    """Where `label` [B, *S] is the class of each image's `task` [B], counted from 0."""
+    return label == jnp.expand_dims(task, range(1, label.ndim)) + 1
+
+
+def boxes(key: jax.Array, batch: int, size: int, sides: tuple[float, float]) -> jax.Array:
+    """One square an image: [batch, size, size], False inside.
+
+    Its side is uniform between `sides`, shares of the image's side, rounded down; its position is
+    uniform inside the image.
+    """
+
+    def one(key):
+        k_side, k_corner = jax.random.split(key)
+        share = jax.random.uniform(k_side, minval=sides[0], maxval=sides[1])
+        side = jnp.floor(share * size + 1e-3).astype(jnp.int32)  # 2/3 of 96 is 64
+        corner = jax.random.randint(k_corner, (2,), 0, size - side + 1)
+        return augment.box_keep(jnp.array([*corner, side, side]), size)
+
+    return jax.vmap(one)(jax.random.split(key, batch))
+
+
+def _repeated(tree, count):
+    """The first `count` images of endless repetitions; as many as there are stay where they are."""
+    times = lambda x: math.ceil(count / len(x))  # noqa: E731
+    return jax.tree.map(lambda x: jnp.concatenate([x] * times(x))[:count], tree)
