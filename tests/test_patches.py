@@ -50,7 +50,7 @@ def test_windows_move_with_their_label_and_repeat_on_resume(prepared):
         jax.tree.map(np.testing.assert_array_equal, again, whole[step + 10])
         assert again["labelled"]["image"].shape == (4, 8, 8, 1)
         assert again["unlabelled"]["image"].shape == (3, 8, 8, 1)
-        image, label = again["labelled"].values()
+        image, label = (again["labelled"][name] for name in ("image", "label"))
         np.testing.assert_array_equal(image[..., 0] % 3, label)
         assert set(again["unlabelled"]) == {"image", "aspect"}
     slices = prepared.images(np.arange(6))

@@ -188,7 +188,8 @@ class Predictor:
     def _scores(self, slices):
         """Of a batch, or less. Slices of many shapes are seen through windows of one."""
         data, window = self.task.data, self.config.window
-        window = window or (data.spacing and self.config.data.patch)
+        if data.spacing:
+            window = window or self.config.data.patch
         padding = [(0, self.config.eval_batch - len(slices)), *[(0, 0)] * (slices.ndim - 1)]
         padded = np.pad(slices, padding)
         if data.spacing or 0 < window < data.size:
