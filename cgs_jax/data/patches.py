@@ -88,7 +88,7 @@ def corner(
     room = np.maximum(np.array(shape) - patch, 0)
     kind = rng.random_sample()
     if kind < data.patch_anywhere:
-        return tuple(rng.randint(0, room + 1, 2))
+        return tuple(rng.randint(0, n + 1) for n in room)
     organs = ()
     if label is not None and kind < data.patch_anywhere + data.patch_foreground:
         organs = np.unique(label[label > 0])
