@@ -81,6 +81,8 @@ class Method(cps.Method):
         own = jax.random.bernoulli(
             k_where, self.paste.exemplar_backgrounds, (len(source["label"]), 1, 1)
         )
+        # Without an organ to paste, an unlabelled view would only be called background.
+        own |= ~jnp.any(source["label"] > 0, (1, 2), keepdims=True)
         unlabelled = views["unlabelled"]["weak"][self.backgrounds]
         background = jnp.where(own[..., None], source["image"], unlabelled)
         image, label, pasted = synthesis.copy_paste(
