@@ -1,10 +1,11 @@
 """CMEMS-style: one annotated exemplar, copy-paste, and two networks that teach each other.
 
 After "Cross-model mutual learning for exemplar-based medical image segmentation" (En and Guo,
-AISTATS 2024, 2404.11812). From its abstract: two networks of one structure; confident labels of
-the weak view teach the other network on the strong view (image level) and on perturbed features
-(feature level). That organs are moved and pasted to make labelled images is known from others'
-descriptions. The losses below, their weights, the threshold and the synthesis are inferred or ours.
+AISTATS 2024, 2404.11812). Certain, from its abstract and opening: two networks of one structure are
+trained jointly on the exemplar, synthetic images and unlabelled ones; confident labels of the weak
+view teach the other network on the strong view (image level) and on perturbed features (feature
+level). That synthetic images are made by pasting moved organs is known from others' descriptions.
+The losses below, their weights, the threshold and the synthesis are inferred or ours.
 
 With p_i of network i, w(u) and s(u) the weak and the strong view of an unlabelled image, x_e the
 exemplar and x_s a synthetic image, CE and D as everywhere here, and j the other network:
