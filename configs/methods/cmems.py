@@ -1,4 +1,4 @@
-"""CMEMS-style. No value is from the paper, whose text was not at hand."""
+"""CMEMS-style. No value is from the paper, whose full text was not at hand."""
 
 from ml_collections import ConfigDict
 
