@@ -152,6 +152,7 @@ def test_ict_blends_images_and_what_the_teacher_says():
     [
         ("mean_teacher", 1), ("ua_mt", 1), ("ict", 1), ("fixmatch", 1), ("cps", 2), ("urpc", 1),
         ("unimatch", 3), ("bcp", 1), ("ad_mt", 1), ("cgs:bcp", 1), ("cgs:urpc", 1), ("cgs:cps", 2),
+        ("cmems", 4), ("cgs:cmems", 4),
     ],
 )  # fmt: skip
 def test_every_term_has_a_gradient_where_it_counts(name, pairs):

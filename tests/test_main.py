@@ -137,8 +137,11 @@ def test_prediction_options_of_the_command_line(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_networks_run_the_same_path(scans, tmp_path):
-    summary = main.run(config_of(scans, "cps", total_steps=4), tmp_path / "run")
+@pytest.mark.parametrize(
+    ("method", "fields"), [("cps", {}), ("cmems", {"method.predicts": "mean"})]
+)
+def test_two_networks_run_the_same_path(scans, tmp_path, method, fields):
+    summary = main.run(config_of(scans, method, total_steps=4, **fields), tmp_path / "run")
     assert set(summary["test"]["organs"]) == {"esophagus", "heart", "trachea", "aorta"}
 
 

@@ -352,6 +352,7 @@ def test_cutmix_boxes_are_boxes_of_the_right_size():
         ("cgs", {"plan": "full"}),
         ("cgs:bcp", {"pretrain": 1 / 3}),
         ("cps", {}),
+        ("cmems", {}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -364,6 +365,7 @@ def test_cutmix_boxes_are_boxes_of_the_right_size():
                 ("cgs:ua_mt", {}),
                 ("cgs:fixmatch", {}),
                 ("cgs:cps", {}),
+                ("cgs:cmems", {"per_organ": True}),
                 ("cgs:ad_mt", {"ramp": 1 / 3}),
                 ("cgs:unimatch", {}),
                 ("ad_mt", {"ramp": 1 / 3}),

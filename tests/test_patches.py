@@ -150,11 +150,14 @@ def test_precise_statistics(prepared):
     assert batch_norm.make_precise(options(), method, dataset, mesh)(state) is state
 
 
-def test_runs_with_windows_resume_to_the_bit(scans, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["supervised", pytest.param("cmems", marks=pytest.mark.slow)])
+def test_runs_with_windows_resume_to_the_bit(scans, tmp_path, monkeypatch, method):
     """Through a change of the side, and with precise statistics; 20 steps equal 10 and 10."""
     fields = {"data.patch": 16, "data.grow_at": (0.5,), "data.grow_to": (24,), "precise_bn": 4}
     fields |= {"total_steps": 20, "eval_every": 5, "pseudo_slices": 0, "test": False}
-    config = config_of(scans, "supervised", **fields)
+    if method == "cmems":
+        fields["method.predicts"] = "mean"
+    config = config_of(scans, method, **fields)
     main.run(config.copy_and_resolve_references(), tmp_path / "whole")
     stops = lambda self, step: setattr(self, "now", step == 7) or self.now  # noqa: E731
     with monkeypatch.context() as patched:

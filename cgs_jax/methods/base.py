@@ -171,6 +171,10 @@ class Method:
         """`state` in which `inference_variables` finds this `model_state`."""
         return state.replace(model_state=model_state)
 
+    def statistics(self, params: Any, model_state: Any, image: jax.Array, key: jax.Array) -> Any:
+        """`model_state` after a pass in training mode of what `inference_variables` gives."""
+        return self.forward(params, model_state, image, key)[1]
+
     def labelling_variables(self, state: TrainState) -> tuple[Any, Any]:
         """(params, model_state) of who labels unlabelled images: the student."""
         return state.params, state.model_state

@@ -37,7 +37,7 @@ def make_precise(config: ConfigDict, method: Method, dataset: grain.MapDataset, 
         if "unlabelled" in views:
             image = base.join(image, views["unlabelled"]["weak"])
         params, before = method.inference_variables(state)
-        _, after = plain.forward(params, before, image, k_views)
+        after = plain.statistics(params, before, image, k_views)
         return jax.tree.map(lambda a, b: b + (a - b) / unet.MOMENTUM, after, before)
 
     statistics = devices.jit(statistics, mesh)
