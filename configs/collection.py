@@ -17,7 +17,7 @@ from configs import common
 # What each member has of its own; all else holds for all.
 OWN = (
     *("name", "root", "cache", "classes", "channels", "partial", "size", "spacing", "normalise"),
-    "slicing",
+    *("slicing", "trust_shapes"),
     *("labelled", "exemplar", "partly_labelled", "splits", "split_seed", "val_fraction"),
     *("test_fraction", "patient"),
 )
@@ -27,6 +27,7 @@ def get_config(arg=None):
     options = common.parse(arg, method="cgs", base="", members="acdc+segthor")
     config = common.get_config(options["method"], options["base"])
     config.data.name = "collection"
+    config.augment.flip = "auto"
     config.data.classes = ()  # of all members
     config.data.channels = 0  # as all members have
     config.data.members = ConfigDict()

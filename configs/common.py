@@ -68,8 +68,9 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.optimizer.power = 0.9  # lr (1 - t/T)^power
 
     config.augment = ConfigDict()
-    # probability of a mirror image (rot90^k, then a flip); 0 where left and right differ
-    config.augment.flip = 0.5
+    # probability of a mirror image (rot90^k, then a flip); 0 where left and right differ; 'auto': 0
+    # where names of organs tell one side from the other, else .5
+    config.augment.flip = FieldReference(0.5, field_type=object)
     config.augment.rotate = 0.5  # else: probability of a rotation
     config.augment.degrees = 20.0
     config.augment.jitter = 0.8  # probability of brightness and contrast in the strong view
@@ -91,7 +92,9 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
     # intensities to [0, 1]: 'percentile' (0.5 and 99.5) or 'minmax' of each scan, or (low, high)
     config.data.normalise = FieldReference("percentile", field_type=object)
-    # instead: millimetres of a pixel, (1.5,) or (height, width), or 'median' of the scans
+    # True: a label of its scan's shape lies on it, even where their affines say another place
+    config.data.trust_shapes = False
+    # instead of squares: millimetres of a pixel, (1.5,) or (height, width), or "median"
     config.data.spacing = FieldReference((), field_type=object)
     config.data.patch = 0  # training sees windows of patch x patch pixels of them; 0: whole slices
     config.data.patch_anywhere = 0.15  # share of the windows that lie anywhere

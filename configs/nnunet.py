@@ -11,6 +11,7 @@ def get_config(arg=None):
     options = common.parse(arg, method="cgs", base="", labelled="0")
     config = common.get_config(options["method"], options["base"])
     config.data.name = "nnunet"
+    config.augment.flip = "auto"
     config.data.classes = ()  # from dataset.json
     config.data.channels = 0  # from dataset.json, too
     config.data.labelled = int(options["labelled"])  # patients; 0 uses all labels there are

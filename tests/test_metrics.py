@@ -21,7 +21,8 @@ def cube(at, shape=(12, 12, 12), edge=4):
 
 def test_identical_cubes():
     scores = metrics.score(cube((2, 2, 2)), cube((2, 2, 2)), (3.0, 1.0, 1.0))
-    assert scores == {**{"dice": 1, "jaccard": 1, "hd95": 0, "asd": 0, "hd95_mm": 0, "asd_mm": 0}}
+    exact = {"dice": 1, "jaccard": 1, "hd95": 0, "asd": 0, "hd95_mm": 0, "asd_mm": 0, "missed": 0}
+    assert scores == exact
 
 
 def test_shifted_cube():
@@ -56,6 +57,8 @@ def test_absent_organs():
     assert all(np.isnan(v) for v in both.values())
     for pred, truth in ((empty, full), (full, empty)):
         scores = metrics.score(pred, truth)
+        missed = scores.pop("missed")
+        assert missed == 1 if truth.any() else np.isnan(missed)
         assert scores == {"dice": 0, "jaccard": 0, "hd95": 50, "asd": 10}
 
 

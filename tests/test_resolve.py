@@ -1,11 +1,15 @@
 """The configuration is completed and checked once, and stays as it is from there on."""
 
+import nibabel as nib
+import numpy as np
 import pytest
-from layouts import nnunet_folder
+from layouts import nnunet_folder, save
 from runs import TINY
 
 from cgs_jax import sweep
+from cgs_jax.data import cache, tasks
 from cgs_jax.evaluate import scans
+from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
 
 
@@ -30,3 +34,32 @@ def test_runs_of_a_sweep_are_resolved(tmp_path):
     _, (run,) = sweep.plan("configs/nnunet.py", fields, str(rows), tmp_path / "runs", 1)
     assert run.config.data.classes == ("head", "tail")
     assert not [word for word in run.command if word.startswith("--config.data.classes")]
+
+
+def test_mirror_images_are_off_where_names_tell_sides(tmp_path, capsys):
+    sided = (("RightParotid", "LeftParotid"), ("kidney_l", "kidney_r"), ("left lung", "right lung"))
+    for organs in sided:
+        assert set(tasks.both_sides(("liver", *organs))) == set(organs)
+    for organs in (("LV", "RV", "Myo"), ("left atrium", "liver"), ("cleft", "bright"), ()):
+        assert tasks.both_sides(organs) is None
+    labels = {"background": 0, "kidney_l": 1, "kidney_r": 2}
+    config, _ = nnunet_folder(tmp_path / "sided", labels)
+    assert resolve(config).augment.flip == 0
+    assert "would confuse kidney_l and kidney_r" in capsys.readouterr().out
+    config.augment.flip = 0.25
+    assert resolve(config).augment.flip == 0.25
+    config, _ = nnunet_folder(tmp_path / "plain")
+    assert resolve(config).augment.flip == 0.5
+    config.augment.flip = "often"
+    with pytest.raises(UserError, match="augment.flip=often"):
+        resolve(config)
+
+
+def test_shapes_may_be_trusted(tmp_path):
+    config, root = nnunet_folder(tmp_path)
+    path = root / "labelsTr" / "mine_000.nii.gz"
+    save(path, np.asarray(nib.load(path).dataobj), np.diag([1, 1, 5, 1]))
+    with pytest.raises(UserError, match=r"affines; if only the affine is wrong, give .*trust_sh"):
+        cache.prepare(resolve(config))
+    config.data.trust_shapes = True
+    assert cache.prepare(resolve(config)).has_label("mine_000")

@@ -18,7 +18,7 @@ from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import read_lines
 from cgs_jax.runtime.logs import time_spent
 from cgs_jax.scoring import summaries
-from cgs_jax.scoring.metrics import OVERLAP
+from cgs_jax.scoring.metrics import SHARES
 
 
 class Sweep(NamedTuple):
@@ -82,9 +82,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
                 member, _ = task_of(config.data, case)
                 for organ, scores in organs.items():
                     organ = organ.removeprefix(f"{member}/")
-                    values = {
-                        k: number(v) * (100 if k in OVERLAP else 1) for k, v in scores.items()
-                    }
+                    values = {k: number(v) * (100 if k in SHARES else 1) for k, v in scores.items()}
                     cases.append(key | who | {"member": member, "organ": organ} | values)
     return Sweep(*map(pd.DataFrame, (runs, curves, cases)), rows[0])
 

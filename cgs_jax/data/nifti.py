@@ -125,8 +125,10 @@ def read_nifti_case(case: Case, data: Any) -> Volume:
     if case.label is None:
         return Volume(image, None, scan.spacing)
     label = read_nifti(case.label[0], data.slicing)
-    if label.array.shape == scan.array.shape:  # else `check_label` has its say
-        _check_place(case.label[0], label, case.image[0], scan)
+    # Other shapes are an error of `check_label`.
+    if label.array.shape == scan.array.shape and not data.trust_shapes:
+        advice = "; if only the affine is wrong, give --config.data.trust_shapes=True"
+        _check_place(case.label[0], label, case.image[0], scan, advice)
     return Volume(image, label.array, scan.spacing)
 
 
@@ -183,7 +185,9 @@ def read_channels(paths: Sequence[pathlib.Path], data: Any) -> tuple[np.ndarray,
     return np.stack([normalise(array, data.normalise) for array in arrays]), first
 
 
-def _check_place(path, scan, reference_path, reference):
+def _check_place(path, scan, reference_path, reference, advice=""):
     apart = np.abs(scan.corners() - reference.corners()).max()
     if apart > min(reference.spacing) / 2:
-        raise UserError(f"{path} lies up to {apart:.1f} mm off {reference_path} by their affines")
+        raise UserError(
+            f"{path} lies up to {apart:.1f} mm off {reference_path} by their affines{advice}"
+        )

@@ -9,7 +9,7 @@ class of the network, whichever members annotate them. Cases and scores of a mem
 import contextlib
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -99,6 +99,19 @@ def find(data: ConfigDict, name: str) -> Task:
         raise UserError(f"--task {name}: this run was trained on one data set; leave it out")
     problem = f"no task {name!r}" if name else "which task?"
     raise UserError(f"{problem} This run was trained on: {', '.join(known)}; give one by --task")
+
+
+def both_sides(classes: Sequence[str]) -> tuple[str, str] | None:
+    """Two organs whose names differ in the side of the body alone, if there are any: 'RightParotid'
+    and 'LeftParotid', or 'kidney_l' and 'kidney_r'."""
+    side, seen = re.compile(r"(?<![a-z])([Ll]eft|[Rr]ight|LEFT|RIGHT|[LlRr](?![A-Za-z]))"), {}
+    for name in classes:
+        found = side.search(name)
+        if found:
+            rest, which = side.sub("", name, 1).lower(), found[0][0].lower()
+            if seen.setdefault(rest, (which, name))[0] != which:
+                return seen[rest][1], name
+    return None
 
 
 def complete(data: ConfigDict) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 OVERLAP = ("dice", "jaccard")
+SHARES = (*OVERLAP, "missed")  # shown in %
 HEADINGS = {
     "dice": "Dice %",
     "jaccard": "Jaccard %",
@@ -16,6 +17,7 @@ HEADINGS = {
     "asd": "ASD vox",
     "hd95_mm": "95HD mm",
     "asd_mm": "ASD mm",
+    "missed": "missed %",
 }
 ABSENT_IN_ONE = {"hd95": 50.0, "asd": 10.0}  # the literature's penalty, in either unit
 
@@ -39,9 +41,12 @@ def score(
 
     Returns:
       dice, jaccard, hd95 and asd in voxels and, with `spacing`, hd95_mm and asd_mm. An organ absent
-      in both is undefined (nan); absent in one it scores the literature's 0, 0, 50, 10.
+      in both is undefined (nan); absent in one it scores the literature's 0, 0, 50, 10, though no
+      distance is right: 'missed' is 1 where an organ was not found at all, else 0, and nan where it
+      is not there.
     """
     scores = overlap(pred, truth)
+    scores["missed"] = float(not pred.any()) if truth.any() else float("nan")
     units = {"": np.ones(pred.ndim)}
     if spacing is not None:
         units["_mm"] = np.asarray(spacing, float)

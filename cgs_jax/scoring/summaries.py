@@ -158,7 +158,7 @@ def mean(values: Iterable[float], statistic: Callable = np.mean) -> float:
 def table(summary: dict[str, Any]) -> str:
     """The means as text, an organ a line."""
     columns = [name for name in metrics.HEADINGS if name in summary["mean"]]
-    scale = {name: 100 if name in metrics.OVERLAP else 1 for name in columns}
+    scale = {name: 100 if name in metrics.SHARES else 1 for name in columns}
     width = max(map(len, [*summary["organs"], "organ"]))
     lines = [f"{'organ':<{width}}" + "".join(f"{metrics.HEADINGS[c]:>11}" for c in columns)]
     for organ, scores in summary["organs"].items():

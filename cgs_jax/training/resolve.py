@@ -8,6 +8,7 @@ from cgs_jax.data import patches, tasks
 from cgs_jax.inference import predictor
 from cgs_jax.models import network
 from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.logs import say
 from cgs_jax.training.train_step import make_method
 
 AT_LEAST = {
@@ -29,6 +30,12 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
     """
     config = ConfigDict(config.to_dict())
     tasks.complete(config.data)
+    if config.augment.flip == "auto":
+        pair = tasks.both_sides(config.data.classes)
+        with config.augment.ignore_type():
+            config.augment.flip = 0.0 if pair else 0.5
+        if pair:
+            say(f"no mirror images, which would confuse {pair[0]} and {pair[1]}")
     check(config)
     return FrozenConfigDict(config)
 
@@ -50,6 +57,9 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"{name} must be at least {least}")
     if not 0 <= config.seed < 2**32:
         raise UserError("seed must be between 0 and 2**32 - 1")
+    flip = config.augment.flip
+    if not (isinstance(flip, int | float) and 0 <= flip <= 1):
+        raise UserError(f"augment.flip={flip}: a probability, or auto")
     if not 0 <= config.augment.degrees <= 90:
         raise UserError(f"augment.degrees={config.augment.degrees} must be between 0 and 90")
     if config.model.weights and method.specialists and config.model.head_depth != 1:
