@@ -90,7 +90,8 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.data.channels = 1  # of an image
     config.data.partial = False  # some cases are annotated for some organs only; found in the files
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
-    # intensities to [0, 1]: 'percentile' (0.5 and 99.5) or 'minmax' of each scan, or (low, high)
+    # intensities to [0, 1]: 'percentile' (0.5 and 99.5) or 'minmax' of each scan, or (low, high);
+    # 'auto' is a window for CT, else 'percentile'
     config.data.normalise = FieldReference("percentile", field_type=object)
     # True: a label of its scan's shape lies on it, even where their affines say another place
     config.data.trust_shapes = False

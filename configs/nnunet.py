@@ -15,6 +15,6 @@ def get_config(arg=None):
     config.data.classes = ()  # from dataset.json
     config.data.channels = 0  # from dataset.json, too
     config.data.labelled = int(options["labelled"])  # patients; 0 uses all labels there are
-    config.data.normalise = "percentile"  # for CT give a window: (-400, 400)
+    config.data.normalise = "auto"  # CT: the window of the organs; else 'percentile'
     config.data.slicing = "axial"  # or 'coarsest', 'coronal', 'sagittal', 'stored'
     return config

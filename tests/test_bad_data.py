@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from layouts import lists, nnunet_folder, save
 
-from cgs_jax.data import cache, tasks
+from cgs_jax.data import cache, completion
 from cgs_jax.data.layouts import acdc as acdc_layout
 from cgs_jax.data.phantom import write as write_phantoms
 from cgs_jax.runtime.errors import UserError
@@ -16,7 +16,7 @@ from configs import acdc, nnunet, segthor, synapse
 def test_bad_nnunet_descriptions(tmp_path):
     config, root = nnunet_folder(tmp_path, labels={"background": 0, "head": 1, "tail": 5})
     with pytest.raises(UserError, match=r"dataset.json: labels must be background 0"):
-        tasks.complete(config.data)
+        completion.complete(config.data)
     config, _ = nnunet_folder(tmp_path)
     save(root / "imagesTr" / "mine_000_0001.nii.gz", np.zeros((9, 8, 4), np.float32))
     with pytest.raises(UserError, match=r"unexpected .*mine_000_0001.nii.gz: scans have 1 channel"):
@@ -28,7 +28,7 @@ def test_bad_nnunet_descriptions(tmp_path):
 
 def test_bad_channels(tmp_path):
     config, root = nnunet_folder(tmp_path, channel_names={"0": "T1", "1": "T2"})
-    tasks.complete(config.data)
+    completion.complete(config.data)
     path = root / "imagesTr" / "mine_003_0001.nii.gz"
     save(path, np.zeros((9, 8, 5), np.float32))
     with pytest.raises(UserError, match=r"mine_003_0001.nii.gz has shape \(9, 8, 5\), .*one grid"):

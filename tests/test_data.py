@@ -14,7 +14,7 @@ from layouts import lists, nnunet_folder, save
 from ml_collections import config_flags
 from steps import tiny
 
-from cgs_jax.data import cache, case_lists, streams, tasks
+from cgs_jax.data import cache, case_lists, completion, streams
 from cgs_jax.data.grid import Grid, resize
 from cgs_jax.data.layouts import acdc as acdc_layout
 from cgs_jax.data.layouts import nnunet as nnunet_layout
@@ -140,7 +140,7 @@ def test_other_splits_prepare_nothing(thorax, reads):
 
 def test_one_more_scan_prepares_only_that_one(tmp_path, reads):
     config, root = nnunet_folder(tmp_path)
-    tasks.complete(config.data)
+    completion.complete(config.data)
     cache.prepare(config)
     assert len(reads) == 12
     save(root / "imagesTr" / "mine_100_0000.nii.gz", np.zeros((9, 8, 4), np.float32))
@@ -393,7 +393,7 @@ def test_synapse_layouts(tmp_path):
 
 def test_nnunet_layout(tmp_path):
     config, root = nnunet_folder(tmp_path)
-    tasks.complete(config.data)
+    completion.complete(config.data)
     assert config.data.classes == ("head", "tail")
     data = cache.prepare(config)
     assert [len(part) for part in data.splits] == [6 + 3, 1, 2, 6]
@@ -408,7 +408,7 @@ def test_nnunet_layout(tmp_path):
     config.data.classes = ()
     old = {"labels": {"0": "background", "1": "head", "2": "tail"}}
     (root / "dataset.json").write_text(json.dumps(old))
-    tasks.complete(config.data)
+    completion.complete(config.data)
     assert config.data.classes == ("head", "tail")
 
 
@@ -444,7 +444,7 @@ def test_channels_of_array_files(tmp_path):
 def test_channels_of_nnunet(tmp_path):
     """A file a channel; each is scaled on its own, and all move together."""
     config, root = nnunet_folder(tmp_path, channel_names={"0": "T1", "1": "T2"})
-    tasks.complete(config.data)
+    completion.complete(config.data)
     assert config.data.channels == 2
     data = cache.prepare(config)
     case = data.splits.labelled[0]
@@ -462,7 +462,7 @@ def test_channels_of_nnunet(tmp_path):
     old = {"labels": {"background": 0, "head": 1, "tail": 2}, "modality": {"0": "T1", "1": "T2"}}
     (root / "dataset.json").write_text(json.dumps(old))
     config.data.channels = 0
-    tasks.complete(config.data)
+    completion.complete(config.data)
     assert config.data.channels == 2
     config.data.channels = 1
     with pytest.raises(UserError, match=r"_0000.nii.gz has 2 channel.*--config.data.channels=2"):

@@ -3,12 +3,11 @@
 import gzip
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
 
 from cgs_jax.data.volume import Case, Volume, finite, normalise
 from cgs_jax.runtime.errors import UserError
@@ -130,20 +129,6 @@ def read_nifti_case(case: Case, data: Any) -> Volume:
         advice = "; if only the affine is wrong, give --config.data.trust_shapes=True"
         _check_place(case.label[0], label, case.image[0], scan, advice)
     return Volume(image, label.array, scan.spacing)
-
-
-def median_pixel(cases: Iterable[Case], slicing: str) -> tuple[float, float]:
-    """Median height and width in millimetres of a pixel of their slices.
-
-    Raises:
-      UserError: they are no NIfTI files.
-    """
-    paths = [case.image[0] for case in cases if ".nii" in case.image[0].suffixes]
-    if not paths:
-        raise UserError("data.spacing=median is for scans in NIfTI, which tell their voxel size")
-    paths = tqdm(paths, "reading voxel sizes", unit="scan", leave=False, disable=None)
-    pixels = [read_nifti(path, slicing).spacing[1:] for path in paths]
-    return tuple(round(float(mm), 3) for mm in np.median(pixels, 0))
 
 
 def channels_of(path: pathlib.Path, count: int) -> tuple[str, str, tuple[pathlib.Path, ...]]:

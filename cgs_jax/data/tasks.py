@@ -7,7 +7,6 @@ class of the network, whichever members annotate them. Cases and scores of a mem
 """
 
 import contextlib
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -16,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgs_jax.data import nifti
 from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
@@ -112,38 +110,6 @@ def both_sides(classes: Sequence[str]) -> tuple[str, str] | None:
             if seen.setdefault(rest, (which, name))[0] != which:
                 return seen[rest][1], name
     return None
-
-
-def complete(data: ConfigDict) -> None:
-    """Fills in what is empty in `data` and what its files name: classes and channels, and whether
-    some cases are annotated for some organs only.
-
-    Raises:
-      UserError: members of a collection do not fit each other.
-    """
-    if data.name != COLLECTION:
-        module = layout(data)
-        for field in ("classes", "channels", "partial"):
-            if not data[field] and hasattr(module, field):
-                data[field] = getattr(module, field)(data)
-        if data.spacing == "median":
-            with data.ignore_type():
-                data.spacing = nifti.median_pixel(module.find(data).values(), data.slicing)
-        return
-    if not data.members:
-        raise UserError("data.members is empty: a collection needs at least one data set")
-    for name, own in data.members.items():
-        own.root = own.root or str(pathlib.Path(data.root) / name)
-        own.cache = own.cache or (data.cache and str(pathlib.Path(data.cache) / name))
-        own.size = own.size or data.size
-        with of_member(name):
-            complete(own)
-    data.classes = tuple(dict.fromkeys(o for own in data.members.values() for o in own.classes))
-    data.partial = True  # members leave out each other's organs
-    counts = {name: own.channels for name, own in data.members.items()}
-    if len(set(counts.values())) > 1:
-        raise UserError(f"members of a collection need as many channels each, not {counts}")
-    data.channels = next(iter(counts.values()))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import operator
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cgs_jax.data import patches, tasks
+from cgs_jax.data import completion, patches, tasks
 from cgs_jax.inference import predictor
 from cgs_jax.models import network
 from cgs_jax.runtime.errors import UserError
@@ -29,7 +29,7 @@ def resolve(config: ConfigDict) -> FrozenConfigDict:
       UserError: a module that it names is not there, or an option has a value that can not be.
     """
     config = ConfigDict(config.to_dict())
-    tasks.complete(config.data)
+    completion.complete(config.data)
     if config.augment.flip == "auto":
         pair = tasks.both_sides(config.data.classes)
         with config.augment.ignore_type():

@@ -83,11 +83,16 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
 
 def channels(data: ConfigDict) -> int:
     """How many dataset.json names; one where it does not tell."""
+    return len(channel_kinds(data))
+
+
+def channel_kinds(data: ConfigDict) -> list[str]:
+    """Their names, such as 'CT'."""
     description, path = _description(data), pathlib.Path(data.root) / "dataset.json"
     names = description.get("channel_names") or description.get("modality") or {"0": "image"}
     if not isinstance(names, dict):
         raise UserError(f"{path}: channel_names must map 0, 1, ... to names; got {names}")
-    return len(names)
+    return [str(name) for name in names.values()]
 
 
 def _description(data):

@@ -1,0 +1,45 @@
+"""What the files of a data set tell of its configuration."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from cgs_jax.data import fingerprint, tasks
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.logs import say
+
+
+def complete(data: ConfigDict) -> None:
+    """Fills in what is empty in `config.data` or left to its files: classes and channels, whether
+    some cases are annotated for some organs only, the pixel and the intensities.
+
+    Raises:
+      UserError: members of a collection do not fit each other.
+    """
+    if data.name != tasks.COLLECTION:
+        module = tasks.layout(data)
+        for field in ("classes", "channels", "partial"):
+            if not data[field] and hasattr(module, field):
+                data[field] = getattr(module, field)(data)
+        if data.spacing == "median":
+            with data.ignore_type():
+                data.spacing = fingerprint.median_pixel(data)
+        if data.normalise == "auto":
+            with data.ignore_type():
+                data.normalise = fingerprint.normalisation(data)
+            say(f"intensities: {data.normalise}")
+        return
+    if not data.members:
+        raise UserError("data.members is empty: a collection needs at least one data set")
+    for name, own in data.members.items():
+        own.root = own.root or str(pathlib.Path(data.root) / name)
+        own.cache = own.cache or (data.cache and str(pathlib.Path(data.cache) / name))
+        own.size = own.size or data.size
+        with tasks.of_member(name):
+            complete(own)
+    data.classes = tuple(dict.fromkeys(o for own in data.members.values() for o in own.classes))
+    data.partial = True  # members leave out each other's organs
+    counts = {name: own.channels for name, own in data.members.items()}
+    if len(set(counts.values())) > 1:
+        raise UserError(f"members of a collection need as many channels each, not {counts}")
+    data.channels = next(iter(counts.values()))

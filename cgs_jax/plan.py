@@ -1,0 +1,117 @@
+"""Looks at your scans, and proposes the options to train with.
+
+python -m cgs_jax.plan --config configs/nnunet.py --config.data.root=FOLDER
+
+Nothing is trained or changed. The memory is what the compiler says of the step on this machine's
+device; the rest are rules of thumb that docs/own_data.md explains.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from cgs_jax.data import fingerprint, tasks
+from cgs_jax.data.fingerprint import Facts
+from cgs_jax.models import network
+from cgs_jax.runtime import devices
+from cgs_jax.runtime.cli import cli
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.logs import say
+from cgs_jax.training import optimizers, train_step
+from cgs_jax.training.resolve import resolve
+
+LARGEST = {"cpu": 128}  # pixels a side of what a step sees, by platform; elsewhere 256
+
+
+def describe(facts: Mapping[str, Facts]) -> str:
+    """Sizes, voxels and organs of the scans, as text."""
+
+    def spread(values):
+        low, middle, high = np.percentile(values, (0, 50, 100), axis=0)
+        rows = (" x ".join(f"{x:g}" for x in np.round(row, 2)) for row in (middle, low, high))
+        return "{} (from {} to {})".format(*rows)
+
+    labelled = [of for of in facts.values() if of.voxels is not None]
+    lines = [
+        f"{len(facts)} scans, {len(labelled)} with labels",
+        f"slices x height x width   {spread([of.shape for of in facts.values()])}",
+        f"millimetres               {spread([of.spacing for of in facts.values()])}",
+    ]
+    values = [channels for of in labelled for channels in of.intensities]
+    if values:
+        low, middle, high = np.percentile(values, (0.5, 50, 99.5))
+        lines.append(
+            f"intensities in organs     {middle:.0f} (.5 to 99.5 %: {low:.0f} to {high:.0f})"
+        )
+    for organ in labelled[0].voxels if labelled else ():
+        counts = [of.voxels[organ] for of in labelled]
+        there = [n for n in counts if n]
+        size = f"{np.median(there):.0f} voxels in the median case" if there else "nowhere"
+        lines.append(f"{organ:<25} {size}, in {len(there)} of {len(counts)} cases")
+    return "\n".join(lines)
+
+
+def propose(facts: Mapping[str, Facts], stride: int, platform: str) -> dict[str, Any]:
+    """Fields of the configuration: the grid, what a step sees of it, and how much of it.
+
+    Scans of one shape and voxel size are taken as they are, if they are square and not large; all
+    others are resampled to their median pixel, and a step sees windows about as large as the median
+    slice, at most what the device is fit for.
+    """
+    largest = LARGEST.get(platform, 256)
+    shapes = np.array([of.shape[1:] for of in facts.values()])
+    pixels = np.array([of.spacing[1:] for of in facts.values()])
+    side = int(shapes[0, 0])
+    alike = (shapes == side).all() and np.allclose(pixels, pixels[0], rtol=0.02)
+    batch = 6 if platform == "cpu" else 12
+    fields = {"batch.labelled": batch, "batch.unlabelled": batch}
+    if alike and side % stride == 0 and side <= largest:
+        return {"data.size": side} | fields
+    median = np.median(pixels, 0)
+    extent = np.median(1 + (shapes - 1) * pixels / median, 0).max()
+    patch = min(stride * math.ceil(extent / stride), largest)
+    return {"data.spacing": "median", "data.patch": patch} | fields
+
+
+def memory(config: ConfigDict) -> tuple[float, float]:
+    """Bytes of state and batch, and of all else that a step of `config` needs on a device here."""
+    method, mesh = train_step.make_method(config), devices.make_mesh(config)
+    optimizer, _ = optimizers.make_optimizer(config)
+    step = train_step.make_train_step(method, optimizer, config, mesh)
+    inputs = train_step.abstract_inputs(method, optimizer, config, mesh)
+    needs = step.lower(*inputs).compile().memory_analysis()
+    return needs.argument_size_in_bytes, needs.temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+    flags.mark_flags_as_required(["config"])
+
+    def _main(_):
+        config, given = _CONFIG.value, flags.FLAGS["config"].override_values
+        if config.data.name == tasks.COLLECTION:
+            raise UserError("plan looks at one data set: give the --config of each member")
+        config = ConfigDict(resolve(config).to_dict())
+        facts = fingerprint.of_cases(
+            tasks.layout(config.data).find(config.data).values(), config.data
+        )
+        say(describe(facts))
+        found = propose(facts, network.stride(config), jax.default_backend())
+        found = {name: value for name, value in found.items() if name not in given}
+        for name, value in found.items():
+            with config.ignore_type():
+                config.update_from_flattened_dict({name: value})
+        config = resolve(config)
+        say(f"\nintensities {config.data.normalise}, mirror images {config.augment.flip:g}")
+        held, rest = memory(config)
+        say(f"a step needs {(held + rest) / 1e9:.1f} GB, of which {rest / 1e9:.1f} while it runs")
+        options = [f"--config.{name}={value}" for name, value in (given | found).items()]
+        name = config_flags.get_config_filename(flags.FLAGS["config"])
+        say("\npython -m cgs_jax.main --workdir RUN --config " + " ".join([name, *options]))
+
+    cli(_main)

@@ -1,0 +1,104 @@
+"""What is found of scans, and proposed for them."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import runs
+from layouts import nnunet_folder, save
+
+from cgs_jax import plan
+from cgs_jax.data import fingerprint, tasks
+from cgs_jax.data.fingerprint import Facts
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.training.resolve import resolve
+from configs import acdc
+
+
+def ct(tmp_path, kind="CT"):
+    """Twelve scans in HU: 1,000 below water but for organs of 40 and 60, and one voxel of metal."""
+    config, root = nnunet_folder(tmp_path, channel_names={"0": kind})
+    for path in (root / "imagesTr").iterdir():
+        label = root / "labelsTr" / path.name.replace("_0000", "")
+        marks = np.asarray(nib.load(label).dataobj) if label.exists() else np.zeros((9, 8, 4))
+        image = np.select([marks == 1, marks == 2], [40.0, 60.0], -1000.0)
+        image[0, 0, 0] = 3000
+        save(path, image.astype(np.float32))
+    return config, root
+
+
+def test_ct_has_the_window_of_its_organs(tmp_path, capsys):
+    config, _ = ct(tmp_path / "ct")
+    low, high = resolve(config).data.normalise
+    assert low == 40
+    assert 60 <= high <= 3000
+    assert "intensities: (40.0, " in capsys.readouterr().out
+    config, _ = ct(tmp_path / "mr", "T1")
+    assert resolve(config).data.normalise == "percentile"
+    config, _ = ct(tmp_path / "given")
+    config.data.normalise = (-200, 300)
+    assert resolve(config).data.normalise == (-200, 300)
+
+
+def test_facts_are_looked_up_once(tmp_path, monkeypatch):
+    config, root = ct(tmp_path)
+    data = resolve(config).data
+    cases = tasks.layout(data).find(data)
+    facts = fingerprint.of_cases(cases.values(), data)
+    of = facts["mine_002"]
+    label = np.asarray(nib.load(root / "labelsTr" / "mine_002.nii.gz").dataobj)
+    assert tuple(of.shape) == (4, 8, 9)
+    assert tuple(of.spacing) == (1, 1, 1)
+    assert of.voxels == {"head": (label == 1).sum(), "tail": (label == 2).sum()}
+    assert len(of.intensities[0]) == len(fingerprint.QUANTILES)
+    assert facts["mine_011"].voxels is None
+    looked = []
+    look = fingerprint._look
+    monkeypatch.setattr(fingerprint, "_look", lambda *args: looked.append(args) or look(*args))
+    again = fingerprint.of_cases(cases.values(), data)
+    assert not looked
+    assert again["mine_002"].voxels == of.voxels
+    save(root / "imagesTr" / "mine_002_0000.nii.gz", np.ones((9, 8, 4), np.float32))
+    fingerprint.of_cases(cases.values(), data)
+    assert len(looked) == 1
+    text = plan.describe(facts)
+    assert "12 scans, 9 with labels" in text
+    assert "head" in text
+
+
+def scan(shape, spacing):
+    return Facts(shape, spacing, None, [])
+
+
+def test_scans_that_are_alike_are_taken_as_they_are():
+    alike = {str(i): scan((20 + i, 128, 128), (3.0, 2.5, 2.5)) for i in range(3)}
+    assert plan.propose(alike, 16, "cpu")["data.size"] == 128
+    other = alike | {"x": scan((20, 128, 128), (3.0, 4.0, 4.0))}
+    found = plan.propose(other, 16, "cpu")
+    assert (found["data.spacing"], found["data.patch"]) == ("median", 128)
+    odd = {str(i): scan((36, 50, 35), (1.0, 1.0, 1.0)) for i in range(3)}
+    assert plan.propose(odd, 16, "cpu")["data.patch"] == 64
+    large = {str(i): scan((90, 512, 512), (2.0, 0.7, 0.7)) for i in range(3)}
+    assert plan.propose(large, 16, "cpu")["data.patch"] == 128
+    assert plan.propose(large, 16, "tpu")["data.patch"] == 256
+
+
+def test_arrays_tell_no_voxel_size(tmp_path):
+    config = acdc.get_config()
+    case = tasks.tasks(config.data)[""].data
+    with pytest.raises(UserError, match="NIfTI files only"):
+        fingerprint.of_cases([fingerprint.Case("a", (tmp_path / "a.h5",), None)], case)
+
+
+@pytest.mark.slow
+def test_a_plan_ends_with_a_command_that_trains(tmp_path):
+    _, root = ct(tmp_path)
+    tiny = {"model.channels": (4, 4, 8), "model.dropout": (0.0,) * 3}
+    line = runs.command(root, tmp_path / "run", program="plan")[:3]
+    line += ["--config", "configs/nnunet.py", f"--config.data.root={root}"]
+    line += [f"--config.{name}={value}" for name, value in tiny.items()]
+    done = runs.start(line)
+    assert done.returncode == 0, done.stderr
+    assert "a step needs" in done.stdout
+    command = done.stdout.strip().splitlines()[-1]
+    assert "--config.data.patch=12 " in command
+    assert "--config.data.spacing=median" in command
