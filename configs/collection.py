@@ -18,7 +18,7 @@ from configs import common
 OWN = (
     *("name", "root", "cache", "classes", "channels", "partial", "size", "spacing", "normalise"),
     *("slicing", "trust_shapes"),
-    *("labelled", "exemplar", "partly_labelled", "splits", "split_seed", "val_fraction"),
+    *("labelled", "exemplar", "partly_labelled", "splits", "fold", "split_seed", "val_fraction"),
     *("test_fraction", "patient"),
 )
 

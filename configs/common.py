@@ -108,6 +108,7 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     # False: cases that are annotated for some organs only train as unlabelled ones
     config.data.partly_labelled = True
     config.data.splits = ""  # folder of train.txt, val.txt, test.txt; '': published, else random
+    config.data.fold = -1  # of nnU-Net's splits_final.json in the root; -1: not by folds
     config.data.split_seed = 0  # of random splits
     config.data.val_fraction = 0.1  # of the patients, where no list says
     config.data.test_fraction = 0.2

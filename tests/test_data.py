@@ -567,3 +567,24 @@ def test_spacing_that_can_not_be(tmp_path):
     config.data.update(root=str(tmp_path), spacing=(1.0,), patch=16)
     with pytest.raises(UserError, match="voxel size"):
         Grid.of(config.data).shape((10, 10), None)
+
+
+def test_folds_of_nnunet(tmp_path):
+    config, root = nnunet_folder(tmp_path)
+    names = [f"mine_{i:03d}" for i in range(9)]
+    folds = [{"train": names[:7], "val": names[7:]}, {"train": names[2:], "val": names[:2]}]
+    (root / "splits_final.json").write_text(json.dumps(folds))
+    config.data.fold = 1
+    splits = cache.prepare(resolve(config)).splits
+    assert splits.test == names[:2]
+    assert len(splits.val) == 1
+    assert {*splits.val, *splits.labelled} == set(names[2:])
+    assert set(splits.train) - set(splits.labelled) == {f"mine_{i:03d}" for i in (9, 10, 11)}
+    for sort, folder in (("images", "imagesTs"), ("labels", "labelsTs")):
+        ending = "_0000.nii.gz" if sort == "images" else ".nii.gz"
+        save(root / folder / f"mine_100{ending}", np.zeros((9, 8, 4), np.float32))
+    splits = cache.prepare(resolve(config)).splits
+    assert (splits.test, splits.val) == (["mine_100"], names[:2])
+    config.data.fold = 2
+    with pytest.raises(UserError, match=r"data.fold=2: .*splits_final.json has no such fold"):
+        cache.prepare(resolve(config))

@@ -4,6 +4,7 @@ A folder of lists holds `train.txt`, `val.txt`, `test.txt` and `labelled_N.txt` 
 patients; those of the published protocols are in `published/<data set>`.
 """
 
+import json
 import pathlib
 import re
 from typing import NamedTuple
@@ -33,7 +34,10 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     marked for testing, `data.test_fraction` of the patients with labels; scans without label train.
     Lists without `val.txt` hold out validation patients likewise: the test set must not select.
     `labelled_N.txt`, or else the first N patients of `train.txt`, are the labelled ones.
+    `data.fold` takes that of nnU-Net's `splits_final.json` in `data.root` instead.
     """
+    if data.fold >= 0:
+        return _of_fold(cases, data, seed)
     published = pathlib.Path(__file__).parent / "published" / data.name
     folder = pathlib.Path(data.splits) if data.splits else published
     if not folder.is_dir() and not data.splits:
@@ -67,6 +71,29 @@ def _random_split(cases, data, seed):
     only_images = [name for name, case in cases.items() if not case.label]
     train = rest + [n for n in only_images if patient(n, data.patient) not in held_out]
     with_label = [name for name in rest if _teaches(cases[name], data)]
+    return Splits(train, val, test, first_patients(with_label, data.labelled, data.patient))
+
+
+def _of_fold(cases, data, seed):
+    """Train and validation cases as nnU-Net has them. Where no case is marked for testing, its
+    validation cases test, for they are what it reports, and others validate."""
+    path = pathlib.Path(data.root) / "splits_final.json"
+    try:
+        fold = json.loads(path.read_text())[data.fold]
+        train, held_out = list(fold["train"]), list(fold["val"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"data.fold={data.fold}: {path} has no such fold") from None
+    val, test = held_out, [name for name, case in cases.items() if case.test]
+    if not test:
+        train, val = hold_out(train, [data.val_fraction], seed, data.patient)
+        test = held_out
+    others = {patient(name, data.patient) for name in val + test}
+    train += [
+        name
+        for name, case in cases.items()
+        if not case.label and patient(name, data.patient) not in others and name not in train
+    ]
+    with_label = [name for name in train if name not in cases or _teaches(cases[name], data)]
     return Splits(train, val, test, first_patients(with_label, data.labelled, data.patient))
 
 
