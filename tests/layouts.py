@@ -5,7 +5,10 @@ import json
 import nibabel as nib
 import numpy as np
 
+from cgs_jax.data.streams import Stream
 from configs import nnunet
+
+STREAMS = {"labelled": Stream("labelled", True, 4), "unlabelled": Stream("unlabelled", False, 3)}
 
 
 def lists(folder, **cases):
@@ -37,3 +40,9 @@ def nnunet_folder(tmp_path, labels=None, cases=12, **description):
     config = nnunet.get_config()
     config.data.root, config.data.size = str(root), 16
     return config, root
+
+
+def everything(data):
+    """Images and labels of all training slices."""
+    rows = data.rows(data.splits.train)
+    return data.images(rows), data.labels(rows)

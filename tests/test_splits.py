@@ -1,0 +1,87 @@
+"""Which case belongs where."""
+
+import json
+
+import numpy as np
+import pytest
+from layouts import lists, nnunet_folder, save
+
+from cgs_jax.data import cache, case_lists
+from cgs_jax.runtime.errors import UserError
+from cgs_jax.training.resolve import resolve
+from configs import acdc, nnunet, segthor, synapse
+
+
+def test_published_splits():
+    for config, sizes, labelled in (
+        (acdc.get_config("labelled=3"), (140, 20, 40), 6),
+        (acdc.get_config("labelled=7"), (140, 20, 40), 14),
+        (segthor.get_config("labelled=3"), (28, 4, 8), 3),
+        (segthor.get_config("labelled=6"), (28, 4, 8), 6),
+        (synapse.get_config("labelled=4"), (16, 2, 12), 4),
+    ):
+        folder = case_lists.pathlib.Path(case_lists.__file__).parent / "published"
+        names = [
+            name
+            for path in (folder / config.data.name).glob("*.txt")
+            for name in case_lists.read_list(path)
+        ]
+        cases = {name: case_lists.Case(name, (), ("label",)) for name in names}
+        splits = case_lists.split(cases, config.data, seed=0)
+        case_lists.check(splits, cases, config.data)
+        assert tuple(map(len, splits[:3])) == sizes
+        assert len(splits.labelled) == labelled
+    patients = {case[:10] for case in case_lists.read_list(folder / "acdc" / "labelled_7.txt")}
+    assert patients == {f"patient{p}" for p in ("099", "038", "050", "021", "049", "058", "100")}
+
+
+def test_random_split_keeps_patients_together():
+    data = nnunet.get_config("labelled=3").data
+    cases = {
+        f"p{i}_frame{f:02d}": case_lists.Case(
+            f"p{i}_frame{f:02d}", (), ("label",) if i < 20 else None
+        )
+        for i in range(30)
+        for f in (1, 2)
+    }
+    splits = case_lists.split(cases, data, seed=0)
+    assert [len(part) for part in splits] == [28 + 20, 4, 8, 6]
+    assert splits == case_lists.split(cases, data, seed=0)
+    assert splits != case_lists.split(cases, data, seed=1)
+    patients = [{case.split("_")[0] for case in part} for part in splits[:3]]
+    assert not patients[0] & patients[1] | patients[0] & patients[2] | patients[1] & patients[2]
+
+
+def test_lists_without_validation_hold_out_patients_with_labels(tmp_path):
+    """The published Synapse lists are such: selection must not use the test cases."""
+    data = nnunet.get_config("labelled=2").data
+    cases = {f"c{i}": case_lists.Case(f"c{i}", (), ("x",) if i < 5 else None) for i in range(9)}
+    data.splits = lists(tmp_path, train=[f"c{i}" for i in range(1, 9)], test=["c0"])
+    for seed in range(10):
+        if seed == 5:
+            lists(tmp_path, labelled_2=["c1", "c3"])
+        splits = case_lists.split(cases, data, seed)
+        case_lists.check(splits, cases, data)
+        assert (len(splits.train), len(splits.val), splits.test) == (7, 1, ["c0"])
+        assert seed < 5 or splits.labelled == ["c1", "c3"]
+
+
+def test_folds_of_nnunet(tmp_path):
+    config, root = nnunet_folder(tmp_path)
+    names = [f"mine_{i:03d}" for i in range(9)]
+    folds = [{"train": names[:7], "val": names[7:]}, {"train": names[2:], "val": names[:2]}]
+    (root / "splits_final.json").write_text(json.dumps(folds))
+    config.data.fold = 1
+    splits = cache.prepare(resolve(config)).splits
+    assert splits.test == names[:2]
+    assert len(splits.val) == 1
+    assert {*splits.val, *splits.labelled} == set(names[2:])
+    assert set(splits.train) - set(splits.labelled) == {f"mine_{i:03d}" for i in (9, 10, 11)}
+    for sort, folder in (("images", "imagesTs"), ("labels", "labelsTs")):
+        ending = "_0000.nii.gz" if sort == "images" else ".nii.gz"
+        save(root / folder / f"mine_100{ending}", np.zeros((9, 8, 4), np.float32))
+    splits = cache.prepare(resolve(config)).splits
+    assert (splits.test, splits.val) == (["mine_100"], names[:2])
+    config.data.fold = 2
+    with pytest.raises(UserError, match=r"data.fold=2: .*splits_final.json has no such fold"):
+        cache.prepare(resolve(config))
