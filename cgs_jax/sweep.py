@@ -71,8 +71,8 @@ def plan(
 
     Args:
       config_file: as given to --config, 'configs/acdc.py:labelled=7'.
-      overrides: fields from the command line, which knows those of its method; these hold for the
-        rows that have them, too.
+      overrides: fields from the command line, which knows those of its method and model; these
+        hold for the rows that have them, too.
       sweep_file: defines get_sweep(config) -> {row: (arguments of the config file, fields)}; the
         fields come last, and a line says where one is not what `overrides` has.
 
@@ -140,7 +140,9 @@ def _config(path, arguments, overrides, fields, row):
         raise UserError(f"{row}: {error}") from None
     plain = run_folder.flatten(config)
     shared = {
-        k: v for k, v in overrides.items() if k in plain or not k.startswith(("method.", "cgs."))
+        k: v
+        for k, v in overrides.items()
+        if k in plain or not k.startswith(("method.", "cgs.", "model."))
     }
     for name, value in (shared | fields).items():
         if name not in plain:
