@@ -1,6 +1,5 @@
 """TransUNet: its encoder against plain numpy, its weights, and steps of a tiny one."""
 
-import itertools
 import math
 
 import jax
@@ -10,7 +9,7 @@ import pytest
 from scipy import ndimage, special
 from steps import tiny_batch
 
-from cgs_jax.methods import augment
+from cgs_jax import sweep
 from cgs_jax.models import network, resnet_vit, transunet, unet, vit_weights
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
@@ -114,7 +113,7 @@ def test_public_weights_land_where_they_belong(monkeypatch, capsys):
     shapes = table((3, 4, 9), 64, 768, 3072, 12, 12, tokens=197)
     assert len(shapes) == 353
     assert sum(map(math.prod, shapes.values())) == 115_277_971 - 768 * (1 + 769 + 21843) - 21843
-    values = dict(zip(shapes, itertools.count(1), strict=True))
+    values = {key: i for i, key in enumerate(shapes, 1)}
     arrays = {k: np.broadcast_to(np.float32(values[k]), shape) for k, shape in shapes.items()}
     arrays["gn_root/scale"] = arrays["gn_root/scale"].reshape(1, 1, 1, 64)
     arrays |= {"cls": np.zeros((1, 1, 768)), "head/bias": np.zeros(21843)}
@@ -319,17 +318,16 @@ def test_zoom_of_positions():
 
 def test_maps_of_images_of_any_channels_and_size():
     """Positions that were made for 32 x 32 pixels are zoomed to a window, or a larger slice."""
-    for channels in (1, 2, 3):
-        config = tiny(**{"data.channels": channels})
-        net = network.build(config, specialists=True)
-        images = [jnp.zeros((2, side, side, channels)) for side in (32, 16, 64)]
-        variables = jax.eval_shape(net.init, jax.random.key(0), images[0])
+    for channels, inputs in ((2, 2), (3, 3), (1, 3)):
+        net = network.build(tiny(**{"data.channels": channels}), specialists=True)
+        image = jnp.zeros((2, 32, 32, channels))
+        variables = jax.eval_shape(net.init, jax.random.key(0), image)
         root = variables["params"]["backbone"]["encoder"]["conv_root"]["kernel"]
-        assert root.shape[2] == max(channels, 2 if channels == 2 else 3)
-        for image in images:
-            outputs = jax.eval_shape(net.apply, variables, image)
-            assert outputs.generalist.shape == (*image.shape[:3], 3)
-            assert outputs.specialists.shape == (*image.shape[:3], 2, 3)
+        assert root.shape[2] == inputs
+    for side in (16, 48):
+        outputs = jax.eval_shape(net.apply, variables, jnp.zeros((2, side, side, 1)))
+        assert outputs.generalist.shape == (2, side, side, 3)
+        assert outputs.specialists.shape == (2, side, side, 2, 3)
 
 
 def test_norms_and_softmax_are_float32_under_bfloat16():
@@ -524,4 +522,16 @@ def test_each_backbone_has_its_own_options():
     assert acdc.get_config("model=transunet,recipe=patches").optimizer.lr == 2e-4
     assert network.levels(tiny()) == 5
     assert (transunet.stride(None), unet.stride(acdc.get_config().model)) == (16, 16)
-    assert augment.to_image(np.uint16(65535)) == 1
+
+
+def test_sweep_over_backbones(tmp_path):
+    """Options of the command line hold for the rows whose backbone has them."""
+    rows = tmp_path / "rows.py"
+    rows.write_text(
+        "def get_sweep(config):\n    return {'a': ('', {}), 'b': ('model=transunet', {})}"
+    )
+    fields = {"model.lanes": 16, "data.size": 64}
+    _, (first, second) = sweep.plan("configs/acdc.py", fields, str(rows), tmp_path / "runs", 1)
+    assert first.command[-2:] == ["--config.data.size=64", "--config.model.lanes=16"]
+    assert second.command[-2:] == ["configs/acdc.py:model=transunet", "--config.data.size=64"]
+    assert second.config.optimizer.name == "adamw"
