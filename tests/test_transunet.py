@@ -5,12 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_encoder
 import pytest
-from scipy import ndimage, special
+from scipy import ndimage
 from steps import tiny_batch
 
-from cgs_jax import sweep
-from cgs_jax.models import network, resnet_vit, transunet, unet, vit_weights
+from cgs_jax.models import network, resnet_vit, transunet, vit_weights
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import batch_norm, optimizers, train_step
@@ -49,44 +49,6 @@ def full(size=256, **fields):
     return config
 
 
-def table(units, width, hidden, mlp, heads, layers, tokens, inputs=3):
-    """Key -> shape of the public checkpoints, without their classifier."""
-    shapes = {"conv_root/kernel": (7, 7, inputs, width)}
-    norms = {"gn_root": width}
-    c = width
-    for b, count in enumerate(units):
-        m = width << b
-        for u in range(1, count + 1):
-            unit = f"block{b + 1}/unit{u}"
-            shapes[f"{unit}/conv1/kernel"] = (1, 1, c, m)
-            shapes[f"{unit}/conv2/kernel"] = (3, 3, m, m)
-            shapes[f"{unit}/conv3/kernel"] = (1, 1, m, 4 * m)
-            norms |= {f"{unit}/gn1": m, f"{unit}/gn2": m, f"{unit}/gn3": 4 * m}
-            if u == 1:
-                shapes[f"{unit}/conv_proj/kernel"] = (1, 1, c, 4 * m)
-                norms[f"{unit}/gn_proj"] = 4 * m
-            c = 4 * m
-    shapes |= {"embedding/kernel": (1, 1, c, hidden), "embedding/bias": (hidden,)}
-    shapes["Transformer/posembed_input/pos_embedding"] = (1, tokens, hidden)
-    norms["Transformer/encoder_norm"] = hidden
-    for i in range(layers):
-        block = f"Transformer/encoderblock_{i}"
-        norms |= {f"{block}/LayerNorm_0": hidden, f"{block}/LayerNorm_2": hidden}
-        attention = f"{block}/MultiHeadDotProductAttention_1"
-        for name in ("query", "key", "value"):
-            shapes[f"{attention}/{name}/kernel"] = (hidden, heads, hidden // heads)
-            shapes[f"{attention}/{name}/bias"] = (heads, hidden // heads)
-        shapes[f"{attention}/out/kernel"] = (heads, hidden // heads, hidden)
-        shapes[f"{attention}/out/bias"] = (hidden,)
-        shapes[f"{block}/MlpBlock_3/Dense_0/kernel"] = (hidden, mlp)
-        shapes[f"{block}/MlpBlock_3/Dense_0/bias"] = (mlp,)
-        shapes[f"{block}/MlpBlock_3/Dense_1/kernel"] = (mlp, hidden)
-        shapes[f"{block}/MlpBlock_3/Dense_1/bias"] = (hidden,)
-    for name, width in norms.items():
-        shapes |= {f"{name}/scale": (width,), f"{name}/bias": (width,)}
-    return shapes
-
-
 def at(tree, key):
     for name in key.split("/"):
         tree = tree[name]
@@ -110,7 +72,7 @@ def test_number_of_parameters(classes, size, expected):
 
 def test_public_weights_land_where_they_belong(monkeypatch, capsys):
     """All 353 arrays, each of one value of its own; nothing is initialised."""
-    shapes = table((3, 4, 9), 64, 768, 3072, 12, 12, tokens=197)
+    shapes = plain_encoder.table((3, 4, 9), 64, 768, 3072, 12, 12, tokens=197)
     assert len(shapes) == 353
     assert sum(map(math.prod, shapes.values())) == 115_277_971 - 768 * (1 + 769 + 21843) - 21843
     values = {key: i for i, key in enumerate(shapes, 1)}
@@ -136,7 +98,7 @@ def test_public_weights_land_where_they_belong(monkeypatch, capsys):
 
 def test_training_starts_from_public_weights(tmp_path, capsys):
     """Of every network; what is not in the file is as without it. Wrong files are one line."""
-    shapes = table((1, 1, 1), 8, 8, 12, 2, 1, tokens=5)
+    shapes = plain_encoder.table((1, 1, 1), 8, 8, 12, 2, 1, tokens=5)
     rng = np.random.default_rng(0)
     arrays = {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
     np.savez(tmp_path / "mine.npz", **arrays)
@@ -183,84 +145,6 @@ def test_what_has_no_weights_stays_as_it_is_in_each_network():
     assert [x.tolist() for x in jax.tree.leaves(state.params)] == [[7, 7], [1, 1], [7, 7], [2, 2]]
 
 
-def np_standardise(kernel, form):
-    mean, std = kernel.mean((0, 1, 2)), kernel.std((0, 1, 2))
-    return (kernel - mean) / (std + 1e-5 if form == "google" else np.sqrt(std**2 + 1e-5))
-
-
-def np_windows(x, size, stride, edges, fill):
-    x = np.pad(x, ((0, 0), edges, edges, (0, 0)), constant_values=fill)
-    return np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))[:, ::stride, ::stride]
-
-
-def np_conv(x, kernel, form, stride=1):
-    size = len(kernel)
-    edges = (size // 2, size // 2)
-    if stride == 2 and form == "google" and size > 1:
-        edges = (size // 2 - 1, size // 2)
-    return np.einsum(
-        "bhwcyx,yxcd->bhwd", np_windows(x, size, stride, edges, 0), np_standardise(kernel, form)
-    )
-
-
-def np_group_norm(x, p, groups, epsilon=1e-6):
-    parts = x.reshape(len(x), -1, groups, x.shape[-1] // groups)
-    mean, var = parts.mean((1, 3), keepdims=True), parts.var((1, 3), keepdims=True)
-    return ((parts - mean) / np.sqrt(var + epsilon)).reshape(x.shape) * p["scale"] + p["bias"]
-
-
-def np_unit(x, p, stride, form):
-    y = np.maximum(np_group_norm(np_conv(x, p["conv1"]["kernel"], form), p["gn1"], 4), 0)
-    y = np.maximum(np_group_norm(np_conv(y, p["conv2"]["kernel"], form, stride), p["gn2"], 4), 0)
-    y = np_group_norm(np_conv(y, p["conv3"]["kernel"], form), p["gn3"], 4)
-    if "conv_proj" in p:
-        x = np_conv(x, p["conv_proj"]["kernel"], form, stride)
-        groups, epsilon = (4, 1e-6) if form == "google" else (x.shape[-1], 1e-5)
-        x = np_group_norm(x, p["gn_proj"], groups, epsilon)
-    return np.maximum(x + y, 0)
-
-
-def np_layer_norm(x, p):
-    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    return normed * p["scale"] + p["bias"]
-
-
-def np_transformer(x, p, form):
-    block, x = p["encoderblock_0"], x + p["posembed_input"]["pos_embedding"]
-    y, a = np_layer_norm(x, block["LayerNorm_0"]), block["MultiHeadDotProductAttention_1"]
-    q, k, v = (
-        np.einsum("bnd,dhe->bhne", y, a[name]["kernel"]) + a[name]["bias"][:, None]
-        for name in ("query", "key", "value")
-    )
-    shares = special.softmax(q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1]), -1)
-    x = x + np.einsum("bhne,hed->bnd", shares @ v, a["out"]["kernel"]) + a["out"]["bias"]
-    first, second = (block["MlpBlock_3"][name] for name in ("Dense_0", "Dense_1"))
-    y = np_layer_norm(x, block["LayerNorm_2"]) @ first["kernel"] + first["bias"]
-    if form == "google":
-        y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
-    else:
-        y = y / 2 * (1 + special.erf(y / np.sqrt(2)))
-    return np_layer_norm(x + y @ second["kernel"] + second["bias"], p["encoder_norm"])
-
-
-def np_encoder(image, p, form):
-    """Grey images -> the maps of the tiny encoder."""
-    x = np_conv(np.repeat(image, 3, -1), p["conv_root"]["kernel"], form, 2)
-    x = np.maximum(np_group_norm(x, p["gn_root"], 4), 0)
-    skips = [x]
-    edges = (0, 1) if form == "google" else (0, 0)
-    x = np_windows(x, 3, 2, edges, -np.inf).max((-2, -1))
-    for block, stride in (("block1", 1), ("block2", 2), ("block3", 2)):
-        for unit, params in p[block].items():
-            x = np_unit(x, params, stride if unit == "unit1" else 1, form)
-        skips.append(x)
-    if form == "torch":
-        skips[1] = np.pad(skips[1], ((0, 0), (0, 1), (0, 1), (0, 0)))
-    tokens = x @ p["embedding"]["kernel"][0, 0] + p["embedding"]["bias"]
-    out = np_transformer(tokens.reshape(len(x), -1, tokens.shape[-1]), p["Transformer"], form)
-    return skips[:3], out.reshape(tokens.shape)
-
-
 def tiny_encoder(form, units=(1, 1, 1)):
     config = tiny(**{"model.form": form, "model.units": units}).model
     names = ("form", "units", "width", "groups", "hidden", "mlp", "heads", "layers", "dropout")
@@ -285,7 +169,7 @@ def test_encoder_against_numpy(form, encoder_params):
     apply = jax.jit(lambda p, x: encoder.apply({"params": p}, x, False))
     single = jax.tree.map(np.float32, (encoder_params, image))
     skips, out = apply(*single)
-    expected_skips, expected = np_encoder(image, encoder_params, form)
+    expected_skips, expected = plain_encoder.encoder(image, encoder_params, form)
     for found, wanted in zip([*skips, out], [*expected_skips, expected], strict=True):
         np.testing.assert_allclose(found, wanted, atol=3e-4 * np.abs(wanted).max())
 
@@ -467,32 +351,6 @@ def test_state_is_saved_restored_and_sharded(stepped, tmp_path):
     assert not split.params["backbone"]["conv_more"]["bn"]["scale"]
 
 
-def test_adamw_by_hand():
-    """Two steps; kernels decay, biases, scales and positions do not. SGD is the default."""
-    config = tiny(**{"optimizer.weight_decay": 0.5, "optimizer.lr": 0.1})
-    optimizer, schedule = optimizers.make_optimizer(config)
-    names = ("kernel", "bias", "scale", "pos_embedding", "conv2_kernel")
-    params = {"layer": {name: jnp.array([2.0, -1.0]) for name in names}}
-    state = TrainState(jnp.zeros((), int), params, {}, optimizer.init(params), {})
-    w = {name: np.array([2.0, -1.0]) for name in names}
-    m, v = 0, 0
-    for t, g in enumerate((np.array([0.3, -4.0]), np.array([-0.1, 1.0])), 1):
-        grads = {"layer": {name: jnp.asarray(g, jnp.float32) for name in names}}
-        state = train_step.apply_gradients(optimizer, state, grads)
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
-        move = m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-        lr = 0.1 * (1 - (t - 1) / 60) ** 0.9
-        np.testing.assert_allclose(schedule(t - 1), lr, rtol=1e-6)
-        for name in names:
-            decay = 0.5 if name.endswith("kernel") else 0
-            w[name] = w[name] - lr * (move + decay * w[name])
-            np.testing.assert_allclose(state.params["layer"][name], w[name], rtol=1e-5)
-    assert acdc.get_config().optimizer.name == "sgd"
-    config.optimizer.name = "adam"
-    with pytest.raises(UserError, match="unknown optimizer.name 'adam'; there are: adamw, sgd"):
-        optimizers.make_optimizer(config)
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -512,26 +370,3 @@ def test_bad_options(fields, message):
     check(tiny())
     with pytest.raises(UserError, match=message):
         check(tiny(**fields))
-
-
-def test_each_backbone_has_its_own_options():
-    unet_fields = {*acdc.get_config().model}
-    fields = {*acdc.get_config("model=transunet,recipe=patches").model}
-    assert unet_fields - fields == {"channels", "lanes"}
-    assert acdc.get_config("recipe=patches").optimizer.lr == 0.02
-    assert acdc.get_config("model=transunet,recipe=patches").optimizer.lr == 2e-4
-    assert network.levels(tiny()) == 5
-    assert (transunet.stride(None), unet.stride(acdc.get_config().model)) == (16, 16)
-
-
-def test_sweep_over_backbones(tmp_path):
-    """Options of the command line hold for the rows whose backbone has them."""
-    rows = tmp_path / "rows.py"
-    rows.write_text(
-        "def get_sweep(config):\n    return {'a': ('', {}), 'b': ('model=transunet', {})}"
-    )
-    fields = {"model.lanes": 16, "data.size": 64}
-    _, (first, second) = sweep.plan("configs/acdc.py", fields, str(rows), tmp_path / "runs", 1)
-    assert first.command[-2:] == ["--config.data.size=64", "--config.model.lanes=16"]
-    assert second.command[-2:] == ["configs/acdc.py:model=transunet", "--config.data.size=64"]
-    assert second.config.optimizer.name == "adamw"
