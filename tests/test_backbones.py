@@ -1,7 +1,13 @@
 """A backbone brings its own options."""
 
+import jax
+import jax.numpy as jnp
+import pytest
+from steps import tiny
+
 from cgs_jax import sweep
 from cgs_jax.models import network
+from cgs_jax.runtime.errors import UserError
 from configs import acdc
 
 
@@ -14,6 +20,18 @@ def test_each_backbone_has_its_own_options():
     for name in ("unet", "transunet"):
         config = acdc.get_config(f"model={name}")
         assert (network.levels(config), network.stride(config)) == (5, 16)
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_weights_of_the_authors_have_heads_of_one_layer(tmp_path, depth):
+    config = tiny(**{"model.head_depth": depth, "model.weights": str(tmp_path / "mine.npz")})
+    net, image = network.build(config, specialists=True), jnp.zeros((1, 16, 16, 1))
+    variables = jax.eval_shape(net.init, jax.random.key(0), image)
+    with pytest.raises(UserError, match="no weights at .*mine.npz"):
+        network.load_weights(config, variables)
+    jnp.savez(config.model.weights, nothing=0)
+    with pytest.raises(UserError, match="mine.npz: PyTorch's specialists have model.head_depth=1"):
+        network.load_weights(config, variables)
 
 
 def test_sweep_over_backbones(tmp_path):
