@@ -19,6 +19,7 @@ from absl import flags
 from jax.experimental import topologies
 from ml_collections import ConfigDict, config_flags
 
+from cgs_jax.models import network
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.cli import cli, output_file
 from cgs_jax.runtime.errors import UserError
@@ -65,7 +66,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise UserError(f"no topology {topology} ({reason}); is libtpu installed?") from error
     config = ConfigDict(config.to_dict())
-    config.model.lanes = config.model.lanes or 128
+    network.choose_lanes(config.model, "tpu")
     config = resolve(config)
     method = train_step.make_method(config)
     mesh = devices.make_mesh(config, description.devices)

@@ -53,7 +53,7 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
     result: dict[str, Any] = {
         "config": {"method": config.method.name, "data": config.data.name, "size": config.data.size}
         | config.batch.to_dict()
-        | {k: config.model[k] for k in ("channels", "dtype", "lanes")},
+        | {"model": config.model.to_dict()},
         "device": f"{mesh.size} x {device.device_kind}",
         "jax": jax.__version__,
         "total_steps": steps,

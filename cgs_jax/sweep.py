@@ -71,8 +71,8 @@ def plan(
 
     Args:
       config_file: as given to --config, 'configs/acdc.py:labelled=7'.
-      overrides: fields from the command line, which knows those of its method; these hold for the
-        rows that have them, too.
+      overrides: fields from the command line, which knows those of its method and model; these
+        hold for the rows that have them, too.
       sweep_file: defines get_sweep(config) -> {row: (arguments of the config file, fields)}; the
         fields come last, and a line says where one is not what `overrides` has.
 
@@ -142,7 +142,7 @@ def _config(path, arguments, overrides, fields, row):
     shared = {
         k: v
         for k, v in overrides.items()
-        if k in plain or not k.startswith(("method.", "cgs.", "data.members."))
+        if k in plain or not k.startswith(("method.", "cgs.", "model.", "data.members."))
     }
     for name, value in (shared | fields).items():
         if name not in plain:

@@ -13,8 +13,8 @@ from configs import common
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", base="", labelled="7", recipe="paper")
-    config = common.get_config(options["method"], options["base"])
+    options = common.parse(arg, method="cgs", base="", model="unet", labelled="7", recipe="paper")
+    config = common.get_config(options["method"], options["base"], options["model"])
     config.data.name = "acdc"
     config.data.classes = ("RV", "Myo", "LV")
     config.data.labelled = int(options["labelled"])  # patients
@@ -39,7 +39,7 @@ def patches(config: ConfigDict) -> None:
     # A few bright voxels set the maximum: in some labelled scans the heart is ten times darker.
     config.data.normalise = "percentile"
     config.precise_bn = 50
-    config.optimizer.lr = 0.02
+    config.optimizer.lr *= 2
     for section in (config.method, config.get("cgs")):
         if section and "terms" in section:
             section.lambda_max = 1.0

@@ -24,8 +24,8 @@ OWN = (
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", base="", members="acdc+segthor")
-    config = common.get_config(options["method"], options["base"])
+    options = common.parse(arg, method="cgs", base="", model="unet", members="acdc+segthor")
+    config = common.get_config(options["method"], options["base"], options["model"])
     config.data.name = "collection"
     config.augment.flip = "auto"
     config.data.classes = ()  # of all members

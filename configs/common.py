@@ -21,8 +21,9 @@ def parse(arg: str | None, **defaults: str) -> dict[str, str]:
     return options
 
 
-def get_config(method: str, base: str = "") -> ConfigDict:
-    """Common fields with those of configs/methods/<method>.py laid over.
+def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
+    """Common fields with those of configs/models/<model>.py and configs/methods/<method>.py laid
+    over.
 
     With `base`, CGS is laid over that method, which `config.method` then is; CGS has `config.cgs`.
     """
@@ -43,14 +44,11 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.batch.unlabelled = 12
 
     config.model = ConfigDict()
-    config.model.name = "unet"  # a file of cgs_jax/models
-    config.model.channels = (16, 32, 64, 128, 256)
-    config.model.dropout = (0.05, 0.1, 0.2, 0.3, 0.5)
+    config.model.name = model  # a file of cgs_jax/models
     config.model.dtype = "float32"  # of the feature maps; or 'bfloat16'
-    config.model.lanes = 0  # pixels share channels until they are this wide; 0: 128 on TPUs, else 1
     config.model.head_classes = 3  # background, organ, remaining; or 2: the organ and all else
     config.model.head_depth = 1  # hidden layers of a specialist
-    config.model.weights = ""  # .npz or .safetensors to start from, PyTorch names
+    config.model.weights = ""  # file to start from, of a kind that the backbone reads
 
     # before each validation the statistics of batch norm are averaged over so many batches, without
     # dropout; 0: running averages, which remember some ten batches
@@ -62,8 +60,10 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     config.mesh.shard_params = 0  # split arrays of at least so many values over 'data'; 0: none
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "sgd"  # or 'adamw'
     config.optimizer.lr = 0.01
-    config.optimizer.momentum = 0.9
+    config.optimizer.momentum = 0.9  # of the gradient
+    config.optimizer.momentum_squares = 0.999  # of its square, which only 'adamw' averages
     config.optimizer.weight_decay = 1e-4
     config.optimizer.power = 0.9  # lr (1 - t/T)^power
 
@@ -118,9 +118,9 @@ def get_config(method: str, base: str = "") -> ConfigDict:
     )
 
     # Of an unknown name main lists those that there are.
-    name = config.method.name
-    if name.isidentifier() and importlib.util.find_spec(f"configs.methods.{name}"):
-        importlib.import_module(f"configs.methods.{name}").update(config)
+    for folder, name in (("models", model), ("methods", config.method.name)):
+        if name.isidentifier() and importlib.util.find_spec(f"configs.{folder}.{name}"):
+            importlib.import_module(f"configs.{folder}.{name}").update(config)
     if base:
         config.cgs = ConfigDict()
         cgs.consistency(config.cgs)

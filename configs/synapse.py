@@ -8,8 +8,8 @@ from configs import common
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", base="", labelled="4")
-    config = common.get_config(options["method"], options["base"])
+    options = common.parse(arg, method="cgs", base="", model="unet", labelled="4")
+    config = common.get_config(options["method"], options["base"], options["model"])
     config.data.name = "synapse"
     config.data.classes = (
         *("aorta", "gallbladder", "left kidney", "right kidney"),

@@ -32,5 +32,7 @@ def test_what_documents_name_exists(path):
     fields |= {*flatten_dict(nnunet.get_config().to_dict(), sep=".")}
     for method in (ROOT / "configs/methods").glob("*.py"):
         fields |= {*flatten_dict(common.get_config(method.stem).to_dict(), sep=".")}
+    for model in (ROOT / "configs/models").glob("*.py"):
+        fields |= {*flatten_dict(common.get_config("cgs", model=model.stem).to_dict(), sep=".")}
     unknown = set(re.findall(r"--config\.([a-z_.]*[a-z_])", text)) - fields
     assert not unknown

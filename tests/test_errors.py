@@ -73,7 +73,7 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         ),
         ({"optimizer.lr": 0.5}, "trained with optimizer.lr=0.05, now it is 0.5"),
         ({"method.name": "cpss"}, "unknown method 'cpss'; there are: ad_mt, bcp, cgs"),
-        ({"model.name": "vnet"}, "unknown model 'vnet'; there are: unet"),
+        ({"model.name": "vnet"}, "unknown model 'vnet'; there are: transunet, unet"),
         (
             {"data.name": "lits"},
             "unknown data set 'lits'; there are: acdc, nnunet, segthor, synapse",

@@ -78,7 +78,8 @@ def gradients(
         terms = base.supervised_loss(base.Labelled(outputs, label))
         return sum(value for name, value in terms.items() if heads in name)
 
-    nothing = jnp.zeros((*label.shape, method.config.model.channels[0]))
+    width = variables[0]["generalist"]["conv"]["kernel"].shape[2]
+    nothing = jnp.zeros((*label.shape, width))
     return [jnp.sum(jnp.abs(jax.grad(loss)(nothing, heads)), -1) for heads in ("generalist", "")]
 
 

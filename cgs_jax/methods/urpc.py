@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cgs_jax.methods import base
-from cgs_jax.models.network import build
+from cgs_jax.models.network import build, levels
 from cgs_jax.runtime.errors import UserError
 
 
@@ -17,8 +17,8 @@ class Method(base.Method):
 
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
-        if len(config.model.channels) < 3:
-            raise UserError("urpc: model.channels needs at least 3 levels")
+        if levels(config) < 3:
+            raise UserError(f"urpc: the model, {config.model.name}, needs at least 3 levels")
         self.network = build(config, self.specialists, pyramid=True)
 
     def passes(self, params, state, views, key):

@@ -1,7 +1,7 @@
 """Networks. `build(config)` puts a backbone and its heads together."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,8 @@ from cgs_jax.models.prompted import Prompted, merge
 from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
+# Options of `config.model` that do not belong to the backbone.
+SHARED = ("name", "dtype", "head_classes", "head_depth", "weights")
 CHOICES = {"dtype": ("float32", "bfloat16"), "head_classes": (2, 3)}
 
 
@@ -68,21 +70,40 @@ def build(
     config: ConfigDict, specialists: bool, pyramid: bool = False, prompts: bool = False
 ) -> Network:
     """Network of `config.model`, with one specialist per organ of `config.data.classes`."""
-    options = dict(config.model.items())
-    dtype = options.pop("dtype")
-    heads = {"num_classes": options.pop("head_classes"), "depth": options.pop("head_depth")}
+    module, model = _backbone(config), ConfigDict(config.model.to_dict())
+    choose_lanes(model, jax.default_backend())
+    options = _own(model)
+    heads = {"num_classes": model.head_classes, "depth": model.head_depth}
     heads["num_targets"] = len(config.data.classes)
-    del options["name"], options["weights"]
-    options["lanes"] = options["lanes"] or (128 if jax.default_backend() == "tpu" else 1)
-    module = _backbone(config)
     return Network(
         backbone=lambda **kw: module.Backbone(**options, **kw),
         num_classes=len(config.data.classes) + 1,
         specialists=(lambda **kw: Specialists(**heads, **kw)) if specialists else None,
         pyramid=pyramid,
         prompts=prompts,
-        dtype=dtype,
+        dtype=model.dtype,
     )
+
+
+def choose_lanes(model: ConfigDict, platform: str) -> None:
+    """Puts the best `lanes` for `platform` where a backbone has this option and it is 0."""
+    if model.get("lanes") == 0:
+        model.lanes = 128 if platform == "tpu" else 1
+
+
+def levels(config: ConfigDict) -> int:
+    """How many maps the backbone returns."""
+    return _backbone(config).levels(config.model)
+
+
+def load_weights(config: ConfigDict, variables: Any) -> Any:
+    """Shapes of a network's `variables` -> the same tree, in which arrays from the file
+    `config.model.weights` stand where it has any.
+
+    Raises:
+      UserError: it can not be read, or does not fit.
+    """
+    return _backbone(config).load_weights(config.model.weights, variables)
 
 
 def stride(config: ConfigDict) -> int:
@@ -92,13 +113,24 @@ def stride(config: ConfigDict) -> int:
 
 def check(config: ConfigDict) -> None:
     """Raises UserError where an option of `config.model` has a value that can not be."""
-    _backbone(config).check(config.model, config.data.size)
+    module, name = _backbone(config), config.model.name
+    if unknown := _own(config.model).keys() - module.Backbone.__dataclass_fields__.keys():
+        raise UserError(
+            f"{name} has no option model.{min(unknown)}; a backbone is chosen by the argument of "
+            f"the config file, --config FILE.py:model={name}"
+        )
+    module.check(config.model, config.data.size)
     for name, known in CHOICES.items():
         if (value := config.model[name]) not in known:
             known = ", ".join(map(str, known))
             raise UserError(f"unknown model.{name} {value!r}; there are: {known}")
     if config.model.head_depth < 0:
         raise UserError("model.head_depth must be at least 0")
+
+
+def _own(model):
+    """The options of the backbone."""
+    return {k: v for k, v in model.items() if k not in SHARED}
 
 
 def _backbone(config):

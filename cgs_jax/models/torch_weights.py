@@ -71,30 +71,35 @@ def _names_of(flat: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[Any, ...]]
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], variables: Any, source: str) -> Any:
-    """Returns `variables` ({'params', 'batch_stats'}) with the values of a torch state_dict.
+    """Returns `variables` ({'params', 'batch_stats'}) with the values of a torch state_dict; of
+    what they hold besides, shapes are enough.
 
     Raises:
       UserError: a name is missing or left over, or a shape differs; names `source`.
     """
     flat = dict(flax.traverse_util.flatten_dict(variables))
+    heads = {path[2] for path in flat if path[:2] == ("params", "specialists")}
+    if heads and ("conv1_kernel" not in heads or "hidden2_kernel" in heads):
+        raise UserError(f"{source}: PyTorch's specialists have model.head_depth=1")
     names = _names_of(flat)
     given = {k for k in state_dict if not k.endswith("num_batches_tracked")}
     for problem, odd in (("lacks", set(names) - given), ("has unknown", given - set(names))):
         if odd:
             raise UserError(f"{source} {problem} {sorted(odd)[0]} ({len(odd)} such names)")
-    loaded = {path: np.array(value) for path, value in flat.items()}
+    loaded = {}
     for name, path in names.items():
         path, row = (path[:-1], path[-1]) if isinstance(path[-1], int) else (path, ...)
         value = np.asarray(state_dict[name])
         value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
-        target = loaded[path][row]
+        whole = loaded.setdefault(path, np.empty(flat[path].shape, flat[path].dtype))
+        target = whole[row]
         if target.shape != value.shape:
             raise UserError(
                 f"{source}: {name} has shape {state_dict[name].shape}, which does not fit the "
                 f"model's {target.shape}; check config.data.classes and config.model.channels"
             )
-        loaded[path][row] = value
-    return flax.traverse_util.unflatten_dict(loaded)
+        whole[row] = value
+    return flax.traverse_util.unflatten_dict(flat | loaded)
 
 
 def to_torch(variables: Any) -> Arrays:

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cgs_jax.models import packed
+from cgs_jax.models import packed, torch_weights
 from cgs_jax.runtime.errors import UserError
 
 MOMENTUM = 0.1  # share of each batch in the running statistics of batch norm
@@ -181,9 +181,24 @@ class Backbone(nn.Module):
         return maps
 
 
+def levels(model: Any) -> int:
+    """Number of maps."""
+    return len(model.channels)
+
+
 def stride(model: Any) -> int:
     """What the sides of images must divide by."""
     return 2 ** (len(model.channels) - 1)
+
+
+def load_weights(source: str, variables: Any) -> Any:
+    """`variables` of the network with the values of an `.npz` or `.safetensors` file that has the
+    names of PyTorch.
+
+    Raises:
+      UserError: it can not be read, or does not fit.
+    """
+    return torch_weights.from_torch(torch_weights.read(source), variables, source)
 
 
 def check(model: Any, size: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
 
@@ -30,7 +31,8 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
             f"mesh.data={config.mesh.data} times mesh.space={space} must be the {count} devices"
         )
     smallest = min(p or config.data.size for p in (config.data.patch, *config.data.grow_to))
-    coarsest = smallest // 2 ** (len(config.model.channels) - 1)
+    backbone = load_by_name("cgs_jax.models", config.model.name, "model")
+    coarsest = smallest // backbone.stride(config.model)
 
     def problem(data, space):
         for name, size in config.batch.items():

@@ -27,7 +27,8 @@ def make_precise(config: ConfigDict, method: Method, dataset: grain.MapDataset, 
     if not config.precise_bn:
         return lambda state: state
     plain = ConfigDict(config.to_dict())
-    plain.model.dropout = (0.0,) * len(config.model.dropout)
+    if "dropout" in plain.model:
+        plain.model.dropout = jax.tree.map(lambda rate: 0.0, plain.model.dropout)
     plain = make_method(plain)
 
     def statistics(state, batch, seed, step):

@@ -1,21 +1,53 @@
-"""SGD with momentum under polynomial decay, as the ACDC literature trains."""
+"""SGD with momentum, as the ACDC literature trains, or AdamW; both under polynomial decay."""
 
+from typing import Any
+
+import jax
 import optax
 from ml_collections import ConfigDict
+
+from cgs_jax.runtime.errors import UserError
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Optimiser of `config.optimizer` and its learning rate by step.
 
-    Weight decay is the coupled one of torch's SGD: it passes through the momentum.
+    Raises:
+      UserError: there is no optimiser of that name.
     """
     o = config.optimizer
     schedule = optax.polynomial_schedule(o.lr, 0.0, o.power, max(config.total_steps, 1))
-    return sgd(schedule, o.momentum, o.weight_decay), schedule
+    if o.name == "sgd":
+        return sgd(schedule, o.momentum, o.weight_decay), schedule
+    if o.name == "adamw":
+        return adamw(schedule, o.momentum, o.momentum_squares, o.weight_decay), schedule
+    raise UserError(f"unknown optimizer.name {o.name!r}; there are: adamw, sgd")
 
 
 def sgd(
     schedule: optax.ScalarOrSchedule, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """torch.optim.SGD: v = m v + (g + wd w), w = w - lr v."""
+    """torch.optim.SGD: v = m v + (g + wd w), w = w - lr v.
+
+    Weight decay is coupled: it passes through the momentum.
+    """
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum))
+
+
+def adamw(
+    schedule: optax.ScalarOrSchedule, momentum: float, momentum_squares: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter, 1711.05101): m and v are the averages of g and g^2 without
+    their bias towards 0; w = w - lr (m / (sqrt(v) + 1e-8) + wd w).
+
+    Only kernels decay. Biases, the scales of norms and position embeddings do not: nothing says
+    that they should be near 0.
+    """
+    return optax.adamw(
+        schedule, momentum, momentum_squares, weight_decay=weight_decay, mask=_kernels
+    )
+
+
+def _kernels(params: Any) -> Any:
+    """True for the kernels of convolutions, matrix products and stacked heads."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.endswith("kernel"), params)

@@ -9,6 +9,7 @@ from cgs_jax.inference import predictor
 from cgs_jax.models import network
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.logs import say
+from cgs_jax.training import optimizers
 from cgs_jax.training.train_step import make_method
 
 AT_LEAST = {
@@ -51,6 +52,7 @@ def check(config: ConfigDict) -> None:
     patches.check(config.data, stride)
     method = make_method(config)
     predictor.check(config, method)
+    optimizers.make_optimizer(config)
     least_of = AT_LEAST | {"batch.unlabelled": int(method.unlabelled)}
     for name, least in least_of.items():
         if operator.attrgetter(name)(config) < least:
@@ -62,5 +64,3 @@ def check(config: ConfigDict) -> None:
         raise UserError(f"augment.flip={flip}: a probability, or auto")
     if not 0 <= config.augment.degrees <= 90:
         raise UserError(f"augment.degrees={config.augment.degrees} must be between 0 and 90")
-    if config.model.weights and method.specialists and config.model.head_depth != 1:
-        raise UserError("model.weights: PyTorch's specialists have model.head_depth=1")

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from cgs_jax.data import patches
 from cgs_jax.methods import augment, cgs
 from cgs_jax.methods.base import Method
-from cgs_jax.models import torch_weights
+from cgs_jax.models import network
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.training.train_state import Metrics, TrainState
@@ -41,29 +41,35 @@ def init_state(
     """
     init, key = _init(method, optimizer, config), jax.random.key(config.seed)
     shardings = devices.of_state(mesh, jax.eval_shape(init, key), config.mesh.shard_params)
-    start = starting_weights(method, config) if config.model.weights else ()
-    return jax.jit(lambda key: with_weights(init(key), *start), out_shardings=shardings)(key)
+    state = jax.jit(init, out_shardings=shardings)(key)
+    return with_weights(state, *starting_weights(method, config)) if config.model.weights else state
 
 
 def starting_weights(method: Method, config: ConfigDict) -> tuple[Any, Any]:
-    """(params, model_state) of the PyTorch-named weights of `config.model.weights`."""
-    source, size = config.model.weights, config.data.size
+    """(params, model_state) of `config.model.weights`; what it does not have are mere shapes."""
+    size = config.data.size
     image = jnp.zeros((1, size, size, config.data.channels))
-    variables = jax.jit(method.network.init)(jax.random.key(0), image)
-    loaded = torch_weights.from_torch(torch_weights.read(source), variables, source)
+    variables = jax.eval_shape(method.network.init, jax.random.key(0), image)
+    loaded = network.load_weights(config, variables)
     return loaded["params"], {"batch_stats": loaded["batch_stats"]}
 
 
 def with_weights(state: TrainState, *trees: Any) -> TrainState:
     """`state`, in which whatever is shaped as one of `trees`, but for the optimiser's, has its
-    values, each of its own buffers."""
+    values, each of its own buffers; where a tree has a mere shape, the own value stays."""
     structures = [jax.tree.structure(tree) for tree in trees]
+
+    def place(own, new):
+        if isinstance(new, jax.ShapeDtypeStruct):
+            return own
+        part = lambda index: np.array(new[index], own.dtype)  # noqa: E731
+        return jax.make_array_from_callback(own.shape, own.sharding, part)
 
     def swap(own):
         structure = jax.tree.structure(own)
         if structure not in structures:
             return own
-        return jax.tree.map(jnp.copy, trees[structures.index(structure)])
+        return jax.tree.map(place, own, trees[structures.index(structure)])
 
     parts = (state.params, state.model_state, state.extra)
     like = lambda tree: jax.tree.structure(tree) in structures  # noqa: E731
