@@ -37,10 +37,23 @@ def test_runs_of_a_sweep_are_resolved(tmp_path):
 
 
 def test_mirror_images_are_off_where_names_tell_sides(tmp_path, capsys):
-    sided = (("RightParotid", "LeftParotid"), ("kidney_l", "kidney_r"), ("left lung", "right lung"))
+    sided = (
+        ("RightParotid", "LeftParotid"),
+        ("kidney_l", "kidney_r"),
+        ("left lung", "right lung"),
+        ("anterior", "posterior"),
+        ("LEFT_EYE", "RIGHT_EYE"),
+        ("lung upper lobe left", "lung lower lobe left"),
+    )
     for organs in sided:
         assert set(tasks.both_sides(("liver", *organs))) == set(organs)
-    for organs in (("LV", "RV", "Myo"), ("left atrium", "liver"), ("cleft", "bright"), ()):
+    for organs in (
+        ("LV", "RV", "Myo"),
+        ("left atrium", "liver"),
+        ("cleft", "bright"),
+        ("left", "r"),
+        (),
+    ):
         assert tasks.both_sides(organs) is None
     labels = {"background": 0, "kidney_l": 1, "kidney_r": 2}
     config, _ = nnunet_folder(tmp_path / "sided", labels)

@@ -99,16 +99,25 @@ def find(data: ConfigDict, name: str) -> Task:
     raise UserError(f"{problem} This run was trained on: {', '.join(known)}; give one by --task")
 
 
+# Words that tell two organs apart whose pictures are mirror images, or nearly so.
+SIDES = (("left", "right"), ("l", "r"), ("anterior", "posterior"), ("superior", "inferior"))
+SIDES += (("upper", "lower"), ("dorsal", "ventral"), ("front", "back"))
+
+
 def both_sides(classes: Sequence[str]) -> tuple[str, str] | None:
-    """Two organs whose names differ in the side of the body alone, if there are any: 'RightParotid'
-    and 'LeftParotid', or 'kidney_l' and 'kidney_r'."""
-    side, seen = re.compile(r"(?<![a-z])([Ll]eft|[Rr]ight|LEFT|RIGHT|[LlRr](?![A-Za-z]))"), {}
+    """Two organs whose names differ in a side of the body alone, if there are any: 'RightParotid'
+    and 'LeftParotid', 'kidney_l' and 'kidney_r', or 'anterior' and 'posterior'."""
+    seen = {}
     for name in classes:
-        found = side.search(name)
-        if found:
-            rest, which = side.sub("", name, 1).lower(), found[0][0].lower()
-            if seen.setdefault(rest, (which, name))[0] != which:
-                return seen[rest][1], name
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", name)
+        words = [word.lower() for word in words]
+        for pair in SIDES:
+            for at, word in enumerate(words):
+                if word in pair:
+                    key = (pair, *words[:at], *words[at + 1 :])
+                    other, their = seen.setdefault(key, (word, name))
+                    if other != word:
+                        return their, name
     return None
 
 
