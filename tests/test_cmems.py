@@ -49,6 +49,7 @@ def simple_views():
     label = jnp.asarray(rng.integers(0, 2, (2, 4, 4)))
     views = {"labelled": {"image": image[0], "label": label}}
     views["unlabelled"] = {"weak": image[1], "strong": image[2]}
+    views["counts"] = jnp.asarray(rng.random((2, 4, 4)) < 0.8)
     return views | {"certain": jnp.asarray(rng.random((2, 4, 4)) < 0.5)}
 
 
@@ -83,7 +84,7 @@ def test_losses_by_hand():
     others = {"first": "second", "second": "first"}
     says = {name: prob(weak, parameter) for name, parameter in PARAMS.items()}
     sure_organ = np.max([p[:1] for p in says.values()], 0) > 0.6  # background of image 1 is image 0
-    valid = certain[1:] | ~sure_organ
+    valid = np.asarray(views["counts"])[1:] & (certain[1:] | ~sure_organ)
     assert 0 < valid.mean() < 1
     terms, sure = dict.fromkeys(("sup", "image", "feature"), np.zeros(2)), []
     for name, other in others.items():
@@ -114,9 +115,10 @@ def test_losses_by_hand():
 @pytest.mark.parametrize(
     ("terms", "names"),
     [
-        ((), set()),
-        (("image",), {"unsup/image_ce", "unsup/image_dice"}),
-        (("feature",), {"unsup/feature_ce", "unsup/feature_dice"}),
+        (("exemplar",), set()),
+        (("exemplar", "image"), {"unsup/image_ce", "unsup/image_dice"}),
+        (("exemplar", "feature"), {"unsup/feature_ce", "unsup/feature_dice"}),
+        (("exemplar", "synthetic"), set()),
         (("synthetic",), set()),
     ],
 )
@@ -129,10 +131,14 @@ def test_terms_are_chosen(terms, names):
     assert {name for name in metrics if name.startswith("unsup/")} == names
     for name in names:
         np.testing.assert_allclose(metrics[name], every[name], rtol=1e-6)
-    if "synthetic" in terms:
+    y, image = np.asarray(views["labelled"]["label"]), views["labelled"]["image"]
+    if terms == ("exemplar", "synthetic"):
         np.testing.assert_allclose(metrics["sup"], every["sup"], rtol=1e-6)
+    elif terms == ("synthetic",):
+        of_one = [ce_and_dice(prob(image[:1], p), y[:1], np.ones(16)) for p in PARAMS.values()]
+        both = np.asarray(every["sup"])
+        np.testing.assert_allclose(metrics["sup"], both - np.sum(of_one), rtol=1e-5)
     else:
-        y, image = np.asarray(views["labelled"]["label"]), views["labelled"]["image"]
         each = [ce_and_dice(prob(image, p), y, np.ones(y.shape)) for p in PARAMS.values()]
         np.testing.assert_allclose(metrics["sup"], np.sum(each), rtol=1e-5)
 
@@ -206,7 +212,9 @@ def test_the_mean_of_both_predicts():
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("cmems", {"method.terms": ("exemplar",)}, "unknown --config.method.terms exemplar; there"),
+        ("cmems", {"method.terms": ("copies",)}, "unknown --config.method.terms copies; there"),
+        ("cmems", {"method.terms": ("image",)}, "cmems needs 'exemplar' or 'synthetic'"),
+        ("cmems", {"method.rim": -1}, "method.rim=-1 must be at least 0"),
         ("cmems", {"method.predicts": "both"}, "unknown method.predicts 'both'; there are: first"),
         ("cmems", {"batch.labelled": 1}, "method.exemplars=0.5 of batch.labelled=1 must leave"),
         ("cmems", {"method.exemplars": 1.0}, "method.exemplars=1.0 of batch.labelled=2 must leave"),
@@ -228,6 +236,7 @@ def test_meshes_give_the_same_numbers(scans, tmp_path, mesh):
     for devices, fields in ((1, {}), (8, mesh)):
         workdir = tmp_path / str(devices)
         fields = {"total_steps": 4, "log_every": 1, "pseudo_slices": 0, "test": False} | fields
+        fields["method.tau"] = 0.3  # so that the masks of a fresh network let something through
         flags = [f"--config.{name}={value}" for name, value in fields.items()]
         line = command(scans, workdir, *flags)
         line[line.index("--config") + 1] = "configs/segthor.py:method=cmems,labelled=2"

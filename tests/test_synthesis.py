@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from steps import tiny, tiny_batch
 
-from cgs_jax.methods import augment, synthesis
+from cgs_jax.methods import augment, cmems, synthesis
 from cgs_jax.training import train_step
 
 STILL = {"rotation": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "flip": 0.0, "jitter": 0.0}
@@ -153,17 +153,20 @@ def test_draws_stay_in_their_ranges():
 
 
 def test_views_by_hand():
-    """On its own background an image keeps its other organs, with their labels; on an unlabelled
-    one only what was pasted is certain. One without organs stays on itself."""
+    """On its own background what is left of the old organs does not count; on an unlabelled one
+    only what was pasted is certain. One that has nothing pasted stays itself."""
     fields = {f"method.{name}": value for name, value in STILL.items()}
     fields |= {"batch.labelled": 8, "augment.flip": 0.0, "augment.rotate": 0.0}
+    fields |= {"method.jitter_synthetic": False}
     method = train_step.make_method(tiny("cmems", **fields | {"method.scale": (0.5, 0.5)}))
     batch = jax.tree.map(jnp.asarray, tiny_batch(method.config, 4))
     batch["labelled"]["annotated"] = jnp.ones((8, 1, 1, 2), bool)
     batch["labelled"]["label"] = batch["labelled"]["label"].at[7].set(0)
-    batch["unlabelled"]["image"] = batch["unlabelled"]["image"][:2]
+    batch["unlabelled"]["image"] = batch["unlabelled"]["image"][:2] // jnp.array([1, 2])[
+        :, None, None, None
+    ].astype(jnp.uint16)
     batch = {k: v | {"image": augment.to_image(v["image"])} for k, v in batch.items()}
-    # This key draws for rows 1 and 5 their own background, for 3 and 7 another.
+    # This key draws for rows 1 and 7 their own background, for 3 and 5 another.
     views = jax.jit(method.views)(batch, jax.random.key(3))
     source, weak, got = batch["labelled"], batch["unlabelled"]["image"], views["labelled"]
     assert got["annotated"].shape == (8, 1, 1, 2)
@@ -171,16 +174,27 @@ def test_views_by_hand():
         np.testing.assert_array_equal(got["image"][row], source["image"][row])
         np.testing.assert_array_equal(got["label"][row], source["label"][row])
         assert views["certain"][row].all()
-    for row, own in ((1, True), (3, False), (5, True), (7, True)):
+        assert views["counts"][row].all()
+    for row, own in ((1, True), (3, False), (5, False), (7, True)):
         image, small = move(source["label"][row], source["image"][row], scale=0.5)
         pasted = small > 0
         assert pasted.any() == (row < 7)
-        background = source["image"][row] if own else weak[0]
-        label = np.where(pasted, small, source["label"][row] if own else 0)
-        np.testing.assert_array_equal(got["label"][row], label)
+        background = source["image"][row] if own else weak[row // 4]  # of four, the first two
+        np.testing.assert_array_equal(got["label"][row], small)
         expected = np.where(pasted[..., None], image, background)
         np.testing.assert_allclose(got["image"][row], expected, atol=1e-5)
         np.testing.assert_array_equal(views["certain"][row], pasted | own)
+        left = own & (np.asarray(source["label"][row]) > 0) & ~pasted
+        assert left.any() == (row == 1)
+        np.testing.assert_array_equal(views["counts"][row], ~left)
+
+
+def test_pixels_near_what_was_pasted():
+    mask = jnp.zeros((2, 6, 6), bool).at[0, 1, 2].set(True)
+    expected = np.zeros((2, 6, 6), bool)
+    expected[0, :4, :5] = True
+    np.testing.assert_array_equal(cmems.near(mask, 2), expected)
+    assert cmems.near(mask, 0).all()
 
 
 def test_organs_change_sides_only_where_images_do():

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from cgs_jax.methods import base, cps, pseudo_labels, synthesis
+from cgs_jax.methods import augment, base, cps, pseudo_labels, synthesis
 from cgs_jax.methods.cps import NAMES
 from cgs_jax.runtime.errors import UserError
 
-TERMS = ("synthetic", "image", "feature")
+TERMS = ("exemplar", "synthetic", "image", "feature")
 
 
 class Method(cps.Method):
@@ -38,9 +38,10 @@ class Method(cps.Method):
 
     It works on any labelled stream, and is meant for one that repeats a single slice. Of a step's
     labelled images some stay as they are, x_e; the others give their organs to synthetic images.
-    Each lies on the labelled image itself, whose own organs keep their labels where they are not
-    covered, or on an unlabelled weak view. What such a view shows is not known: where either
-    network is sure of an organ there, the pixel does not count; elsewhere it is background.
+    Each lies on the labelled image itself, where what is left of the old organs does not count, or
+    on an unlabelled weak view. What such a view shows is not known: where either network is sure of
+    an organ there, the pixel does not count; elsewhere it is background. With `rim` only pixels
+    that are pasted, or so near to them, count there.
     Where images are annotated for some organs only, so are the synthetic ones made of them: the
     other organs may be anywhere in their background (`losses.marginal`).
     """
@@ -54,6 +55,10 @@ class Method(cps.Method):
         if options.predicts not in ("first", "mean"):
             raise UserError(f"unknown method.predicts {options.predicts!r}; there are: first, mean")
         synthesis.check(options)
+        if options.rim < 0:
+            raise UserError(f"method.rim={options.rim} must be at least 0 pixels")
+        if not {"exemplar", "synthetic"} & set(options.terms):
+            raise UserError("cmems needs 'exemplar' or 'synthetic' in --config.method.terms")
         self.synthetic = "synthetic" in options.terms
         self.consistent = [term for term in ("image", "feature") if term in options.terms]
         if specialists and not self.consistent:
@@ -73,8 +78,9 @@ class Method(cps.Method):
 
     def views(self, batch, key):
         """As the base class, but of the labelled images all but `exemplars` have become synthetic;
-        `base.split` tells both apart. 'certain' [B, H, W] is True where the label is."""
-        k_base, k_where, k_paste = jax.random.split(key, 3)
+        `base.split` tells both apart. Of these, 'certain' [B, H, W] is True where the label is, and
+        'counts' where it may count at all."""
+        k_base, k_where, k_paste, k_jitter = jax.random.split(key, 4)
         views = super().views(batch, k_base)
         if not self.synthetic:
             return views
@@ -82,16 +88,23 @@ class Method(cps.Method):
         own = jax.random.bernoulli(
             k_where, self.paste.exemplar_backgrounds, (len(source["label"]), 1, 1)
         )
-        # Without an organ to paste, an unlabelled view would only be called background.
-        own |= ~jnp.any(source["label"] > 0, (1, 2), keepdims=True)
         unlabelled = views["unlabelled"]["weak"][self.backgrounds]
         background = jnp.where(own[..., None], source["image"], unlabelled)
         image, label, pasted = synthesis.copy_paste(
             k_paste, source["image"], source["label"], background, self.num_targets, self.paste
         )
-        label = jnp.where(own & ~pasted, source["label"], label)
+        # What has nothing pasted stays itself: another view would only be called background.
+        empty = ~jnp.any(pasted, (1, 2), keepdims=True)
+        image = jnp.where(empty[..., None], source["image"], image)
+        label = jnp.where(empty, source["label"], label)
+        if self.config.method.jitter_synthetic:
+            image = augment.strong(k_jitter, image, self.config.augment)
+        everywhere = jnp.ones_like(exemplar["label"], bool)
+        left = own & (source["label"] > 0) & ~pasted
+        counts = empty | (~left & (own | near(pasted, self.config.method.rim)))
         views["labelled"] = base.join(exemplar, source | {"image": image, "label": label})
-        views["certain"] = base.join(jnp.ones_like(exemplar["label"], bool), own | pasted)
+        views["certain"] = base.join(everywhere, empty | own | pasted)
+        views["counts"] = base.join(everywhere, counts)
         return views
 
     def passes(self, params, state, views, key):
@@ -124,27 +137,32 @@ class Method(cps.Method):
         if not self.synthetic:
             return [base.labelled(x, views) for x in outputs]
         truths = base.split(views["labelled"], self.exemplars)
-        _, certain = base.split(views["certain"], self.exemplars)
+        masks = (views["certain"], views["counts"])
+        _, (certain, counts) = base.split(masks, self.exemplars)
         backgrounds = [x.generalist[self.backgrounds] for x in clean]
-        masks = None, valid(certain, backgrounds, self.config.method.tau)
+        masks = None, counts & valid(certain, backgrounds, self.config.method.tau)
+        taken = slice(None) if "exemplar" in self.config.method.terms else slice(1, None)
         return [
             base.labelled(part, {"labelled": truth})._replace(where=where)
             for both in outputs
-            for part, truth, where in zip(
-                base.split(both, self.exemplars), truths, masks, strict=True
-            )
+            for part, truth, where in list(
+                zip(base.split(both, self.exemplars), truths, masks, strict=True)
+            )[taken]
         ]
 
     def unsupervised(self, pairs, step):
-        options, terms, covered = self.config.method, {}, 0.0
+        options, terms, cover = self.config.method, {}, {}
         weights = {"image": options.image_weight, "feature": options.feature_weight}
         names = [name for name in self.consistent for _ in NAMES]
         for name, (student, teacher, *_) in zip(names, pairs, strict=True):
             ce, dice, sure = base.confident_loss(student, teacher, options.tau)
             ce, dice = weights[name] * ce, weights[name] * dice
             terms = base.add([terms, {f"unsup/{name}_ce": ce, f"unsup/{name}_dice": dice}])
-            covered += sure / len(pairs)
-        return terms, {"cover/sure": covered}
+            label, mask = pseudo_labels.confident(teacher.generalist, options.tau)
+            organs = jnp.mean(mask & (label > 0))
+            shares = {"cover/sure": sure / len(pairs), "cover/sure_organs": organs / len(pairs)}
+            cover = base.add([cover, shares])
+        return terms, cover
 
     def predict(self, state, image):
         if self.config.method.predicts == "first":
@@ -171,6 +189,15 @@ class Method(cps.Method):
             return super().statistics(params, model_state, image, key)
         alone = super().statistics
         return {name: alone(params[name], model_state[name], image, key) for name in NAMES}
+
+
+def near(mask: jax.Array, pixels: int) -> jax.Array:
+    """Where `mask` [B, H, W] is true, or is so at most so many `pixels` away along rows and
+    columns; everywhere with 0."""
+    if not pixels:
+        return jnp.ones_like(mask)
+    window = (1, 2 * pixels + 1, 2 * pixels + 1)
+    return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, (1, 1, 1), "SAME")
 
 
 def valid(certain: jax.Array, logits: list[jax.Array], tau: float) -> jax.Array:

@@ -9,15 +9,19 @@ def update(config: ConfigDict) -> None:
     config.method.lambda_max = 1.0  # weight of the unsupervised loss at the end of the ramp
     config.method.image_weight = 1.0  # in it, of the strong view (lambda_1)
     config.method.feature_weight = 1.0  # in it, of the perturbed features (lambda_2)
-    # what is learnt besides the exemplar; without 'synthetic' all labelled images stay as they are
-    config.method.terms = ("synthetic", "image", "feature")
+    # the losses L_E, L_S, L_img and L_fea; without 'synthetic' all labelled images stay as they are
+    config.method.terms = ("exemplar", "synthetic", "image", "feature")
     config.method.predicts = "first"  # the first network; or the 'mean' of both
 
     # share of the labelled images that stay as they are; with as many labelled as unlabelled ones
-    # they are a quarter of what batch norm sees in the student's pass
+    # they are a quarter of the student's pass, and parts of them are in the synthetic ones
     config.method.exemplars = 0.5
     # probability that organs are pasted on the image that they are from, not on an unlabelled one
     config.method.exemplar_backgrounds = 0.5
+    # on an unlabelled image only what is pasted counts, and so many pixels around it; 0: all of it
+    # counts where no network is sure of an organ
+    config.method.rim = 0
+    config.method.jitter_synthetic = True  # brightness and contrast of whole synthetic images
     # False: all organs of an image move as one; True: each moves on its own, and may cover another
     config.method.per_organ = False
     config.method.rotation = 20.0  # by at most so many degrees
