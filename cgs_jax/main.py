@@ -28,12 +28,13 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
 
     Returns summary.json; None when training was stopped by a signal.
     """
-    config = resolve(config)
-    method, mesh, splits = train_step.make_method(config), devices.make_mesh(config), None
+    begun = (workdir / "config.json").exists()
+    saved, splits = run_folder.load(workdir) if begun else (None, None)  # a run keeps its cases
+    config = resolve(config, saved)
+    method, mesh = train_step.make_method(config), devices.make_mesh(config)
     with run_folder.locked(workdir), contextlib.closing(Checkpoints(workdir)) as checkpoints:
         finished = checkpoints.latest == config.total_steps
-        if (workdir / "config.json").exists():
-            saved, splits = run_folder.load(workdir)  # a run keeps its cases
+        if saved:
             free = run_folder.FREE + run_folder.PREDICTION * finished
             run_folder.check_same(saved, config, workdir, free)
         elif checkpoints.latest:

@@ -7,6 +7,7 @@ device; the rest are rules of thumb that docs/own_data.md explains.
 """
 
 import math
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from cgs_jax.data import fingerprint, tasks
+from cgs_jax.data import completion, fingerprint, tasks
 from cgs_jax.data.fingerprint import Facts
 from cgs_jax.models import network
 from cgs_jax.runtime import devices
@@ -48,8 +49,8 @@ def describe(facts: Mapping[str, Facts]) -> str:
         lines.append(
             f"intensities in organs     {middle:.0f} (.5 to 99.5 %: {low:.0f} to {high:.0f})"
         )
-    for organ in labelled[0].voxels if labelled else ():
-        counts = [of.voxels[organ] for of in labelled]
+    for organ in dict.fromkeys(organ for of in labelled for organ in of.voxels):
+        counts = [of.voxels[organ] for of in labelled if organ in of.voxels]
         there = [n for n in counts if n]
         size = f"{np.median(there):.0f} voxels in the median case" if there else "nowhere"
         lines.append(f"{organ:<25} {size}, in {len(there)} of {len(counts)} cases")
@@ -72,10 +73,12 @@ def propose(facts: Mapping[str, Facts], stride: int, platform: str) -> dict[str,
     fields = {"batch.labelled": batch, "batch.unlabelled": batch}
     if alike and side % stride == 0 and side <= largest:
         return {"data.size": side} | fields
-    median = np.median(pixels, 0)
-    extent = np.median(1 + (shapes - 1) * pixels / median, 0).max()
+    extent = np.median(1 + (shapes - 1) * pixels / np.median(pixels), 0).max()
     patch = min(stride * math.ceil(extent / stride), largest)
-    return {"data.spacing": "median", "data.patch": patch} | fields
+    fields = {"data.spacing": "median", "data.patch": patch} | fields
+    if patch < extent:  # organs may be anywhere, and windows near the centre would not see them
+        fields |= {"data.patch_anywhere": 0.5, "data.patch_foreground": 0.4}
+    return fields
 
 
 def memory(config: ConfigDict) -> tuple[float, float]:
@@ -96,12 +99,17 @@ if __name__ == "__main__":
         config, given = _CONFIG.value, flags.FLAGS["config"].override_values
         if config.data.name == tasks.COLLECTION:
             raise UserError("plan looks at one data set: give the --config of each member")
-        config = ConfigDict(resolve(config).to_dict())
+        config = ConfigDict(config.to_dict())
+        completion.complete(config.data)
         facts = fingerprint.of_cases(
             tasks.layout(config.data).find(config.data).values(), config.data
         )
         say(describe(facts))
         found = propose(facts, network.stride(config), jax.default_backend())
+        if "data.size" in given:  # squares are wanted
+            found = {name: value for name, value in found.items() if not name.startswith("data.")}
+        if config.method.name == "supervised":
+            found |= {"batch.labelled": 2 * found["batch.labelled"], "batch.unlabelled": 0}
         found = {name: value for name, value in found.items() if name not in given}
         for name, value in found.items():
             with config.ignore_type():
@@ -111,6 +119,7 @@ if __name__ == "__main__":
         held, rest = memory(config)
         say(f"a step needs {(held + rest) / 1e9:.1f} GB, of which {rest / 1e9:.1f} while it runs")
         options = [f"--config.{name}={value}" for name, value in (given | found).items()]
+        options = [shlex.quote(option) for option in options]
         name = config_flags.get_config_filename(flags.FLAGS["config"])
         say("\npython -m cgs_jax.main --workdir RUN --config " + " ".join([name, *options]))
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from cgs_jax import evaluate
 from cgs_jax.data.cache import quantise
+from cgs_jax.data.grid import Grid
 from cgs_jax.data.nifti import Scan, channels_of, read_channels
 from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import Predictor
@@ -57,6 +58,7 @@ def predict(
         for name, paths in tqdm(files.items(), "segmenting", unit="scan", disable=None):
             try:
                 image, scan = read_channels(paths, predictor.task.data)
+                Grid.of(predictor.task.data).shape(image.shape[-2:], scan.spacing)
             except UserError as error:
                 problems.append(str(error))
             else:

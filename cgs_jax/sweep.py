@@ -99,9 +99,10 @@ def plan(
                 for name, value in run_folder.flatten(config).items()
                 if value != plain[name]
             ]
-            config = resolve(config)
-            if (run / "config.json").exists():
-                run_folder.check_same(run_folder.load(run)[0], config, run)
+            saved = run_folder.load(run)[0] if (run / "config.json").exists() else None
+            config = resolve(config, saved)
+            if saved:
+                run_folder.check_same(saved, config, run)
             runs.append(Run(f"{row} seed {seed}", run, config, command))
     return list(rows), runs
 
@@ -210,7 +211,7 @@ def _train(run, bar):
 
 def write_tables(workdir: pathlib.Path) -> str:
     """Writes table.csv, .md and .tex of the finished runs, for each member of a collection; returns
-    the first that has all rows."""
+    of each member the first that has most rows."""
     *_, cases, first = tables.load(workdir)
     scored = {
         ", ".join(filter(None, (member, HEADINGS[metric], split))): tables.table(
@@ -227,7 +228,12 @@ def write_tables(workdir: pathlib.Path) -> str:
     write_text(workdir / "table.csv", pd.concat(scored, names=["score", "row"]).to_csv())
     write_text(workdir / "table.md", "\n".join(markdown.values()))
     write_text(workdir / "table.tex", "\n".join(latex))
-    return markdown[max(scored, key=lambda title: len(scored[title]))]
+    shown = {}
+    for title, of in scored.items():
+        member = title.partition(",")[0] if "," in title.partition(HEADINGS["dice"])[0] else ""
+        if member not in shown or len(of) > len(scored[shown[member]]):
+            shown[member] = title
+    return "\n".join(markdown[title] for title in shown.values())
 
 
 def _of_rows(wanted: list[str], rows: list[str], runs: list[Run]) -> list[Run]:

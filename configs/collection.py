@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# What each member has of its own; all else holds for all.
+# What each member has of its own; all else holds for all, and so do OF_ALL.
 OWN = (
     *("name", "root", "cache", "classes", "channels", "partial", "size", "spacing", "normalise"),
     *("slicing", "trust_shapes"),
@@ -22,10 +22,14 @@ OWN = (
     *("test_fraction", "patient"),
 )
 
+OF_ALL = ("name", "root", "cache", "classes", "channels", "partial", "size")
+
 
 def get_config(arg=None):
     options = common.parse(arg, method="cgs", base="", model="unet", members="acdc+segthor")
     config = common.get_config(options["method"], options["base"], options["model"])
+    for field in (set(OWN) - set(OF_ALL)) & set(config.data):
+        del config.data[field]
     config.data.name = "collection"
     config.augment.flip = "auto"
     config.data.classes = ()  # of all members
@@ -38,11 +42,14 @@ def get_config(arg=None):
             raise ValueError(f"config argument members: {name} is there twice; write NAME@{file}")
         if not name.isidentifier():
             raise ValueError(f"config argument members: {name!r} must be letters, digits and _")
+        if file in ("common", "collection"):
+            raise ValueError(f"config argument members: configs/{file}.py is no data set")
         try:
             data = importlib.import_module(f"configs.{file}").get_config().data
         except ImportError:
             raise ValueError(f"config argument members: there is no configs/{file}.py") from None
         own = ConfigDict({field: data.get_ref(field) for field in OWN})
+        own.file = file
         own.root = ""  # FOLDER/NAME
         own.size = 0  # that of the collection, data.size
         config.data.members[name] = own

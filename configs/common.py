@@ -95,8 +95,8 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.data.normalise = FieldReference("percentile", field_type=object)
     # True: a label of its scan's shape lies on it, even where their affines say another place
     config.data.trust_shapes = False
-    # instead of squares: millimetres of a pixel, (1.5,) or (height, width), or "median"
-    config.data.spacing = FieldReference((), field_type=object)
+    # instead of squares: pixels of so many millimetres, or 'median', as the scans have; 0: squares
+    config.data.spacing = FieldReference(0, field_type=object)
     config.data.patch = 0  # training sees windows of patch x patch pixels of them; 0: whole slices
     config.data.patch_anywhere = 0.15  # share of the windows that lie anywhere
     config.data.patch_foreground = 0.0  # share of the labelled windows that are centred on an organ

@@ -135,7 +135,9 @@ def test_terms_are_chosen(terms, names):
     if terms == ("exemplar", "synthetic"):
         np.testing.assert_allclose(metrics["sup"], every["sup"], rtol=1e-6)
     elif terms == ("synthetic",):
-        of_one = [ce_and_dice(prob(image[:1], p), y[:1], np.ones(16)) for p in PARAMS.values()]
+        of_one = [
+            ce_and_dice(prob(image[:1], p), y[:1], np.ones((1, 4, 4))) for p in PARAMS.values()
+        ]
         both = np.asarray(every["sup"])
         np.testing.assert_allclose(metrics["sup"], both - np.sum(of_one), rtol=1e-5)
     else:

@@ -171,7 +171,7 @@ def test_a_collection_is_trained_scored_and_predicts(folders, tmp_path):
     np.testing.assert_array_equal(label, expected)
     assert label.max() <= 2
     with pytest.raises(UserError, match="which task"):
-        Predictor.restore(tmp_path / "run")
+        Predictor.restore(tmp_path / "run").segment(scan)
 
 
 def test_members_that_do_not_fit(folders, tmp_path):

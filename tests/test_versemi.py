@@ -47,11 +47,16 @@ def test_loss_of_the_drawn_class_by_hand():
     probs[0, ..., 0], probs[1, ..., 1] = [[0.9, 0.2]], [[0.3, 0.6]]
     student = Outputs(None, None, None, prompts_of(probs))
     asked = versemi.Asked(base.Labelled(student, label), (jnp.array([0, 1]),))
-    terms = versemi.task_loss(asked)
-    expected = -np.log([0.9, 0.8, 0.7, 0.6]).mean()
-    np.testing.assert_allclose(terms["sup/task_ce"], expected, rtol=1e-5)
-    expected = dice(np.array([0.9, 0.2, 0.3, 0.6]), [1, 0, 0, 1])
-    np.testing.assert_allclose(terms["sup/task_dice"], expected, rtol=1e-5)
+    each = [dice(np.array([0.9, 0.2]), [1, 0]), dice(np.array([0.3, 0.6]), [0, 1])]
+    pooled = dice(np.array([0.9, 0.2, 0.3, 0.6]), [1, 0, 0, 1])
+    for together, expected in ((True, pooled), (False, np.mean(each))):
+        terms = versemi.task_loss(asked, together)
+        ce = -np.log([0.9, 0.8, 0.7, 0.6]).mean()
+        np.testing.assert_allclose(terms["sup/task_ce"], ce, rtol=1e-5)
+        np.testing.assert_allclose(terms["sup/task_dice"], expected, rtol=1e-5)
+    same = asked._replace(tasks=(jnp.array([1, 1]),))
+    terms = [versemi.task_loss(same, together)["sup/task_dice"] for together in (True, False)]
+    np.testing.assert_allclose(*terms, rtol=1e-6)
 
 
 def test_auxiliary_loss_by_hand():
@@ -68,7 +73,10 @@ def test_auxiliary_loss_by_hand():
 
     def loss(label, *tasks):
         asked = base.Labelled(student, jnp.asarray(label)[None])
-        return versemi.auxiliary_loss(versemi.Asked(asked, tuple(jnp.array([t]) for t in tasks)))
+        asked = versemi.Asked(asked, tuple(jnp.array([t]) for t in tasks))
+        both = [versemi.auxiliary_loss(asked, pooled) for pooled in (True, False)]
+        np.testing.assert_allclose(*both, rtol=1e-6)  # of one image
+        return both[0]
 
     first, second = probs[0, ..., 0], probs[0, ..., 1]
     mixed = np.where(left, own, other)
@@ -95,15 +103,17 @@ def test_aggregate_loss_by_hand():
         assert reached[:, 2].all()
 
 
-@pytest.mark.parametrize("known", ["", "all", "partly"])
+@pytest.mark.parametrize("known", ["", "all", "partly", "of another member"])
 def test_what_a_step_asks(known):
     """Mixes, targets and doubt of three labelled and four unlabelled 4 x 4 images, in numpy; if all
-    classes are known to be annotated the numbers are those without such knowledge."""
+    classes are known to be annotated, or those that are not are of another data set, the numbers
+    are those without such knowledge."""
     rng = np.random.default_rng(0)
-    method = train_step.make_method(tiny("versemi", **{"method.lambda_max": 0.7}))
+    fields = {"method.lambda_max": 0.7, "method.pooled_dice": True}
+    method = train_step.make_method(tiny("versemi", **fields))
     label = rng.integers(0, 3, (3, 4, 4))
     annotated, partly = np.ones((3, 1, 1, 2), bool), known == "partly"
-    if partly:  # the second image has class 2 alone, whatever is seen
+    if known in ("partly", "of another member"):  # the second image has class 2 alone
         annotated[1, ..., 0] = False
         label[1][label[1] == 1] = 0
     image, weak = rng.uniform(size=(3, 4, 4, 1)), rng.uniform(size=(4, 4, 4, 1))
@@ -116,6 +126,8 @@ def test_what_a_step_asks(known):
     }
     if known:
         views["labelled"]["annotated"] = annotated
+    if known == "of another member":
+        views["labelled"]["member"] = annotated
     views, seen = jax.tree.map(jnp.asarray, views), []
 
     def student(params, model_state, both, unlabelled, key):
@@ -134,9 +146,11 @@ def test_what_a_step_asks(known):
     mix = np.where(outside[..., None], weak, image[first])
     np.testing.assert_array_equal(seen[2], np.float32(mix))
     y = np.where(keep, label, label[before])
-    hidden = (plain[..., :2] > 0.5) & ~annotated & (label == 0)[..., None]
+    unmarked = partly & ~annotated & (label == 0)[..., None]
+    hidden = (plain[..., :2] > 0.5) & unmarked
     assert hidden.any() == partly
-    counts = ~np.where(keep[..., None], hidden, hidden[before])
+    everywhere = ~np.where(keep[..., None], hidden, hidden[before]).any(-1)
+    counts = ~np.where(keep[..., None], unmarked, unmarked[before])
     in_box = ~outside & ~hidden[first].any(-1)
     rows = np.arange(3)
 
@@ -145,7 +159,6 @@ def test_what_a_step_asks(known):
         return dice(mixed[rows, :, :, k] * where, (y == k[:, None, None] + 1) * where)
 
     own, target = plain[rows, :, :, task], label == task[:, None, None] + 1
-    everywhere = counts.all(-1)
     expected = {
         "sup/task_ce": -np.log(np.where(target, own, 1 - own)).mean(),
         "sup/task_dice": dice(own, target),
@@ -367,7 +380,6 @@ def test_cgs_over_it_adds_specialists_on_the_unlabelled_part():
         ({"method.terms": ("syn", "x")}, "unknown method.terms x; there are: syn, aux, agg, cons"),
         ({"method.box": (0.5, 1.2)}, "method.box=.* two shares of a side"),
         ({"method.box_unlabelled": (0.6, 0.3)}, "method.box_unlabelled=.*smaller one first"),
-        ({"model.weights": "w.npz"}, "versemi: model.weights have no prompted heads"),
     ],
 )
 def test_options_that_can_not_be(fields, message):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from cgs_jax.data import tasks
 from cgs_jax.data.cache import Prepared
 from cgs_jax.methods import augment, base
 from cgs_jax.methods.base import Method
@@ -38,7 +39,8 @@ def participation(
     """
     if not method.specialists:
         raise UserError(f"{method.config.method.name} has no specialists")
-    if method.config.data.partial or method.config.data.spacing:
+    data = method.config.data
+    if data.partial or any(own.spacing for own in tasks.members(data).values()):
         raise UserError("shares of organs are measured on whole slices with all organs annotated")
     rows = prepared.rows(prepared.splits.labelled)
     rows = rows[np.linspace(0, len(rows) - 1, min(slices, len(rows))).round().astype(int)]

@@ -92,7 +92,9 @@ def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]
     found = {}
     for case, (label,) in summaries.segmented(predictor, prepared, volumes, predictor.scoring):
         task, volume = prepared.task(case), volumes[case]
-        labels = (np.where(x > 0, x + task.first, 0) for x in (volume.label, label))
+        known = prepared.organs(case)
+        marked = [i for i, organ in enumerate(task.data.classes, 1) if organ in known]
+        labels = (np.where(np.isin(x, marked), x + task.first, 0) for x in (volume.label, label))
         found[case] = Shown(case, dict(cases)[case], task.data.slicing, volume.image[0], *labels)
     return [found[case] for case, _ in cases]
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from cgs_jax.data import tasks
 from cgs_jax.data.cache import NO_LABEL, Prepared
+from cgs_jax.data.grid import Grid
 from cgs_jax.methods import augment, pseudo_labels
 from cgs_jax.methods.base import Method
 from cgs_jax.models.network import Outputs
@@ -66,7 +67,8 @@ def make_measure(
     every = set(config.data.classes)
     withheld = {case for case in withheld if set(prepared.organs(case)) == every}
     known = prepared.rows(filter(prepared.has_label, withheld))
-    many_shapes = any(own.spacing for own in tasks.members(config.data).values())
+    grids = {Grid.of(own) for own in tasks.members(config.data).values()}
+    many_shapes = len(grids) > 1 or any(grid.pixel for grid in grids)
     if many_shapes or not (len(known) and method.unlabelled and config.pseudo_slices):
         return lambda state: {}
     spread = np.linspace(0, len(known) - 1, min(config.pseudo_slices, len(known)))

@@ -34,7 +34,7 @@ VERSION = 2  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
 NO_LABEL = 255
 # of data, that the arrays depend on
-OPTIONS = ("name", "size", "spacing", "normalise", "slicing", "classes", "channels")
+OPTIONS = ("name", "size", "spacing", "normalise", "slicing", "classes", "channels", "trust_shapes")
 MAPPED = 400  # arrays at most: each holds a file open, and most systems allow a process 1,024
 
 
@@ -108,26 +108,31 @@ class Prepared:
     def labels(self, rows: np.ndarray, corners: Any = None, side: int = 0) -> np.ndarray:
         """The same of the labels, uint8 [B, H, W] in the union's numbering; 255 where a case has
         none."""
-        stack = patches.cut(self.slices("label", rows), corners, side)
-        tables = [self._tables(case) for case, _ in self._places(rows)]
-        if all(table is None for table in tables):
-            return stack
-        pairs = zip(tables, stack, strict=True)
-        return np.stack([label if table is None else table[label] for table, label in pairs])
+        return patches.cut(self.marked(rows), corners, side)
+
+    def marked(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Label slices uint8 [H, W] in the union's numbering, with the annotated organs alone."""
+        for (case, _), label in zip(self._places(rows), self.slices("label", rows), strict=True):
+            table = self._tables(case)
+            yield label if table is None else table[label]
 
     def annotated(self, rows: np.ndarray) -> np.ndarray:
         """bool [B, 1, 1, K]: which organs of the union the labels of `rows` mark."""
-        marks = np.zeros((len(rows), 1, 1, len(self._classes)), bool)
-        for mark, (case, _) in zip(marks, self._places(rows), strict=True):
-            for organ in self.organs(case):
-                mark[..., self._classes.index(organ)] = True
-        return marks
+        return self._in_union([self.organs(case) for case, _ in self._places(rows)])
+
+    def member(self, rows: np.ndarray) -> np.ndarray:
+        """bool [B, 1, 1, K]: which organs of the union the data sets of `rows` have."""
+        return self._in_union([self.task(case).data.classes for case, _ in self._places(rows)])
+
+    def _in_union(self, organs):
+        marks = [[organ in some for organ in self._classes] for some in organs]
+        return np.array(marks)[:, None, None]
 
     def aspects(self, rows: np.ndarray) -> np.ndarray:
         """float32 [B]: height by width of a pixel of the training grid, by slice."""
         cases = [case for case, _ in self._places(rows)]
         scans = ((Grid.of(self.task(c).data), self._about[c]["shape"]) for c in cases)
-        return np.array([grid.aspect(shape[2:], None) for grid, shape in scans], np.float32)
+        return np.array([grid.aspect(shape[2:]) for grid, shape in scans], np.float32)
 
     def slices(self, what: str, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Memory-mapped slices on the training grid of their task: of 'image' uint16 [C, H, W], of
@@ -220,8 +225,8 @@ def _prepare_task(task, splits):
     data, module = task.data, tasks.layout(task.data)
     cases = module.find(data)
     splits = splits or case_lists.split(cases, data, data.split_seed)
-    case_lists.check(splits, cases, data)
     case_lists.tell(splits, data)
+    case_lists.check(splits, cases, data)
     cache = pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
     names = [*splits.train, *splits.val, *splits.test]
     folders = {name: cache / f"{name}_{_fingerprint(cases[name], data)}" for name in names}

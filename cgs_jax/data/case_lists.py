@@ -45,7 +45,7 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     train, test = read_list(folder / "train.txt"), read_list(folder / "test.txt")
     path = folder / f"labelled_{data.labelled}.txt"
     labelled = read_list(path) if path.exists() else None
-    with_label = [name for name in train if name not in cases or _teaches(cases[name], data)]
+    with_label = [name for name in train if name not in cases or cases[name].label]
     if (folder / "val.txt").exists():
         val = read_list(folder / "val.txt")
     else:
@@ -58,7 +58,7 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
         )
     if labelled is None:
         labelled = first_patients(with_label, data.labelled, data.patient)
-    return Splits(train, val, test, labelled)
+    return Splits(train, val, test, _teaching(labelled, cases, data))
 
 
 def _random_split(cases, data, seed):
@@ -70,8 +70,8 @@ def _random_split(cases, data, seed):
     held_out = {patient(name, data.patient) for name in val + test}
     only_images = [name for name, case in cases.items() if not case.label]
     train = rest + [n for n in only_images if patient(n, data.patient) not in held_out]
-    with_label = [name for name in rest if _teaches(cases[name], data)]
-    return Splits(train, val, test, first_patients(with_label, data.labelled, data.patient))
+    labelled = first_patients(rest, data.labelled, data.patient)
+    return Splits(train, val, test, _teaching(labelled, cases, data))
 
 
 def _of_fold(cases, data, seed):
@@ -93,13 +93,15 @@ def _of_fold(cases, data, seed):
         for name, case in cases.items()
         if not case.label and patient(name, data.patient) not in others and name not in train
     ]
-    with_label = [name for name in train if name not in cases or _teaches(cases[name], data)]
-    return Splits(train, val, test, first_patients(with_label, data.labelled, data.patient))
+    with_label = [name for name in train if name not in cases or cases[name].label]
+    labelled = first_patients(with_label, data.labelled, data.patient)
+    return Splits(train, val, test, _teaching(labelled, cases, data))
 
 
-def _teaches(case, data):
-    """Whether its label is used in training."""
-    return bool(case.label) and (data.partly_labelled or case.annotated is None)
+def _teaching(labelled, cases, data):
+    """Without those that are annotated for some organs only, unless `data.partly_labelled`."""
+    partly = {name for name, case in cases.items() if case.annotated is not None}
+    return [name for name in labelled if data.partly_labelled or name not in partly]
 
 
 def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
@@ -136,13 +138,20 @@ def tell(splits: Splits, data: ConfigDict) -> None:
     }
     counts = ", ".join(f"{name} {len(patients)}" for name, patients in parts.items())
     say(f"{len(of)} cases of {len(set(of.values()))} patients: {counts}")
+    if len(of) > 1 and len(set(of.values())) == 1:
+        say(
+            "WARNING: all cases count as one patient; say how names tell patients apart with "
+            "--config.data.patient"
+        )
     alike: dict[str, list[str]] = {}
     for who in sorted(set(of.values())):
         alike.setdefault(re.split(r"[_-](?=[^_-]*$)", who)[0], []).append(who)
     for prefix, patients in alike.items():
         # "liver_1" and "liver_2" are two; "p7_a" and "p7_b" look like one.
         if len(alike) > 1 and len(patients) > 1 and re.search(r"\d", prefix):
-            where = {name for name in ("train", "val", "test") if parts[name] & set(patients)}
+            where = {
+                name for name in ("train", "val", "test") if parts.get(name, set()) & set(patients)
+            }
             if len(where) > 1:
                 say(
                     f"WARNING: {', '.join(patients[:3])} are in {' and '.join(sorted(where))}; if "

@@ -9,9 +9,12 @@ from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.logs import say
 
 
-def complete(data: ConfigDict) -> None:
+def complete(data: ConfigDict, saved: ConfigDict | None = None) -> None:
     """Fills in what is empty in `config.data` or left to its files: classes and channels, whether
     some cases are annotated for some organs only, the pixel and the intensities.
+
+    `saved` has the data of a run that goes on: what was found then of its scans stays, though there
+    may be more of them now.
 
     Raises:
       UserError: members of a collection do not fit each other.
@@ -21,13 +24,13 @@ def complete(data: ConfigDict) -> None:
         for field in ("classes", "channels", "partial"):
             if not data[field] and hasattr(module, field):
                 data[field] = getattr(module, field)(data)
-        if data.spacing == "median":
-            with data.ignore_type():
-                data.spacing = fingerprint.median_pixel(data)
-        if data.normalise == "auto":
-            with data.ignore_type():
-                data.normalise = fingerprint.normalisation(data)
-            say(f"intensities: {data.normalise}")
+        found = {"spacing": ("median", fingerprint.median_pixel)}
+        found["normalise"] = ("auto", fingerprint.normalisation)
+        for field, (left_open, look_up) in found.items():
+            if data[field] == left_open:
+                with data.ignore_type():
+                    data[field] = saved[field] if saved else look_up(data)
+                say(f"{field}: {data[field]}")
         return
     if not data.members:
         raise UserError("data.members is empty: a collection needs at least one data set")
@@ -36,7 +39,7 @@ def complete(data: ConfigDict) -> None:
         own.cache = own.cache or (data.cache and str(pathlib.Path(data.cache) / name))
         own.size = own.size or data.size
         with tasks.of_member(name):
-            complete(own)
+            complete(own, saved and saved.members.get(name))
     data.classes = tuple(dict.fromkeys(o for own in data.members.values() for o in own.classes))
     data.partial = True  # members leave out each other's organs
     counts = {name: own.channels for name, own in data.members.items()}

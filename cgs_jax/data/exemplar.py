@@ -10,9 +10,9 @@ from cgs_jax.runtime.logs import say
 def find(prepared, task: Task) -> tuple[str, int]:
     """Training case and slice that `data.exemplar` of `task` names, and prints what it shows.
 
-    'auto' chooses among the slices of the labelled cases one with as many organs as any, and of
-    those the one whose smallest organ has most pixels. 'CASE:SLICE' counts slices from 0, in the
-    order in which the case is read.
+    'auto' chooses among the slices of the labelled cases, not of all that have labels: one with as
+    many organs as any, and of those the one whose smallest organ has most pixels. 'CASE:SLICE'
+    counts slices from 0, in the order in which the case is read.
 
     Raises:
       UserError: there is no such slice, or no organ in it.
@@ -49,7 +49,8 @@ def find(prepared, task: Task) -> tuple[str, int]:
 
 
 def _areas(prepared, case):
-    """Pixels of every organ in each slice [D, organs], on the training grid."""
+    """Pixels of every organ that is annotated in each slice [D, organs], on the training grid."""
     labels = prepared.slices("label", prepared.rows([case]))
-    count = len(prepared.task(case).data.classes)
-    return [np.bincount(x.ravel(), minlength=1 + count)[1 : 1 + count] for x in labels]
+    organs, known = prepared.task(case).data.classes, prepared.organs(case)
+    counts = (np.bincount(x.ravel(), minlength=256)[1 : 1 + len(organs)] for x in labels)
+    return [np.where([organ in known for organ in organs], n, 0) for n in counts]

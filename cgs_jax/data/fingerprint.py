@@ -19,7 +19,7 @@ from cgs_jax.data.volume import Case, check_label, finite
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import write_text
 
-QUANTILES = np.linspace(0, 1, 201)  # of the intensities in the organs of a case
+QUANTILES = (np.arange(200) + 0.5) / 200  # of the intensities in the organs of a case
 WINDOW = 0.5, 99.5  # percentiles
 
 
@@ -29,7 +29,7 @@ class Facts(NamedTuple):
     Attributes:
       shape: of its stack [D, H, W].
       spacing: millimetres along D, H, W.
-      voxels: by organ; None without a label.
+      voxels: by annotated organ; None without a label.
       intensities: QUANTILES of all voxels of organs, by channel; () where there are none.
     """
 
@@ -52,7 +52,8 @@ def of_cases(cases: Iterable[Case], data: ConfigDict) -> dict[str, Facts]:
     found = {}
     for case in tqdm(cases, "looking at scans", unit="scan", leave=False, disable=None):
         files = [*case.image, *(case.label or ())]
-        key = [data.slicing, data.classes, *((str(f), f.stat().st_mtime_ns) for f in files)]
+        key = [data.slicing, data.classes, data.trust_shapes, case.annotated]
+        key += [(str(path), path.stat().st_mtime_ns) for path in files]
         digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
         path = folder / f"facts_{case.name}_{digest}.json"
         try:
@@ -68,25 +69,35 @@ def of_cases(cases: Iterable[Case], data: ConfigDict) -> dict[str, Facts]:
 
 
 def _look(case, data):
-    scans = [nifti.read_nifti(path, data.slicing) for path in case.image]
-    arrays = [finite(scan.array, path) for scan, path in zip(scans, case.image, strict=True)]
+    scans = nifti.read_scans(case.image, data.slicing)
     first, voxels, intensities = scans[0], None, []
     if case.label:
-        label = nifti.read_nifti(case.label[0], data.slicing).array
-        label = check_label(label, np.stack(arrays), case.label[0], data.classes)
-        counts = np.bincount(label.ravel(), minlength=1 + len(data.classes))[1:]
-        voxels = dict(zip(data.classes, counts.tolist(), strict=True))
-        if label.any():
-            of_organs = (array[label > 0] for array in arrays)
-            intensities = [np.quantile(values, QUANTILES).tolist() for values in of_organs]
+        label = nifti.read_label(case.label[0], case.image[0], first, data)
+        label = _in_classes(label, first.array[None], case, data)
+        known = data.classes if case.annotated is None else case.annotated
+        numbers = {organ: i for i, organ in enumerate(data.classes, 1) if organ in known}
+        voxels = {organ: int(np.count_nonzero(label == i)) for organ, i in numbers.items()}
+        organs = np.isin(label, list(numbers.values()))
+        if organs.any():
+            arrays = (finite(s.array, path) for s, path in zip(scans, case.image, strict=True))
+            intensities = [np.quantile(array[organs], QUANTILES).tolist() for array in arrays]
     return Facts(first.array.shape, first.spacing, voxels, intensities)
 
 
-def median_pixel(data: ConfigDict) -> tuple[float, float]:
-    """For `data.spacing='median'`: height and width in millimetres of a pixel of the slices."""
-    facts = of_cases(tasks.layout(data).find(data).values(), data).values()
-    height, width = np.median([of.spacing[1:] for of in facts], 0)
-    return round(float(height), 3), round(float(width), 3)
+def _in_classes(label, image, case, data):
+    """The label in the numbers of `data.classes`."""
+    module = tasks.layout(data)
+    if hasattr(module, "to_classes"):
+        label = module.to_classes(label, image, case)
+    return check_label(label, image, case.label[0], data.classes)
+
+
+def median_pixel(data: ConfigDict) -> float:
+    """For `data.spacing='median'`: millimetres of a pixel of the training slices."""
+    cases = tasks.layout(data).find(data)
+    train = case_lists.split(cases, data, data.split_seed).train
+    facts = of_cases((cases[name] for name in train if name in cases), data).values()
+    return round(float(np.median([of.spacing[1:] for of in facts])), 3)
 
 
 def normalisation(data: ConfigDict) -> Any:
@@ -96,6 +107,8 @@ def normalisation(data: ConfigDict) -> Any:
     kinds = module.channel_kinds(data) if hasattr(module, "channel_kinds") else [""]
     if {kind.lower() for kind in kinds} != {"ct"}:
         return "percentile"
+    if data.exemplar:
+        raise UserError("one labelled slice tells no window of CT: give --config.data.normalise")
     cases = module.find(data)
     labelled = case_lists.split(cases, data, data.split_seed).labelled
     facts = of_cases((cases[name] for name in labelled if name in cases), data).values()

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from cgs_jax.runtime.errors import UserError
 
+LARGEST = 8192  # pixels along an axis
 Spacing = tuple[float, float, float] | None  # millimetres along D, H, W of a volume
 
 
@@ -18,40 +19,48 @@ class Grid(NamedTuple):
     Attributes:
       size: pixels a side of squares, to which slices of any shape are stretched, as the literature
         does; nearest neighbour for images and labels.
-      pixel: (height, width) of a pixel in millimetres instead, so that all scans are seen at one
-        scale; images are interpolated linearly. () for squares.
+      pixel: millimetres of a pixel instead, along both axes, so that all scans are seen at one
+        scale; images are interpolated linearly. 0 for squares.
     """
 
     size: int
-    pixel: tuple[float, ...] = ()
+    pixel: float = 0
 
     @classmethod
     def of(cls, data: ConfigDict) -> "Grid":
         """Of a data set's options."""
-        return cls(data.size, pixel_of(data.spacing))
+        pixel = data.spacing
+        if not isinstance(pixel, int | float) or not 0 <= pixel < np.inf:
+            raise UserError(f"data.spacing={pixel}: give millimetres, such as 1.5, or median")
+        return cls(data.size, pixel)
 
     @property
     def name(self) -> str:
-        return "x".join(f"{mm:g}" for mm in self.pixel) + "mm" if self.pixel else str(self.size)
+        return f"{self.pixel:g}mm" if self.pixel else str(self.size)
 
     def shape(self, shape: tuple[int, int], spacing: Spacing) -> tuple[int, int]:
         """Of slices that have `shape` in a volume of `spacing`.
 
         Raises:
-          UserError: the spacing is needed and not known.
+          UserError: the spacing is needed and not known, or makes slices that can not be.
         """
         if not self.pixel:
             return self.size, self.size
         if spacing is None:
             raise UserError("data.spacing needs scans that tell their voxel size; leave it out")
         ratios = np.array(spacing[1:]) / self.pixel
-        height, width = 1 + np.rint((np.array(shape) - 1) * ratios).astype(int)
+        height, width = 1 + np.rint((np.array(shape) - 1) * ratios)
+        if max(height, width) > LARGEST:
+            raise UserError(
+                f"slices of {shape[0]} x {shape[1]} pixels with a voxel size of {spacing} mm would "
+                f"have {height:.0f} x {width:.0f} pixels of {self.pixel:g} mm; check the header"
+            )
         return int(height), int(width)
 
-    def aspect(self, shape: tuple[int, int], spacing: Spacing) -> float:
-        """Height by width of a pixel of the grid on the scan: in millimetres, or in the scan's own
-        pixels where slices are stretched to squares."""
-        return self.pixel[0] / self.pixel[1] if self.pixel else shape[0] / shape[1]
+    def aspect(self, shape: tuple[int, int]) -> float:
+        """Height by width of a pixel of the grid, in pixels of the scan: not 1 where slices are
+        stretched to squares."""
+        return 1.0 if self.pixel else shape[0] / shape[1]
 
     def image(self, stack: np.ndarray, spacing: Spacing) -> np.ndarray:
         """uint16 [C, D, H, W] of a volume -> the same on the grid."""
@@ -61,16 +70,6 @@ class Grid(NamedTuple):
     def label(self, label: np.ndarray, spacing: Spacing) -> np.ndarray:
         """Labels [D, H, W] of a volume -> the same on the grid."""
         return resize(label, *self.shape(label.shape[-2:], spacing))
-
-
-def pixel_of(spacing: tuple[float, ...]) -> tuple[float, ...]:
-    """`data.spacing`, one number or two, as (height, width), or () for none."""
-    numbers = tuple(spacing) if np.iterable(spacing) else (spacing,)
-    numbers = numbers * (2 if len(numbers) == 1 else 1)
-    real = all(isinstance(mm, int | float) and 0 < mm < np.inf for mm in numbers)
-    if len(numbers) not in (0, 2) or not real:
-        raise UserError(f"data.spacing={spacing}: give millimetres, (1.5, 1.5), or median")
-    return numbers
 
 
 def resize_linear(stack: np.ndarray, height: int, width: int) -> np.ndarray:

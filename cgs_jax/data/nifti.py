@@ -32,6 +32,14 @@ class Scan(NamedTuple):
             index[:, axis] = self.array.shape[axis] - 1 - index[:, axis]
         return nib.affines.apply_affine(self.nifti.affine, index[:, np.argsort(self.permutation)])
 
+    def stored(self) -> np.ndarray:
+        """The array with the axes and directions of the file."""
+        return np.flip(self.array, self.flipped).transpose(np.argsort(self.permutation))
+
+    def turned(self, stored: np.ndarray) -> np.ndarray:
+        """Another array that is stored as this one, turned as it is."""
+        return np.flip(stored.transpose(self.permutation), self.flipped)
+
     def to_stored(self, array: np.ndarray) -> np.ndarray:
         """[slice, row, column] -> axes and directions of the file."""
         array = np.flip(array, self.flipped).transpose(np.argsort(self.permutation))
@@ -121,14 +129,26 @@ def read_nifti_case(case: Case, data: Any) -> Volume:
       UserError: channels, or image and label, do not fit each other.
     """
     image, scan = read_channels(case.image, data)
-    if case.label is None:
-        return Volume(image, None, scan.spacing)
-    label = read_nifti(case.label[0], data.slicing)
-    # Other shapes are an error of `check_label`.
-    if label.array.shape == scan.array.shape and not data.trust_shapes:
+    label = None if case.label is None else read_label(case.label[0], case.image[0], scan, data)
+    return Volume(image, label, scan.spacing)
+
+
+def read_label(path: pathlib.Path, image: pathlib.Path, scan: Scan, data: Any) -> np.ndarray:
+    """Label map [D, H, W] of the `scan` that was read from `image`.
+
+    With `data.trust_shapes` it lies on the scan voxel by voxel as both are stored, whatever its own
+    affine says. Other shapes are an error of `check_label`.
+
+    Raises:
+      UserError: it lies elsewhere.
+    """
+    label = read_nifti(path, data.slicing)
+    if data.trust_shapes:
+        return scan.turned(label.stored())
+    if label.array.shape == scan.array.shape:
         advice = "; if only the affine is wrong, give --config.data.trust_shapes=True"
-        _check_place(case.label[0], label, case.image[0], scan, advice)
-    return Volume(image, label.array, scan.spacing)
+        _check_place(path, label, image, scan, advice)
+    return label.array
 
 
 def channels_of(path: pathlib.Path, count: int) -> tuple[str, str, tuple[pathlib.Path, ...]]:
@@ -157,7 +177,18 @@ def read_channels(paths: Sequence[pathlib.Path], data: Any) -> tuple[np.ndarray,
     Raises:
       UserError: a channel has not the shape or the place of the first.
     """
-    scans = [read_nifti(path, data.slicing) for path in paths]
+    scans = read_scans(paths, data.slicing)
+    arrays = (finite(scan.array, path) for path, scan in zip(paths, scans, strict=True))
+    return np.stack([normalise(array, data.normalise) for array in arrays]), scans[0]
+
+
+def read_scans(paths: Sequence[pathlib.Path], slicing: str) -> list[Scan]:
+    """The channels of a case, as stored.
+
+    Raises:
+      UserError: one has not the shape or the place of the first.
+    """
+    scans = [read_nifti(path, slicing) for path in paths]
     first = scans[0]
     for path, scan in zip(paths, scans, strict=True):
         if scan.array.shape != first.array.shape:
@@ -166,8 +197,7 @@ def read_channels(paths: Sequence[pathlib.Path], data: Any) -> tuple[np.ndarray,
                 "channels of a case must have one grid"
             )
         _check_place(path, scan, paths[0], first)
-    arrays = (finite(scan.array, path) for path, scan in zip(paths, scans, strict=True))
-    return np.stack([normalise(array, data.normalise) for array in arrays]), first
+    return scans
 
 
 def _check_place(path, scan, reference_path, reference, advice=""):

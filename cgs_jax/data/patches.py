@@ -1,7 +1,8 @@
 """Windows of slices, cut on the host: training at full resolution for the price of a small image.
 
 Where a window lies is a function of (seed, stream, place in the stream), so it is the same after a
-resume and on any number of processes. Validation, test and prediction see whole slices.
+resume and on any number of processes. Validation, test and prediction see whole
+slices, or with `data.spacing` overlapping windows.
 """
 
 from collections.abc import Iterable, Sequence

@@ -44,7 +44,8 @@ def batches(
       By name {'image': uint16 [B, H, W, C], 'aspect': float32 [B], height by width of the slices
       before they were made square} and, of streams with labels, 'label' uint8 [B, H, W],
       H = W = `patches.side`: the others have no label that could leak. With `data.partial` there is
-      'annotated' bool [B, 1, 1, K] beside a label: the organs that it marks.
+      'annotated' bool [B, 1, 1, K] beside a label: the organs that it marks; and 'member', those
+      that its data set has.
     """
     seed, data = config.seed, config.data
     rows = {source: prepared.source(source) for source in ("labelled", "unlabelled")}
@@ -57,7 +58,7 @@ def batches(
             at = drawn(places, rows[source], (seed, i))
             if any(grid.pixel or grid.size != side for grid in grids):
                 corners, rng = [], np.random.RandomState()
-                slices = prepared.slices("label" if with_labels else "image", at)
+                slices = prepared.marked(at) if with_labels else prepared.slices("image", at)
                 for place, x in zip(places, slices, strict=True):
                     rng.seed((seed, i, place))  # quicker than to make another
                     label = x if with_labels else None
@@ -68,6 +69,7 @@ def batches(
                 batch[name]["label"] = prepared.labels(at, corners, side)
                 if data.partial:
                     batch[name]["annotated"] = prepared.annotated(at)
+                    batch[name]["member"] = prepared.member(at)
         return batch
 
     return grain.MapDataset.range(start, config.total_steps).map(load)

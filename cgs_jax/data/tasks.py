@@ -44,12 +44,18 @@ class Task(NamedTuple):
         """Full names of its organs 1, 2, ..."""
         return [self.full_name(organ) for organ in self.data.classes]
 
-    def own(self, scores: np.ndarray) -> np.ndarray:
-        """Scores of its own labels [..., 1 + organs] of those of the union's [..., 1 + K]: what is
-        an organ of other tasks alone is background here."""
+    def own(self, scores: np.ndarray, asked: bool = False) -> np.ndarray:
+        """Scores of its own labels [..., 1 + organs] of those of the union's [..., 1 + K].
+
+        What is an organ of other tasks alone is background here; or, of a network that is `asked`
+        for one organ at a time, it was not asked for, and background is what its own organs leave.
+        """
         if self.union == tuple(range(scores.shape[-1])):
             return scores
         organs = scores[..., list(self.union[1:])]
+        if asked:  # the sum of all was made 1, of background 1 - p and of organs up to p
+            organs = organs / (scores[..., :1] + np.max(scores[..., 1:], -1, keepdims=True))
+            return np.concatenate([1 - np.max(organs, -1, keepdims=True), organs], -1)
         rest = np.sum(scores, -1, keepdims=True) - np.sum(organs, -1, keepdims=True)
         return np.concatenate([rest, organs], -1)
 

@@ -63,9 +63,14 @@ class Predictor:
     """
 
     def __init__(
-        self, predict: Callable[[np.ndarray], np.ndarray], config: ConfigDict, task: str = ""
+        self,
+        predict: Callable[[np.ndarray], np.ndarray],
+        config: ConfigDict,
+        task: str = "",
+        asked: bool = False,
     ):
-        self.predict, self.config, self._task = predict, config, task
+        """`asked`: as the method is, see `Task.own`."""
+        self.predict, self.config, self._task, self._asked = predict, config, task, asked
         self.scoring = Scoring(config.upsample, config.largest_component)
 
     def of(self, task: str) -> "Predictor":
@@ -75,7 +80,7 @@ class Predictor:
           UserError: it was not trained on.
         """
         tasks.find(self.config.data, task)
-        return Predictor(self.predict, self.config, task)
+        return Predictor(self.predict, self.config, task, self._asked)
 
     @functools.cached_property
     def task(self) -> tasks.Task:
@@ -110,7 +115,8 @@ class Predictor:
             for name, field in itertools.product(data | first, cache.OPTIONS):
                 if name not in data or name not in first or data[name][field] != first[name][field]:
                     raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field} {name}")
-        return make_predictor(*methods)(*states).of(task)
+        found = make_predictor(*methods)(*states)
+        return found.of(task) if task else found
 
     def scores(
         self, array: np.ndarray, spacing: tuple[float, float, float] | None = None
@@ -196,7 +202,7 @@ class Predictor:
             scores = windows.blend(self.predict, padded, (window, window))
         else:
             scores = self.predict(padded)
-        return self.task.own(scores[: len(slices)])
+        return self.task.own(scores[: len(slices)], self._asked)
 
 
 class _Segmented:
@@ -271,7 +277,7 @@ def make_predictor(*methods: Method) -> Callable[..., Predictor]:
             batch = devices.put_batch(mesh, np.pad(slices, padding))
             return np.asarray(compiled(states, batch))[: len(slices)]
 
-        return Predictor(run, config)
+        return Predictor(run, config, asked=methods[0].asked)
 
     return with_states
 

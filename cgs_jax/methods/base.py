@@ -62,10 +62,13 @@ class Method:
       unlabelled: whether batches hold unlabelled images.
       specialists: whether the network has specialist heads.
       draws: batches of `config.batch` that one step takes.
+      asked: whether the network is asked for one organ at a time, so that it need not be for
+        those of other data sets.
     """
 
     unlabelled = True
     draws = 1
+    asked = False
 
     def __init__(self, config: ConfigDict, specialists: bool = False):
         """`specialists`: with them, though the method alone has none."""
@@ -92,7 +95,8 @@ class Method:
 
         Returns {'labelled': {'image', 'label'}, 'unlabelled': {'weak', 'strong'}}, images
         [B, H, W, C]; the strong view is the weak one, jittered. Where images are annotated for some
-        organs only, 'annotated' [B, 1, 1, K] stands beside 'label'.
+        organs only, 'annotated' [B, 1, 1, K] stands beside 'label', and 'member', those that its
+        data set has.
         """
         k_labelled, k_weak, k_strong = jax.random.split(key, 3)
         options = self.config.augment
@@ -333,7 +337,7 @@ def supervised_loss(labelled: Labelled) -> Terms:
     any, the mean over the specialists.
 
     Where an image is annotated for some organs only, the others count as background, and only the
-    specialists of the annotated ones learn: each its organ against all else.
+    specialists of the annotated ones learn; to them, labelled background may be a remaining organ.
 
     Returns the terms by name; L_sup is their sum.
     """
@@ -351,7 +355,7 @@ def supervised_loss(labelled: Labelled) -> Terms:
         *_, count, classes = outputs.specialists.shape
         logits, relabelled = outputs.specialists, pseudo_labels.relabel(label, count, classes)
         if annotated is not None:
-            logits, relabelled = _target_against_rest(logits, relabelled, annotated)
+            logits = _allowing_for_hidden(logits, relabelled, annotated)
             everywhere = True if where is None else where[..., None]
             where = jnp.broadcast_to(annotated & everywhere, relabelled.shape)
         ce, dice = heads_loss(logits, relabelled, where)
@@ -359,11 +363,10 @@ def supervised_loss(labelled: Labelled) -> Terms:
     return terms
 
 
-def _target_against_rest(logits, labels, annotated):
-    """Logits [B, *S, K, 3] and labels [B, *S, K] of specialists, in which the remaining organs are
-    background wherever some organ is not annotated: it may be one of them."""
+def _allowing_for_hidden(logits, labels, annotated):
+    """Logits [B, *S, K, 3] of specialists in which labelled background may be any remaining organ
+    where some organ is not annotated; `labels` [B, *S, K] are theirs."""
     if logits.shape[-1] == 2:
-        return logits, labels
-    rest = jnp.all(annotated, -1, keepdims=True)  # can be told from the background
-    labels = jnp.where((labels == pseudo_labels.REMAINING) & ~rest, 0, labels)
-    return losses.marginal(logits, jnp.stack([jnp.ones_like(rest), rest], -1)), labels
+        return logits
+    known = jnp.all(annotated, -1, keepdims=True) | jnp.any(labels > 0, -1, keepdims=True)
+    return losses.marginal(logits, jnp.stack([jnp.ones_like(known), known], -1))

@@ -19,13 +19,16 @@ does). What the paper says of these is not known.
 
 Chosen here: tasks are classes, drawn uniformly among those annotated, absent ones included; the
 neighbour in the batch stands for the other half of the code's batch; each image has a box of its
-own. An image of the code has one class, so 'aux' takes the class of one half as absent from the
-half of another task. Here y is where the label of either image has the class: that is the same
-where it is not annotated, and right where it is.
+own. Drawn classes have a Dice loss each, and the mean of these counts, or small organs would not
+count beside large ones (`pooled_dice` has one for all, as the code). An image of the code has one
+class, so 'aux' takes the class of one half as absent from the half of another task. Here y is where
+the label of either image has the class: that is the same where it is not annotated, and right where
+it is.
 
-A target is wrong where an organ is seen but not annotated. So labelled background does not count
-where the prompt of a class that the image is not annotated for is sure of it (`doubt`): any such
-prompt for the synthetic task, the one that is asked for 'aux'.
+A target is wrong where an organ is seen but not annotated. In a partly annotated image, labelled
+background does not count for the prompt of an organ that its data set has and the image is not
+annotated for, nor, where that prompt rather says organ than not, for the synthetic task. Organs of
+other data sets count as absent, as in the code, but for where their prompts are surer than `doubt`.
 """
 
 import math
@@ -47,7 +50,9 @@ class Asked(NamedTuple):
 
     labelled: base.Labelled
     tasks: tuple[jax.Array, ...] = ()  # [B] each: a class of each image, counted from 0
-    doubt: jax.Array | None = None  # [B, *S, K], True where a class may hide; None: nowhere
+    doubt: jax.Array | None = None  # [B, *S, K], True where a class seems to hide; None: nowhere
+    # [B, *S, K], S may be 1s: classes of the data set that are not annotated there
+    unmarked: jax.Array | None = None
 
 
 class Method(base.Method):
@@ -56,6 +61,8 @@ class Method(base.Method):
     CGS over it adds specialists, and labels that the student makes of the unlabelled part of the
     mixed images itself.
     """
+
+    asked = True
 
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
@@ -67,8 +74,6 @@ class Method(base.Method):
             sides = options[name]
             if len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:
                 raise UserError(f"method.{name}={sides}: two shares of a side, smaller one first")
-        if config.model.weights:
-            raise UserError("versemi: model.weights have no prompted heads; leave it empty")
         self.network = build(config, self.specialists, prompts=True)
 
     def weight(self, step):
@@ -101,15 +106,17 @@ class Method(base.Method):
             params, state.model_state, base.join(image, mixed), boxed, key
         )
         plain, mixed = base.split(both, len(image))
-        hidden = None
+        hidden, unmarked = None, None
         if annotated is not None:
-            hidden = doubt(plain.prompts, truth["label"], annotated, self.config.method.doubt)
-        known = truth["label"], hidden
-        label_of_mix, hidden_in_mix = base.cutmix(truth["keep"], known, base.rolled(known))
-        label_of_box, hidden_in_box = _repeated(known, len(weak))
+            unmarked = truth.get("member", True) & ~annotated
+            least = jnp.where(unmarked, 0.5, self.config.method.doubt)
+            hidden = doubt(plain.prompts, truth["label"], annotated, least)
+        known = truth["label"], hidden, unmarked
+        label_of_mix, *hidden_in_mix = base.cutmix(truth["keep"], known, base.rolled(known))
+        label_of_box, hidden_in_box, _ = _repeated(known, len(weak))
         asked = [
             Asked(base.labelled(plain, views), (task,)),
-            Asked(base.Labelled(mixed, label_of_mix), (task, base.rolled(task)), hidden_in_mix),
+            Asked(base.Labelled(mixed, label_of_mix), (task, base.rolled(task)), *hidden_in_mix),
             Asked(base.Labelled(boxed, label_of_box, ~outside), doubt=hidden_in_box),
         ]
         pair = base.Pair(boxed, jax.lax.stop_gradient(boxed), outside)
@@ -117,14 +124,14 @@ class Method(base.Method):
 
     def objective(self, passes, step):
         options, (plain, mixed, boxed) = self.config.method, passes.labelled
-        terms, unsupervised = task_loss(plain), {}
+        terms, unsupervised = task_loss(plain, options.pooled_dice), {}
         if self.specialists:
             heads = base.supervised_loss(plain.labelled)
             terms |= {name: x for name, x in heads.items() if name.startswith("sup/specialists")}
         if "syn" in options.terms:
             terms["sup/synthetic_dice"] = synthetic_loss(mixed)
         if "aux" in options.terms:
-            terms["sup/auxiliary_dice"] = auxiliary_loss(mixed)
+            terms["sup/auxiliary_dice"] = auxiliary_loss(mixed, options.pooled_dice)
         if "agg" in options.terms:
             prompts, detach = boxed.labelled.student.prompts, options.detach_aggregate
             unsupervised["unsup/aggregate_dice"] = aggregate_loss(prompts, detach)
@@ -138,13 +145,15 @@ class Method(base.Method):
         return metrics["loss"], metrics | terms | unsupervised
 
 
-def task_loss(asked: Asked) -> base.Terms:
+def task_loss(asked: Asked, pooled: bool) -> base.Terms:
     """L_sup: cross-entropy, a mean over the pixels, and Dice of the drawn class of each image."""
     student, label, *_ = asked.labelled
     (task,) = asked.tasks
     odds, target = chosen(log_odds(student.prompts), task), is_class(label, task)
     ce = -jnp.mean(jax.nn.log_sigmoid(jnp.where(target, odds, -odds)))
-    return {"sup/task_ce": ce, "sup/task_dice": dice_loss(odds, target)}
+    count = student.prompts.shape[-2] - 1
+    groups = None if pooled else jax.nn.one_hot(task, count)
+    return {"sup/task_ce": ce, "sup/task_dice": dice_loss(odds, target, groups=groups)}
 
 
 def synthetic_loss(asked: Asked) -> jax.Array:
@@ -156,13 +165,16 @@ def synthetic_loss(asked: Asked) -> jax.Array:
     return dice_loss(log_odds(student.prompts)[..., -1], label > 0, where)
 
 
-def auxiliary_loss(asked: Asked) -> jax.Array:
+def auxiliary_loss(asked: Asked, pooled: bool) -> jax.Array:
     """L_aux: Dice of the classes drawn for both images of a mix, the mean of the two."""
     student, label, *_ = asked.labelled
-    odds, total = log_odds(student.prompts), 0
+    odds, total, hidden = log_odds(student.prompts), 0, None
+    if asked.doubt is not None:
+        hidden = asked.doubt | (asked.unmarked & (label == 0)[..., None])
     for task in asked.tasks:
-        where = None if asked.doubt is None else chosen(asked.doubt, task) == 0
-        total += dice_loss(chosen(odds, task), is_class(label, task), where)
+        where = None if hidden is None else chosen(hidden, task) == 0
+        groups = None if pooled else jax.nn.one_hot(task, odds.shape[-1] - 1)
+        total += dice_loss(chosen(odds, task), is_class(label, task), where, groups)
     return total / len(asked.tasks)
 
 
@@ -174,18 +186,32 @@ def aggregate_loss(prompts: jax.Array, detach: bool) -> jax.Array:
     return dice_loss(odds[..., -1], jax.lax.stop_gradient(aggregate) if detach else aggregate)
 
 
-def dice_loss(odds: jax.Array, target: jax.Array, where: jax.Array | None = None) -> jax.Array:
+def dice_loss(
+    odds: jax.Array,
+    target: jax.Array,
+    where: jax.Array | None = None,
+    groups: jax.Array | None = None,
+) -> jax.Array:
     """1 - (2 S(p y) + e) / (S(p^2) + S(y^2) + e), e = 1e-5, with sums S over the whole batch of the
-    foreground [B, *S] alone, where `where` is true; the target y may be soft."""
+    foreground [B, *S] alone, where `where` is true; the target y may be soft.
+
+    `groups` [B, K], one-hot: sums over the images of each group, and the mean over those groups
+    that have any.
+    """
     probs, target = jax.nn.sigmoid(odds), target.astype(jnp.float32)
     if where is not None:
         probs, target = (jnp.where(where, x, 0) for x in (probs, target))
-    sizes = jnp.sum(probs * probs) + jnp.sum(target * target)
-    return 1 - (2 * jnp.sum(probs * target) + DICE_EPS) / (sizes + DICE_EPS)
+    if groups is None:
+        groups = jnp.ones((len(probs), 1))
+    of_images = (probs * target, probs * probs + target * target)
+    both, sizes = (jnp.sum(x.reshape(len(x), -1), 1) @ groups for x in of_images)
+    losses = 1 - (2 * both + DICE_EPS) / (sizes + DICE_EPS)
+    there = jnp.any(groups > 0, 0)
+    return jnp.sum(jnp.where(there, losses, 0)) / jnp.sum(there)
 
 
 def doubt(
-    prompts: jax.Array, label: jax.Array, annotated: jax.Array, threshold: float
+    prompts: jax.Array, label: jax.Array, annotated: jax.Array, threshold: jax.Array | float
 ) -> jax.Array:
     """Where a class that is not annotated may hide in the labelled background: [B, *S, K].
 
@@ -193,7 +219,7 @@ def doubt(
       prompts: logits [B, *S, K + 1, 2] of the same images.
       label: [B, *S].
       annotated: [B, *S, K], S may be 1s.
-      threshold: how sure its prompt must be of the class.
+      threshold: how sure its prompt must be of the class; one for all, or as `annotated`.
     """
     sure = jax.nn.sigmoid(log_odds(prompts)[..., :-1]) > threshold
     return sure & ~annotated & (label == 0)[..., None]

@@ -39,7 +39,7 @@ def say(text: str) -> None:
     """
     if processes.is_first():
         try:
-            tqdm.write(text)
+            tqdm.write(text.encode(errors="backslashreplace").decode())  # names may be no UTF-8
         except OSError as error:
             if error.errno not in (errno.EIO, errno.EPIPE):
                 raise

@@ -138,13 +138,19 @@ def summarise(results: Results, data: ConfigDict) -> dict[str, Any]:
             undefined = int(np.isnan(values).sum())
             by_metric[metric] = {"mean": mean(values), "std": mean(values, np.std)}
             by_metric[metric]["undefined"] = undefined
+    # Members may know no millimetres; what is told of all is what all of them have.
+    of_all = set.intersection(*map(set, organs.values()))
+    organs = {
+        organ: {m: value for m, value in by_metric.items() if m in of_all}
+        for organ, by_metric in organs.items()
+    }
     by_task = {}
     for name, task in tasks.tasks(data).items():
         known = [organs[organ] for organ in task.organs() if organ in organs]
         if known:
             by_task[name] = {m: mean(organ[m]["mean"] for organ in known) for m in known[0]}
-    metrics_of = next(iter(by_task.values()))
-    overall = {m: mean(means[m] for means in by_task.values() if m in means) for m in metrics_of}
+    names = next(iter(by_task.values()))
+    overall = {m: mean(means[m] for means in by_task.values()) for m in names}
     members = {"members": by_task} if data.name == tasks.COLLECTION else {}
     return {"mean": overall, **members, "organs": organs, "cases": results}
 

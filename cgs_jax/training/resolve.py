@@ -23,14 +23,15 @@ AT_LEAST = {
 }
 
 
-def resolve(config: ConfigDict) -> FrozenConfigDict:
-    """A frozen copy, with the classes that come with the data.
+def resolve(config: ConfigDict, saved: ConfigDict | None = None) -> FrozenConfigDict:
+    """A frozen copy, with what comes with the data, such as the classes; `saved` is that of a run
+    that goes on.
 
     Raises:
       UserError: a module that it names is not there, or an option has a value that can not be.
     """
     config = ConfigDict(config.to_dict())
-    completion.complete(config.data)
+    completion.complete(config.data, saved and saved.data)
     if config.augment.flip == "auto":
         pair = tasks.both_sides(config.data.classes)
         with config.augment.ignore_type():

@@ -98,8 +98,9 @@ def abstract_inputs(
         if stream.with_labels:
             batch[name]["label"] = jax.ShapeDtypeStruct(shape, np.uint8)
             if config.data.partial:
-                marks = (stream.count, 1, 1, len(config.data.classes))
-                batch[name]["annotated"] = jax.ShapeDtypeStruct(marks, bool)
+                shape = (stream.count, 1, 1, len(config.data.classes))
+                marks = jax.ShapeDtypeStruct(shape, bool)
+                batch[name] |= {"annotated": marks, "member": marks}
     seed = jax.ShapeDtypeStruct((), np.uint32)
     batch = devices.abstract(batch, devices.batched(mesh))
     return state, batch, devices.abstract(seed, devices.replicated(mesh))

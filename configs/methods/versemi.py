@@ -17,6 +17,8 @@ def update(config: ConfigDict) -> None:
     # smallest and largest side of the box of mixed images, as shares of the image's side
     config.method.box = (2 / 3, 2 / 3)  # labelled in labelled
     config.method.box_unlabelled = (0.3, 0.6)  # labelled in unlabelled
-    # labelled background is left out where the prompt of a class that the image is not annotated
-    # for is surer than this; 1: it counts everywhere, as in the released code
-    config.method.doubt = 0.5
+    # labelled background is left out where the prompt of a class of another data set is surer than
+    # this; 1: it counts everywhere, as in the released code
+    config.method.doubt = 0.95
+    # True: one Dice loss for all drawn classes together, as in the released code; False: one each
+    config.method.pooled_dice = False

@@ -20,6 +20,6 @@ def get_sweep(config):
     rows = {method: (f"method={method}", fields) for method, fields in methods.items()}
     for name, own in config.data.members.items():
         for method, fields in methods.items():
-            arguments = f"method={method},members={name}@{own.name}"
+            arguments = f"method={method},members={name}@{own.file}"
             rows[f"{method}_{name}"] = (arguments, fields)
     return rows

@@ -41,6 +41,8 @@ def find(data: ConfigDict) -> dict[str, Case]:
                 cases[name] = Case(name, files, None)
     if not cases:
         raise UserError(f"no scans in {root / 'imagesTr'} (CASE_0000{ending})")
+    if stray := sorted(case for case in listed if case not in cases or not cases[case].label):
+        raise UserError(f"{root / PARTIAL}: there is no case {stray[0]} with a label")
     return cases
 
 
@@ -55,16 +57,19 @@ def _partial_labels(data):
     if not path.exists():
         return {}
     try:
-        listed = {case: tuple(organs) for case, organs in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(f"{path} must map cases to lists of organs: {{case: [organs]}}") from None
+        listed = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError:
+        listed = None
+    lists = listed.values() if isinstance(listed, dict) else [None]
+    if not all(isinstance(x, list) and all(isinstance(o, str) for o in x) for x in lists):
+        raise UserError(f"{path} must map cases to lists of organs: {{case: [organs]}}")
     for case, organs in listed.items():
         if not organs:
             raise UserError(f"{path}: {case} is annotated for no organ; remove its label file")
         if unknown := sorted(set(organs) - set(known)):
             known = ", ".join(known)
             raise UserError(f"{path}: {case} names {unknown[0]!r}; the organs are: {known}")
-    return listed
+    return {case: tuple(organs) for case, organs in listed.items() if set(organs) != set(known)}
 
 
 def classes(data: ConfigDict) -> tuple[str, ...]:

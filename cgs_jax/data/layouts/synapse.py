@@ -46,9 +46,12 @@ def read(case: Case, data: ConfigDict) -> Volume:
     if case.image[0].suffix in (".npz", ".h5"):
         return arrays.read_arrays(case, lambda image: np.clip(image, 0, 1))
     image, label, spacing = nifti.read_nifti_case(case, data)
-    if label is not None:
-        label = volume.check_label(label, image, case.label[0], [f"BTCV {i}" for i in range(1, 14)])
-        table = np.zeros(14, np.uint8)
-        table[list(BTCV_LABELS)] = np.arange(1, 9)
-        label = table[label]
-    return Volume(image, label, spacing)
+    return Volume(image, None if label is None else to_classes(label, image, case), spacing)
+
+
+def to_classes(label: np.ndarray, image: np.ndarray, case: Case) -> np.ndarray:
+    """BTCV's thirteen labels [D, H, W] -> 0 to 8; `image` is [C, D, H, W]."""
+    label = volume.check_label(label, image, case.label[0], [f"BTCV {i}" for i in range(1, 14)])
+    table = np.zeros(14, np.uint8)
+    table[list(BTCV_LABELS)] = np.arange(1, 9)
+    return table[label]
