@@ -147,6 +147,9 @@ class Withheld:
     def has_label(self, case):
         return case != "c"
 
+    def organs(self, case):
+        return tiny().data.classes
+
     def rows(self, names):
         of = {"a": [0], "b": [1, 2], "c": [3], "d": [4]}
         return np.array([row for name in sorted(names) for row in of[name]])

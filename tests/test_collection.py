@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from layouts import nnunet_folder
 from cgs_jax.data import cache, streams, tasks
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.methods.base import Method
+from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import summaries
+from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.resolve import resolve
 from configs import collection, nnunet
 
@@ -196,6 +199,11 @@ def test_members_that_do_not_fit(folders, tmp_path):
     [
         ('{"mine_000": []}', "mine_000 is annotated for no organ"),
         ('{"mine_000": ["liver"]}', "mine_000 names 'liver'; the organs are: head, tail"),
+        ('{"mine_0": ["head"]}', "there is no case mine_0 with a label"),
+        ('{"mine_011": ["head"]}', "there is no case mine_011 with a label"),
+        ('{"mine_000": "head"}', "must map cases to lists of organs"),
+        ('{"mine_000": [["head"]]}', "must map cases to lists of organs"),
+        ('{"mine_000": [1, "head"]}', "must map cases to lists of organs"),
         ("[1]", "must map cases to lists of organs"),
         ("{", "must map cases to lists of organs"),
     ],
@@ -204,7 +212,87 @@ def test_bad_partial_labels(tmp_path, text, message):
     config, root = nnunet_folder(tmp_path)
     (root / "partial_labels.json").write_text(text)
     with pytest.raises(UserError, match=message):
-        resolve(config)
+        cache.prepare(resolve(config))
+
+
+@pytest.mark.parametrize("labelled", [0, 3])
+def test_partly_annotated_cases_as_unlabelled_ones(tmp_path, labelled):
+    """The control: all else, and the other labelled cases, stay the same."""
+    config, root = nnunet_folder(tmp_path)
+    listed = {"mine_001": ["head"], "mine_002": ["tail"], "mine_004": ["head", "tail"]}
+    (root / "partial_labels.json").write_text(json.dumps(listed))
+    config.data.labelled = labelled
+    with_them = cache.prepare(resolve(config)).splits
+    config.data.partly_labelled = False
+    without = cache.prepare(resolve(config)).splits
+    assert without[:3] == with_them[:3]
+    partly = {"mine_001", "mine_002"}
+    assert without.labelled == [case for case in with_them.labelled if case not in partly]
+    assert set(with_them.labelled) & partly
+
+
+def test_an_exemplar_shows_annotated_organs(tmp_path, capsys):
+    config, root = nnunet_folder(tmp_path)
+    (root / "partial_labels.json").write_text(json.dumps({"mine_001": ["head"]}))
+    label = np.zeros((9, 8, 4), np.uint8)
+    label[..., 2], label[:4, :, 1] = 2, 1
+    path = root / "labelsTr" / "mine_001.nii.gz"
+    nib.save(nib.Nifti1Image(label, nib.load(path).affine), path)
+    config.data.exemplar = "mine_001:2"
+    with pytest.raises(UserError, match="no organ in slice 2 of mine_001"):
+        cache.prepare(resolve(config))
+    config.data.exemplar = "mine_001:1"
+    data = cache.prepare(resolve(config))
+    assert "shows no tail" in capsys.readouterr().out
+    (row,) = data.source("labelled")[0]
+    assert set(np.unique(data.labels(np.array([row])))) == {0, 1}
+
+
+def test_options_of_members_are_theirs_alone(folders):
+    config = collection.get_config("members=brain@nnunet")
+    for field in ("exemplar", "partly_labelled", "split_seed", "spacing", "normalise"):
+        assert field not in config.data
+        assert field in config.data.members.brain
+    with pytest.raises(ValueError, match="configs/common.py is no data set"):
+        collection.get_config("members=common")
+
+
+def test_own_prompts_alone_predict(prepared):
+    """Foreign prompts neither take from the background nor add to it."""
+    config, _ = prepared
+    brain, p = tasks.find(config.data, "brain"), np.array([0.6, 0.2, 0.95])  # head, tail, cord
+    merged = np.array([1 - p.max(), *p])
+    merged /= merged.sum()
+    np.testing.assert_allclose(brain.own(merged, asked=True), [0.4, 0.6, 0.2])
+    assert np.argmax(brain.own(merged)) == 0
+    assert train_step.make_method(config_of_method(config, "versemi")).asked
+
+
+def config_of_method(config, method):
+    other = collection.get_config(f"method={method},members=brain@nnunet")
+    other.update_from_flattened_dict(NET)
+    other.data.classes, other.data.channels = config.data.classes, 1
+    return other
+
+
+def test_versemi_learns_from_several_data_sets(folders, prepared):
+    """Each image is asked for a class that it is annotated for, and the loss falls."""
+    config = resolve(config_of(folders, "versemi", **{"total_steps": 40, "optimizer.lr": 0.05}))
+    data, method = prepared[1], train_step.make_method(config)
+    batches = streams.batches(data, config, method.streams(), 0)
+    mesh, optimizer = devices.local_mesh(), optimizers.make_optimizer(config)[0]
+    batch = batches[0]
+    views = train_step.make_views(method, mesh, batch, jax.random.key(0))["labelled"]
+    asked = np.take_along_axis(batch["labelled"]["annotated"][:, 0, 0], views["task"][:, None], 1)
+    assert asked.all()
+    state = train_step.init_state(method, optimizer, config, mesh)
+    step = train_step.make_train_step(method, optimizer, config, mesh)
+    losses = []
+    for _ in range(12):
+        state, metrics = step(state, devices.put_batch(mesh, batch), np.uint32(0))
+        losses.append(float(metrics["loss"]))
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
 @pytest.fixture(scope="module")

@@ -54,9 +54,9 @@ def test_stopped_before_the_first_validation(scans, tmp_path, monkeypatch):
 
 
 def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
-    def no_trachea(self, stacks, *scorings):
-        for name, stack in stacks:
-            yield name, [np.full(stack.shape[1:], 2, np.uint8)] * len(scorings)
+    def no_trachea(self, volumes, *scorings):
+        for name, volume in volumes:
+            yield name, [np.full(volume.image.shape[1:], 2, np.uint8)] * len(scorings)
 
     monkeypatch.setattr(Predictor, "labels", no_trachea)
     main.run(config_of(scans, "supervised", total_steps=40), tmp_path / "run")

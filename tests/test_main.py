@@ -32,7 +32,16 @@ def test_outputs_of_a_run(trained):
     assert set(summary["test"]["cases"]) == {"Patient_06", "Patient_07"}
     assert set(summary["val"]["cases"]) == {"Patient_05"}
     scores = summary["test"]["cases"]["Patient_06"]["heart"]
-    assert set(scores) == {"dice", "jaccard", "hd95", "asd", "hd95_mm", "asd_mm", "voxels"}
+    assert set(scores) == {
+        "dice",
+        "jaccard",
+        "hd95",
+        "asd",
+        "hd95_mm",
+        "asd_mm",
+        "voxels",
+        "missed",
+    }
     assert "undefined" in summary["test"]["organs"]["trachea"]["dice"]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(5, 201, 5))

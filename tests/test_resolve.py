@@ -76,3 +76,28 @@ def test_shapes_may_be_trusted(tmp_path):
         cache.prepare(resolve(config))
     config.data.trust_shapes = True
     assert cache.prepare(resolve(config)).has_label("mine_000")
+    # A scan that is stored the other way round, whose label has lost that: voxels lie on voxels.
+    path = root / "imagesTr" / "mine_000_0000.nii.gz"
+    marks = np.asarray(nib.load(root / "labelsTr" / "mine_000.nii.gz").dataobj)
+    save(path, (marks * 10).astype(np.float32), np.diag([-1.0, -1.0, 3.0, 1.0]))
+    data = cache.prepare(resolve(config))
+    volume = data.volume("mine_000")
+    np.testing.assert_array_equal(volume.image[0] > 0, volume.label > 0)
+    save(root / "labelsTr" / "mine_000.nii.gz", marks[:-1], np.eye(4))
+    with pytest.raises(UserError, match="mine_000.nii.gz has shape"):
+        cache.prepare(resolve(config))
+
+
+def test_a_run_that_goes_on_keeps_what_was_found_of_its_scans(tmp_path):
+    config, root = nnunet_folder(tmp_path, channel_names={"0": "CT"})
+    config.data.spacing, config.data.patch = "median", 16
+    saved = resolve(config)
+    for path in (root / "imagesTr").iterdir():
+        image = nib.load(path)
+        save(path, np.asarray(image.dataobj) + 100, np.diag([2, 2, 3, 1]))
+        label = root / "labelsTr" / path.name.replace("_0000", "")
+        if label.exists():
+            save(label, np.asarray(nib.load(label).dataobj), np.diag([2, 2, 3, 1]))
+    again, other = resolve(config, saved), resolve(config)
+    for field in ("spacing", "normalise"):
+        assert again.data[field] == saved.data[field] != other.data[field]

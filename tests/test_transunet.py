@@ -34,7 +34,7 @@ TINY = {
 def tiny(method="cgs", **fields):
     """The published configuration, shrunk."""
     config = common.get_config(method, model="transunet")
-    config.data.update(classes=("big", "small"), size=32)
+    config.data.update(name="acdc", classes=("big", "small"), size=32)
     config.batch.update(labelled=2, unlabelled=2)
     config.total_steps = 60
     if "tau" in config.method:
