@@ -97,7 +97,10 @@ def test_truth_that_is_pasted_is_known_where_nothing_hides():
     assert isinstance(truth, pseudo_labels.PseudoLabels)
 
 
-@pytest.mark.parametrize("method", ["supervised", "cgs", "bcp", "urpc"])
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("bcp", "urpc")]
+
+
+@pytest.mark.parametrize("method", ["supervised", "cgs", *SLOWLY])
 def test_a_step_on_partly_annotated_images(method):
     """The networks do learn, and a CutMix of two images knows of each pixel whose it is."""
     fields = (

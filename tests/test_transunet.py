@@ -289,7 +289,8 @@ def test_step_of_cgs(stepped):
     assert len(backbone) == 9
 
 
-@pytest.mark.parametrize("name", ["unimatch", pytest.param("fixmatch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unimatch", "fixmatch"])
 def test_gradients_of_other_methods(name):
     config = tiny(name)
     method, mesh = train_step.make_method(config), devices.make_mesh(config)
