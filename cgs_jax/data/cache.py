@@ -225,7 +225,7 @@ def _prepare_task(task, splits):
     data, module = task.data, tasks.layout(task.data)
     cases = module.find(data)
     splits = splits or case_lists.split(cases, data, data.split_seed)
-    case_lists.tell(splits, data)
+    case_lists.tell(splits, data, task.name)
     case_lists.check(splits, cases, data)
     cache = pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
     names = [*splits.train, *splits.val, *splits.test]

@@ -130,14 +130,15 @@ def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
                 raise UserError(f"patient {who} is in {seen[who]} and in {name}")
 
 
-def tell(splits: Splits, data: ConfigDict) -> None:
+def tell(splits: Splits, data: ConfigDict, member: str = "") -> None:
     """Prints how many cases and patients there are, and warns of patients who may be one."""
     of = {case: patient(case, data.patient) for cases in splits[:3] for case in cases}
     parts = {
         name: {of[case] for case in cases} for name, cases in splits._asdict().items() if cases
     }
     counts = ", ".join(f"{name} {len(patients)}" for name, patients in parts.items())
-    say(f"{len(of)} cases of {len(set(of.values()))} patients: {counts}")
+    whose = f"{member}: " if member else ""
+    say(f"{whose}{len(of)} cases of {len(set(of.values()))} patients: {counts}")
     if len(of) > 1 and len(set(of.values())) == 1:
         say(
             "WARNING: all cases count as one patient; say how names tell patients apart with "
