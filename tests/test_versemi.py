@@ -388,7 +388,7 @@ def test_options_that_can_not_be(fields, message):
 
 
 def test_steps_learn():
-    config = tiny("versemi")
+    config = tiny("versemi", **{"optimizer.lr": 0.01})  # 20 steps have to do
     method, optimizer = train_step.make_method(config), optimizers.make_optimizer(config)[0]
     mesh = make_mesh(config)
     state = train_step.init_state(method, optimizer, config, mesh)
