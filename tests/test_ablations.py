@@ -156,7 +156,7 @@ def test_combining_predictions_by_hand():
 
 def test_several_methods_predict_together():
     class Says:
-        config = tiny(combine="average")
+        config, asked = tiny(combine="average"), False
 
         def predict(self, state, image):
             return jnp.broadcast_to(state, (1, *image.shape[:3], 3))

@@ -75,7 +75,7 @@ def test_summary_counts_undefined_and_leaves_them_out():
     assert "(1 undefined)" in summaries.table(summary)
 
 
-DATA = {"name": "acdc", "spacing": (), "size": 16, "classes": ("a", "b", "c"), "channels": 1}
+DATA = {"name": "acdc", "spacing": 0, "size": 16, "classes": ("a", "b", "c"), "channels": 1}
 CONFIG = ConfigDict({"data": DATA, "eval_batch": 4})
 CONFIG.update(window=0, upsample="nearest", largest_component=False)
 

@@ -58,10 +58,7 @@ def test_weights_sum_to_one(shape, window):
 
 def test_slices_that_fit_are_taken_whole():
     config = ConfigDict(
-        {
-            "data": {"name": "acdc", "size": 24, "spacing": (), "classes": ("a", "b")},
-            "eval_batch": 3,
-        }
+        {"data": {"name": "acdc", "size": 24, "spacing": 0, "classes": ("a", "b")}, "eval_batch": 3}
     )
     config.update(upsample="nearest", largest_component=False, window=0)
     stack, labels = np.random.default_rng(0).integers(0, 99, (4, 30, 20), np.uint16), {}

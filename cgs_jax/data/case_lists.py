@@ -132,7 +132,7 @@ def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
 
 def tell(splits: Splits, data: ConfigDict, member: str = "") -> None:
     """Prints how many cases and patients there are, and warns of patients who may be one."""
-    of = {case: patient(case, data.patient) for cases in splits[:3] for case in cases}
+    of = {case: patient(case, data.patient) for cases in splits for case in cases}
     parts = {
         name: {of[case] for case in cases} for name, cases in splits._asdict().items() if cases
     }
