@@ -17,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from cgs_jax.data import completion, fingerprint, tasks
-from cgs_jax.data.fingerprint import Facts
+from cgs_jax.data.fingerprint import WINDOW, Facts
 from cgs_jax.models import network
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.cli import cli
@@ -45,7 +45,7 @@ def describe(facts: Mapping[str, Facts]) -> str:
     ]
     values = [channels for of in labelled for channels in of.intensities]
     if values:
-        low, middle, high = np.percentile(values, (0.5, 50, 99.5))
+        low, middle, high = np.percentile(values, (WINDOW[0], 50, WINDOW[1]))
         lines.append(
             f"intensities in organs     {middle:.0f} (.5 to 99.5 %: {low:.0f} to {high:.0f})"
         )

@@ -213,26 +213,24 @@ def write_tables(workdir: pathlib.Path) -> str:
     """Writes table.csv, .md and .tex of the finished runs, for each member of a collection; returns
     of each member the first that has most rows."""
     *_, cases, first = tables.load(workdir)
-    scored = {
-        ", ".join(filter(None, (member, HEADINGS[metric], split))): tables.table(
-            some, first, metric, which
-        )
-        for member, some in cases.groupby("member", sort=False)
-        for which, split in SPLITS.items()
-        for metric in METRICS
-        if which in set(some.split)
-    }
+    scored, shown = {}, {}
+    for member, some in cases.groupby("member", sort=False):
+        of_member = {
+            ", ".join(filter(None, (member, HEADINGS[metric], split))): tables.table(
+                some, first, metric, which
+            )
+            for which, split in SPLITS.items()
+            for metric in METRICS
+            if which in set(some.split)
+        }
+        shown[member] = max(of_member, key=lambda title, of=of_member: len(of[title]))
+        scored |= of_member
     texts = {title: tables.as_text(table, first) for title, table in scored.items()}
     markdown = {title: f"{title}\n\n{tables.markdown(text)}" for title, text in texts.items()}
     latex = [f"% {title}\n{tables.latex(text)}" for title, text in texts.items()]
     write_text(workdir / "table.csv", pd.concat(scored, names=["score", "row"]).to_csv())
     write_text(workdir / "table.md", "\n".join(markdown.values()))
     write_text(workdir / "table.tex", "\n".join(latex))
-    shown = {}
-    for title, of in scored.items():
-        member = title.partition(",")[0] if "," in title.partition(HEADINGS["dice"])[0] else ""
-        if member not in shown or len(of) > len(scored[shown[member]]):
-            shown[member] = title
     return "\n".join(markdown[title] for title in shown.values())
 
 

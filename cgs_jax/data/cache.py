@@ -70,8 +70,14 @@ class Prepared:
         self._exemplars = dict(exemplars)
         folders = {case: entry.folder for case, entry in entries.items()}
         self._about = {c: json.loads((f / "case.json").read_text()) for c, f in folders.items()}
-        depths = [self._about[case]["shape"][1] for case in splits.train]
-        self._first = np.cumsum([0, *depths])
+        shapes = [self._about[case]["shape"] for case in splits.train]
+        self._first = np.cumsum([0, *(depth for _, depth, *_ in shapes)])
+        # what a batch tells of its slices, by training case
+        of = [self.task(case).data for case in splits.train]
+        aspects = (Grid.of(data).aspect(s[2:]) for data, s in zip(of, shapes, strict=True))
+        self._aspects = np.fromiter(aspects, np.float32)
+        self._annotated = self._in_union(self.organs(case) for case in splits.train)
+        self._member = self._in_union(data.classes for data in of)
         self._mapped = functools.lru_cache(MAPPED)(self._map)
         self._tables = functools.cache(self._table)
 
@@ -86,11 +92,8 @@ class Prepared:
 
         Where every slice of a task is labelled, they serve as unlabelled ones, too.
         """
-        by_task: dict[str, list[str]] = {}
-        for case in self.splits.train:
-            by_task.setdefault(self.task(case).name, []).append(case)
         found = []
-        for cases in by_task.values():
+        for cases in self.by_task(self.splits.train).values():
             labelled = self.rows(set(cases) & set(self.splits.labelled))
             for case in set(cases) & set(self._exemplars):
                 labelled = self.rows([case])[[self._exemplars[case]]]
@@ -118,21 +121,19 @@ class Prepared:
 
     def annotated(self, rows: np.ndarray) -> np.ndarray:
         """bool [B, 1, 1, K]: which organs of the union the labels of `rows` mark."""
-        return self._in_union([self.organs(case) for case, _ in self._places(rows)])
+        return self._annotated[self._cases(rows)]
 
     def member(self, rows: np.ndarray) -> np.ndarray:
         """bool [B, 1, 1, K]: which organs of the union the data sets of `rows` have."""
-        return self._in_union([self.task(case).data.classes for case, _ in self._places(rows)])
+        return self._member[self._cases(rows)]
 
     def _in_union(self, organs):
         marks = [[organ in some for organ in self._classes] for some in organs]
-        return np.array(marks)[:, None, None]
+        return np.array(marks, bool).reshape(-1, 1, 1, len(self._classes))
 
     def aspects(self, rows: np.ndarray) -> np.ndarray:
         """float32 [B]: height by width of a pixel of the training grid, by slice."""
-        cases = [case for case, _ in self._places(rows)]
-        scans = ((Grid.of(self.task(c).data), self._about[c]["shape"]) for c in cases)
-        return np.array([grid.aspect(shape[2:]) for grid, shape in scans], np.float32)
+        return self._aspects[self._cases(rows)]
 
     def slices(self, what: str, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Memory-mapped slices on the training grid of their task: of 'image' uint16 [C, H, W], of
@@ -142,16 +143,27 @@ class Prepared:
 
     def _places(self, rows):
         """Case, and slice in it, of each row."""
-        cases = np.searchsorted(self._first, rows, "right") - 1
+        cases = self._cases(rows)
         places = rows - self._first[cases]
         return [
             (self.splits.train[case], at)
             for case, at in zip(cases.tolist(), places.tolist(), strict=True)
         ]
 
+    def _cases(self, rows):
+        """Of each row the number of its training case."""
+        return np.searchsorted(self._first, rows, "right") - 1
+
     def task(self, case: str) -> Task:
         """The data set that it is of."""
         return self._entries[case].task
+
+    def by_task(self, cases: Iterable[str]) -> dict[str, list[str]]:
+        """`cases` of each task that has any."""
+        found: dict[str, list[str]] = {}
+        for case in cases:
+            found.setdefault(self.task(case).name, []).append(case)
+        return found
 
     def organs(self, case: str) -> tuple[str, ...]:
         """Those that the label of a case marks."""
@@ -227,9 +239,9 @@ def _prepare_task(task, splits):
     splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.tell(splits, data, task.name)
     case_lists.check(splits, cases, data)
-    cache = pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
+    cache, options = folder_of(data), {k: data[k] for k in OPTIONS}
     names = [*splits.train, *splits.val, *splits.test]
-    folders = {name: cache / f"{name}_{_fingerprint(cases[name], data)}" for name in names}
+    folders = {name: cache / f"{name}_{digest(cases[name], options)}" for name in names}
     new = [name for name, folder in folders.items() if not folder.exists()]
     try:
         for name in tqdm(new, "preparing scans", unit="scan", disable=None if new else True):
@@ -242,12 +254,18 @@ def _prepare_task(task, splits):
     return {name: Entry(folders[name], task, annotated[name]) for name in names}, splits
 
 
-def _fingerprint(case: Case, data: ConfigDict) -> str:
+def folder_of(data: ConfigDict) -> pathlib.Path:
+    """Where what is made of the scans of a data set is kept."""
+    return pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
+
+
+def digest(case: Case, options: Any) -> str:
+    """Changes with the files of a case, and with the `options` that decide what is made of them."""
     files = [
         (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for path in (*case.image, *(case.label or ()))
     ]
-    text = json.dumps([VERSION, {k: data[k] for k in OPTIONS}, files], sort_keys=True)
+    text = json.dumps([VERSION, options, files], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -67,11 +67,7 @@ def _random_split(cases, data, seed):
     fractions = [data.val_fraction] + [data.test_fraction] * (not test)
     rest, val, *drawn = hold_out(rest, fractions, seed, data.patient)
     test = test or drawn[0]
-    held_out = {patient(name, data.patient) for name in val + test}
-    only_images = [name for name, case in cases.items() if not case.label]
-    train = rest + [n for n in only_images if patient(n, data.patient) not in held_out]
-    labelled = first_patients(rest, data.labelled, data.patient)
-    return Splits(train, val, test, _teaching(labelled, cases, data))
+    return _with_images(rest, val, test, cases, data)
 
 
 def _of_fold(cases, data, seed):
@@ -87,14 +83,16 @@ def _of_fold(cases, data, seed):
     if not test:
         train, val = hold_out(train, [data.val_fraction], seed, data.patient)
         test = held_out
-    others = {patient(name, data.patient) for name in val + test}
-    train += [
-        name
-        for name, case in cases.items()
-        if not case.label and patient(name, data.patient) not in others and name not in train
-    ]
-    with_label = [name for name in train if name not in cases or cases[name].label]
-    labelled = first_patients(with_label, data.labelled, data.patient)
+    return _with_images(train, val, test, cases, data)
+
+
+def _with_images(train, val, test, cases, data):
+    """Splits in which all scans without label train whose patient is not held out."""
+    held_out = {patient(name, data.patient) for name in val + test}
+    only_images = [name for name, case in cases.items() if not case.label and name not in train]
+    labelled = [name for name in train if name not in cases or cases[name].label]
+    labelled = first_patients(labelled, data.labelled, data.patient)
+    train = train + [n for n in only_images if patient(n, data.patient) not in held_out]
     return Splits(train, val, test, _teaching(labelled, cases, data))
 
 

@@ -19,7 +19,7 @@ def find(prepared, task: Task) -> tuple[str, int]:
     """
     option = task.data.exemplar
     if option == "auto":
-        cases = [case for case in prepared.splits.labelled if prepared.task(case).name == task.name]
+        cases = prepared.by_task(prepared.splits.labelled)[task.name]
         case, at, areas = max(
             (
                 (case, at, areas)

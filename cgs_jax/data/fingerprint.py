@@ -4,9 +4,7 @@ As nnU-Net does it (Isensee et al., Nature Methods 2021), intensities are those 
 What was found of a case is kept beside its cache entry.
 """
 
-import hashlib
 import json
-import pathlib
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -14,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from cgs_jax.data import case_lists, nifti, tasks
+from cgs_jax.data import cache, case_lists, nifti, tasks
 from cgs_jax.data.volume import Case, check_label, finite
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import write_text
@@ -48,14 +46,11 @@ def of_cases(cases: Iterable[Case], data: ConfigDict) -> dict[str, Facts]:
     cases = list(cases)
     if not all(".nii" in path.suffixes for case in cases for path in case.image):
         raise UserError("voxel sizes and intensities are looked up in NIfTI files only")
-    folder = pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
+    folder = cache.folder_of(data)
     found = {}
     for case in tqdm(cases, "looking at scans", unit="scan", leave=False, disable=None):
-        files = [*case.image, *(case.label or ())]
-        key = [data.slicing, data.classes, data.trust_shapes, case.annotated]
-        key += [(str(path), path.stat().st_mtime_ns) for path in files]
-        digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
-        path = folder / f"facts_{case.name}_{digest}.json"
+        options = [data.slicing, data.classes, data.trust_shapes, case.annotated]
+        path = folder / f"facts_{case.name}_{cache.digest(case, options)}.json"
         try:
             found[case.name] = Facts(**json.loads(path.read_text()))
         except (OSError, ValueError, TypeError):

@@ -42,8 +42,7 @@ class Scan(NamedTuple):
 
     def to_stored(self, array: np.ndarray) -> np.ndarray:
         """[slice, row, column] -> axes and directions of the file."""
-        array = np.flip(array, self.flipped).transpose(np.argsort(self.permutation))
-        return array.reshape(self.nifti.shape)
+        return self._replace(array=array).stored().reshape(self.nifti.shape)
 
 
 def read_nifti(path: pathlib.Path, slicing: str) -> Scan:

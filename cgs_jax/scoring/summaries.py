@@ -58,8 +58,8 @@ def evaluate(
     try:
         for case, by_scoring in labels:
             truth, spacing = np.asarray(volumes[case].label), volumes[case].spacing
+            task = prepared.task(case)
             for which, label in enumerate(by_scoring):
-                task = prepared.task(case)
                 for organ in prepared.organs(case):
                     i = 1 + task.data.classes.index(organ)
                     future = pool.submit(_score, label, truth, i, spacing, surface)
@@ -80,10 +80,7 @@ def segmented(
     predictor: Predictor, prepared: Prepared, volumes: Mapping[str, Volume], *scorings: Scoring
 ) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
     """Of each case its labels [D, H, W] by each scoring, a data set after the other."""
-    by_task: dict[str, list[str]] = {}
-    for case in volumes:
-        by_task.setdefault(prepared.task(case).name, []).append(case)
-    for name, cases in by_task.items():
+    for name, cases in prepared.by_task(volumes).items():
         of_task = ((case, volumes[case]) for case in cases)
         yield from predictor.of(name).labels(of_task, *scorings)
 
