@@ -95,7 +95,8 @@ def data(config: ConfigDict) -> Iterator[cache.Prepared]:
                 image = np.stack([image] * config.data.channels)
                 entries[case] = cache.Entry(pathlib.Path(folder, case), task)
                 cache.write(entries[case].folder, Volume(image, label, None), Grid(size))
-        yield cache.Prepared(entries, splits, config.data.classes)
+        volumes = config.data.depth > 0
+        yield cache.Prepared(entries, splits, config.data.classes, volumes=volumes)
 
 
 def time_step(

@@ -45,8 +45,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
         for data in (options.data, *tasks.members(options.data).values()):
             data.root = data.cache = ""  # each host may have its own
         processes.check_same("options", options.to_json())
-        slices = len(prepared.rows(prepared.splits.train))
-        processes.check_same("scans", (prepared.splits, slices))
+        examples = len(prepared.rows(prepared.splits.train))
+        processes.check_same("scans", (prepared.splits, examples))
         if (finished or not splits) and processes.is_first():
             run_folder.save(config, prepared.splits, workdir)
         if not loop.train(config, method, prepared, checkpoints, workdir, mesh):

@@ -58,7 +58,7 @@ def predict(
         for name, paths in tqdm(files.items(), "segmenting", unit="scan", disable=None):
             try:
                 image, scan = read_channels(paths, predictor.task.data)
-                Grid.of(predictor.task.data).shape(image.shape[-2:], scan.spacing)
+                Grid.of(predictor.task.data).shape(image.shape[1:], scan.spacing)
             except UserError as error:
                 problems.append(str(error))
             else:

@@ -97,6 +97,9 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.data.trust_shapes = False
     # instead of squares: pixels of so many millimetres, or 'median', as the scans have; 0: squares
     config.data.spacing = FieldReference(0, field_type=object)
+    # of volumes: millimetres from slice to slice, or 'median'; 0: the slices that there are
+    config.data.slice_spacing = FieldReference(0, field_type=object)
+    config.data.depth = 0  # training sees windows of so many slices of volumes; 0: single slices
     config.data.patch = 0  # training sees windows of patch x patch pixels of them; 0: whole slices
     config.data.patch_anywhere = 0.15  # share of the windows that lie anywhere
     config.data.patch_foreground = 0.0  # share of the labelled windows that are centred on an organ

@@ -225,7 +225,7 @@ def test_cutmix_with_a_probability():
     views = {"labelled": {"image": jnp.zeros((2, 16, 16, 1)), "label": jnp.zeros((2, 16, 16))}}
     views["unlabelled"] = {"image": jnp.zeros((2, 16, 16, 1))}
     assert bool(jax.jit(method.views)(views, jax.random.key(0))["keep"].all())
-    keep = jax.jit(lambda key: augment.cutmix_keep(key, 200, 16, 0.3))(jax.random.key(0))
+    keep = jax.jit(lambda key: augment.cutmix_keep(key, (200, 16, 16), 0.3))(jax.random.key(0))
     assert 0.2 < np.mean(~keep.all((1, 2))) < 0.4
     assert set(cgs.TERMS) == set(tiny().method.terms)
 

@@ -274,7 +274,7 @@ def test_bcp_pastes_and_says_what_is_labelled():
     image = jnp.stack([jnp.zeros((16, 16, 1)), jnp.ones((16, 16, 1))])
     views = {"labelled": {"image": image, "label": batch["labelled"]["label"]}}
     views["unlabelled"] = {"weak": image + 5}
-    views["keep"] = augment.box_keep(jnp.array([2, 3, 10, 10]), 16)
+    views["keep"] = augment.box_keep(jnp.array([2, 3, 10, 10]), (16, 16))
     seen = []
     method.forward = lambda params, stats, image, key: (
         seen.append(image) or Outputs(image, None),

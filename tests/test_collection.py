@@ -70,7 +70,7 @@ def test_labels_are_numbered_as_the_union_and_say_what_they_mark(prepared):
     config, data = prepared
     for case in data.splits.labelled:
         rows = data.rows([case])
-        own = np.stack(list(data.slices("label", rows)))
+        own = np.stack(list(data.examples("label", rows)))
         number = {"brain": [0, 1, 2], "neck": [0, 2, 3]}[case.split("/")[0]]
         marks = {"brain": [1, 1, 0], "neck": [0, 1, 1]}[case.split("/")[0]]
         if case in ("neck/mine_000", "neck/mine_001"):
@@ -312,7 +312,7 @@ def test_the_exemplar_is_the_only_labelled_slice(one_slice, capsys):
     areas = {
         (case, at): [np.count_nonzero(x == k) for k in (1, 2)]
         for case in plain.splits.labelled
-        for at, x in enumerate(plain.slices("label", plain.rows([case])))
+        for at, x in enumerate(plain.examples("label", plain.rows([case])))
     }
     case, at = max(areas, key=lambda place: min(areas[place]))
     assert f"exemplar: slice {at} of {case}" in capsys.readouterr().out

@@ -37,7 +37,9 @@ def test_a_grid_in_millimetres_shows_all_scans_at_one_scale(tmp_path):
     config.data.spacing, config.data.patch = 0.5, 16
     data = cache.prepare(resolve(config))
     rows = data.rows(data.splits.labelled)
-    for image, label in zip(data.slices("image", rows), data.slices("label", rows), strict=True):
+    for image, label in zip(
+        data.examples("image", rows), data.examples("label", rows), strict=True
+    ):
         assert label.shape == image.shape[1:]
         np.testing.assert_allclose(label.shape, 64, atol=1)  # 32 mm by .5
         np.testing.assert_allclose(np.ptp(np.argwhere(label), 0) + 1, 32, atol=2)
@@ -90,4 +92,4 @@ def test_spacing_that_can_not_be(tmp_path):
     config = acdc.get_config()
     config.data.update(root=str(tmp_path), spacing=1.0, patch=16)
     with pytest.raises(UserError, match="voxel size"):
-        Grid.of(config.data).shape((10, 10), None)
+        Grid.of(config.data).shape((3, 10, 10), None)

@@ -332,7 +332,7 @@ def test_jitter_stays_in_range_and_keeps_some_images():
 
 
 def test_cutmix_boxes_are_boxes_of_the_right_size():
-    keep = jax.jit(lambda key: augment.cutmix_keep(key, 400, 64))(jax.random.key(0))
+    keep = jax.jit(lambda key: augment.cutmix_keep(key, (400, 64, 64)))(jax.random.key(0))
     inside = ~np.asarray(keep)
     areas = inside.mean((1, 2))
     assert 0.01 < areas.min() < 0.05

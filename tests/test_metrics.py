@@ -76,6 +76,7 @@ def test_summary_counts_undefined_and_leaves_them_out():
 
 
 DATA = {"name": "acdc", "spacing": 0, "size": 16, "classes": ("a", "b", "c"), "channels": 1}
+DATA |= {"slice_spacing": 0, "depth": 0}
 CONFIG = ConfigDict({"data": DATA, "eval_batch": 4})
 CONFIG.update(window=0, upsample="nearest", largest_component=False)
 

@@ -158,7 +158,7 @@ def test_ihed_and_merge(oracle, k):
 def test_cutmix_boxes(oracle):
     data = oracle("cutmix")
     for size in (32, 64):
-        keep = [augment.box_keep(box, size) for box in data[f"s{size}/box_yxhw"]]
+        keep = [augment.box_keep(box, (size, size)) for box in data[f"s{size}/box_yxhw"]]
         np.testing.assert_array_equal(np.asarray(keep), data[f"s{size}/intended"] == 1)
 
 

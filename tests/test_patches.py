@@ -94,7 +94,7 @@ def test_processes_cut_the_windows_of_one_global_batch(prepared):
 
 def corners(label=None, count=2000, **fields):
     data, rng = options(**fields).data, np.random.RandomState(0)
-    return np.array([patches.corner(rng, data, (16, 16), 8, label) for _ in range(count)])
+    return np.array([patches.corner(rng, data, (16, 16), (8, 8), label) for _ in range(count)])
 
 
 def test_where_windows_lie():

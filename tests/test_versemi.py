@@ -229,7 +229,7 @@ def test_views_draw_annotated_classes_and_boxes():
     side, *corner = boxes_of(of_unlabelled)
     assert set(side) == set(range(4, 10))
     assert all((places.min(), (places + side).max()) == (0, 16) for places in corner)
-    side, *_ = boxes_of(versemi.boxes(jax.random.key(0), 2, 96, (2 / 3, 2 / 3)))
+    side, *_ = boxes_of(versemi.boxes(jax.random.key(0), (2, 96, 96), (2 / 3, 2 / 3)))
     assert set(side) == {64}
 
 

@@ -32,10 +32,10 @@ def says(seen):
 )
 def test_windows_equal_the_whole(shape, window):
     images, seen = np.random.default_rng(0).integers(0, 99, (2, *shape)), set()
-    scores = windows.blend(says(seen), images, window)
+    scores = windows.blend(says(seen), images, window, 3)
     np.testing.assert_allclose(scores, says(set())(images), rtol=1e-5, atol=1e-6)
     assert scores.dtype == np.float32
-    assert seen == {(2, *window)}
+    assert seen == {(3, *window)}
 
 
 @pytest.mark.parametrize(("shape", "window"), [((37, 24), (8, 24)), ((11, 13, 17), (5, 8, 6))])
@@ -58,8 +58,9 @@ def test_weights_sum_to_one(shape, window):
 
 def test_slices_that_fit_are_taken_whole():
     config = ConfigDict(
-        {"data": {"name": "acdc", "size": 24, "spacing": 0, "classes": ("a", "b")}, "eval_batch": 3}
+        {"data": {"name": "acdc", "size": 24, "classes": ("a", "b")}, "eval_batch": 3}
     )
+    config.data.update(spacing=0, slice_spacing=0, depth=0)
     config.update(upsample="nearest", largest_component=False, window=0)
     stack, labels = np.random.default_rng(0).integers(0, 99, (4, 30, 20), np.uint16), {}
     volumes = [("", Volume(stack[None], None, None))]

@@ -40,7 +40,7 @@ def participation(
     if not method.specialists:
         raise UserError(f"{method.config.method.name} has no specialists")
     data = method.config.data
-    if data.partial or any(own.spacing for own in tasks.members(data).values()):
+    if data.partial or data.depth or any(own.spacing for own in tasks.members(data).values()):
         raise UserError("shares of organs are measured on whole slices with all organs annotated")
     rows = prepared.rows(prepared.splits.labelled)
     rows = rows[np.linspace(0, len(rows) - 1, min(slices, len(rows))).round().astype(int)]

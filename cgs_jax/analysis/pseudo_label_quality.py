@@ -22,7 +22,7 @@ from cgs_jax.training.train_state import TrainState
 
 
 def sources(outputs: Outputs, tau: float) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Labels and where they teach, [B, H, W] each: of the generalist where it is surer than `tau`,
+    """Labels and where they teach, [B, *S] each: of the generalist where it is surer than `tau`,
     and of the merged specialists everywhere, where IHED finds no contradiction, and where the
     generalist agrees."""
     if outputs.specialists is None:
@@ -59,16 +59,15 @@ def make_measure(
     Precision: of the pixels taught as the organ those that are. Coverage: of the organ's pixels
     those that teach anything. Measured in evaluation mode on `config.pseudo_slices` slices, spread
     evenly over those unlabelled training cases that have labels of all organs; {} where there are
-    none, or where slices have many shapes (`data.spacing`). Masks
-    and label cleaning of a method's own (UA-MT, BCP) are not applied, and one without `tau` counts
-    as sure everywhere.
+    none, or where images have many shapes (`data.spacing`, `data.depth`). Masks and label cleaning
+    of a method's own (UA-MT, BCP) are not applied, and one without `tau` counts as sure everywhere.
     """
     withheld = set(prepared.splits.train) - set(prepared.splits.labelled)
     every = set(config.data.classes)
     withheld = {case for case in withheld if set(prepared.organs(case)) == every}
     known = prepared.rows(filter(prepared.has_label, withheld))
     grids = {Grid.of(own) for own in tasks.members(config.data).values()}
-    many_shapes = len(grids) > 1 or any(grid.pixel for grid in grids)
+    many_shapes = len(grids) > 1 or any(grid.pixel for grid in grids) or config.data.depth
     if many_shapes or not (len(known) and method.unlabelled and config.pseudo_slices):
         return lambda state: {}
     spread = np.linspace(0, len(known) - 1, min(config.pseudo_slices, len(known)))

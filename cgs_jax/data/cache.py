@@ -5,7 +5,7 @@ nothing of the splits: other lists prepare nothing, one more scan prepares only 
 is written under another name and renamed when whole. It holds
 
 - `image.npy` uint16 [C, D, H, W], and `label.npy` uint8 [D, H, W] where there is a label file;
-- `image_GRID.npy` and `label_GRID.npy`, slices on the training grid, where that is another;
+- `image_GRID.npy` and `label_GRID.npy`, the same on the training grid, where that is another;
 - `case.json`: shape, whether there is a label, and spacing.
 """
 
@@ -34,7 +34,8 @@ VERSION = 2  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
 NO_LABEL = 255
 # of data, that the arrays depend on
-OPTIONS = ("name", "size", "spacing", "normalise", "slicing", "classes", "channels", "trust_shapes")
+OPTIONS = ("name", "size", "spacing", "slice_spacing", "normalise", "slicing", "classes")
+OPTIONS += ("channels", "trust_shapes")
 MAPPED = 400  # arrays at most: each holds a file open, and most systems allow a process 1,024
 
 
@@ -47,7 +48,7 @@ class Entry(NamedTuple):
 
 
 class Prepared:
-    """Prepared data sets: the training slices as rows, and every case as a volume.
+    """Prepared data sets: the training examples as rows, and every case as a volume.
 
     Attributes:
       splits: the case lists; cases have the full names of their task.
@@ -59,19 +60,22 @@ class Prepared:
         splits: case_lists.Splits,
         classes: Sequence[str],
         exemplars: Sequence[tuple[str, int]] = (),
+        volumes: bool = False,
     ):
         """
         Args:
           entries: cache entry of every case of `splits`.
           classes: organs of all tasks, the numbering of `labels`.
           exemplars: cases of which one slice alone is labelled, and that slice.
+          volumes: whether an example is a whole case [D, H, W], not a slice [H, W].
         """
+        self._volumes = volumes
         self.splits, self._entries, self._classes = splits, entries, list(classes)
         self._exemplars = dict(exemplars)
         folders = {case: entry.folder for case, entry in entries.items()}
         self._about = {c: json.loads((f / "case.json").read_text()) for c, f in folders.items()}
         shapes = [self._about[case]["shape"] for case in splits.train]
-        self._first = np.cumsum([0, *(depth for _, depth, *_ in shapes)])
+        self._first = np.cumsum([0, *(1 if volumes else depth for _, depth, *_ in shapes)])
         # what a batch tells of its slices, by training case
         of = [self.task(case).data for case in splits.train]
         aspects = (Grid.of(data).aspect(s[2:]) for data, s in zip(of, shapes, strict=True))
@@ -82,15 +86,15 @@ class Prepared:
         self._tables = functools.cache(self._table)
 
     def rows(self, cases: Iterable[str]) -> np.ndarray:
-        """Rows, one a slice, of those training cases that are in `cases`."""
+        """Rows, one an example, of those training cases that are in `cases`."""
         wanted = set(cases)
         taken = [case in wanted for case in self.splits.train]
         return np.flatnonzero(np.repeat(taken, np.diff(self._first)))
 
     def source(self, name: str) -> list[np.ndarray]:
-        """Rows of the 'labelled' or the 'unlabelled' training slices of each task that has any.
+        """Rows of the 'labelled' or the 'unlabelled' training examples of each task that has any.
 
-        Where every slice of a task is labelled, they serve as unlabelled ones, too.
+        Where every example of a task is labelled, they serve as unlabelled ones, too.
         """
         found = []
         for cases in self.by_task(self.splits.train).values():
@@ -102,44 +106,46 @@ class Prepared:
             found += [rows] * (len(rows) > 0)
         return found
 
-    def images(self, rows: np.ndarray, corners: Any = None, side: int = 0) -> np.ndarray:
-        """uint16 [B, H, W, C], intensity times 65535: the slices `rows` on the training grid, or
-        of each the window of `side` x `side` pixels that begins at its corner."""
-        stack = patches.cut(self.slices("image", rows), corners, side)
+    def images(self, rows: np.ndarray, corners: Any = None, shape: Any = ()) -> np.ndarray:
+        """uint16 [B, *S, C], intensity times 65535: the examples `rows` on the training grid, or of
+        each the window of `shape` that begins at its corner."""
+        stack = patches.cut(self.examples("image", rows), corners, shape)
         return np.ascontiguousarray(np.moveaxis(stack, 1, -1))
 
-    def labels(self, rows: np.ndarray, corners: Any = None, side: int = 0) -> np.ndarray:
-        """The same of the labels, uint8 [B, H, W] in the union's numbering; 255 where a case has
+    def labels(self, rows: np.ndarray, corners: Any = None, shape: Any = ()) -> np.ndarray:
+        """The same of the labels, uint8 [B, *S] in the union's numbering; 255 where a case has
         none."""
-        return patches.cut(self.marked(rows), corners, side)
+        return patches.cut(self.marked(rows), corners, shape)
 
     def marked(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Label slices uint8 [H, W] in the union's numbering, with the annotated organs alone."""
-        for (case, _), label in zip(self._places(rows), self.slices("label", rows), strict=True):
+        """Labels uint8 [*S] in the union's numbering, with the annotated organs alone."""
+        for (case, _), label in zip(self._places(rows), self.examples("label", rows), strict=True):
             table = self._tables(case)
             yield label if table is None else table[label]
 
     def annotated(self, rows: np.ndarray) -> np.ndarray:
-        """bool [B, 1, 1, K]: which organs of the union the labels of `rows` mark."""
+        """bool [B, *1s, K]: which organs of the union the labels of `rows` mark."""
         return self._annotated[self._cases(rows)]
 
     def member(self, rows: np.ndarray) -> np.ndarray:
-        """bool [B, 1, 1, K]: which organs of the union the data sets of `rows` have."""
+        """bool [B, *1s, K]: which organs of the union the data sets of `rows` have."""
         return self._member[self._cases(rows)]
 
     def _in_union(self, organs):
         marks = [[organ in some for organ in self._classes] for some in organs]
-        return np.array(marks, bool).reshape(-1, 1, 1, len(self._classes))
+        ones = [1] * (3 if self._volumes else 2)
+        return np.array(marks, bool).reshape(-1, *ones, len(self._classes))
 
     def aspects(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [B]: height by width of a pixel of the training grid, by slice."""
+        """float32 [B]: height by width of a pixel of the training grid, by example."""
         return self._aspects[self._cases(rows)]
 
-    def slices(self, what: str, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Memory-mapped slices on the training grid of their task: of 'image' uint16 [C, H, W], of
-        'label' uint8 [H, W] in the numbering of the task."""
+    def examples(self, what: str, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Memory-mapped examples on the training grid of their task: of 'image' uint16 [C, *S], of
+        'label' uint8 [*S] in the numbering of the task."""
         for case, at in self._places(rows):
-            yield self._mapped(case, what, True)[..., at, :, :]
+            whole = self._mapped(case, what, True)
+            yield whole if self._volumes else whole[..., at, :, :]
 
     def _places(self, rows):
         """Case, and slice in it, of each row."""
@@ -193,12 +199,12 @@ class Prepared:
 
     def _map(self, case: str, what: str, on_grid: bool = False) -> np.ndarray:
         path, about = self._entries[case].folder / f"{what}.npy", self._about[case]
-        (_, depth, *shape), grid = about["shape"], Grid.of(self.task(case).data)
+        (_, *shape), grid = about["shape"], Grid.of(self.task(case).data)
         if on_grid:
-            shape = grid.shape(shape, about["spacing"])
+            to = grid.shape(shape, about["spacing"])
             if what == "label" and not self.has_label(case):
-                return np.broadcast_to(np.uint8(NO_LABEL), (depth, *shape))
-            if tuple(about["shape"][2:]) != shape:
+                return np.broadcast_to(np.uint8(NO_LABEL), to)
+            if tuple(shape) != to:
                 path = path.with_stem(f"{what}_{grid.name}")
         return np.asarray(np.load(path, mmap_mode="r"))  # views of a plain array are made faster
 
@@ -222,7 +228,8 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
             entries |= {task.full_name(case): entry for case, entry in cases.items()}
             parts.append(case_lists.Splits(*([*map(task.full_name, of)] for of in own)))
     together = case_lists.Splits(*(sum(lists, []) for lists in zip(*parts, strict=True)))
-    prepared = Prepared(entries, together, config.data.classes)
+    volumes = config.data.depth > 0
+    prepared = Prepared(entries, together, config.data.classes, volumes=volumes)
     found = [exemplar.find(prepared, task) for task in known.values() if task.data.exemplar]
     if not found:
         return prepared
@@ -287,7 +294,7 @@ def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = pathlib.Path(tempfile.mkdtemp(prefix="unfinished_", dir=folder.parent))
     try:
-        same = grid.shape(image.shape[-2:], spacing) == image.shape[-2:]
+        same = grid.shape(image.shape[1:], spacing) == image.shape[1:]
         for what, array, to_grid in (("image", image, grid.image), ("label", label, grid.label)):
             if array is None:
                 continue

@@ -25,6 +25,7 @@ def complete(data: ConfigDict, saved: ConfigDict | None = None) -> None:
             if not data[field] and hasattr(module, field):
                 data[field] = getattr(module, field)(data)
         found = {"spacing": ("median", fingerprint.median_pixel)}
+        found["slice_spacing"] = ("median", fingerprint.median_slice)
         found["normalise"] = ("auto", fingerprint.normalisation)
         for field, (left_open, look_up) in found.items():
             if data[field] == left_open:

@@ -50,7 +50,7 @@ def find(prepared, task: Task) -> tuple[str, int]:
 
 def _areas(prepared, case):
     """Pixels of every organ that is annotated in each slice [D, organs], on the training grid."""
-    labels = prepared.slices("label", prepared.rows([case]))
+    labels = prepared.examples("label", prepared.rows([case]))
     organs, known = prepared.task(case).data.classes, prepared.organs(case)
     counts = (np.bincount(x.ravel(), minlength=256)[1 : 1 + len(organs)] for x in labels)
     return [np.where([organ in known for organ in organs], n, 0) for n in counts]

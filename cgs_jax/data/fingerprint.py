@@ -89,10 +89,19 @@ def _in_classes(label, image, case, data):
 
 def median_pixel(data: ConfigDict) -> float:
     """For `data.spacing='median'`: millimetres of a pixel of the training slices."""
+    return _median(data, slice(1, 3))
+
+
+def median_slice(data: ConfigDict) -> float:
+    """For `data.slice_spacing='median'`: millimetres from slice to slice of the training scans."""
+    return _median(data, slice(0, 1))
+
+
+def _median(data, axes):
     cases = tasks.layout(data).find(data)
     train = case_lists.split(cases, data, data.split_seed).train
     facts = of_cases((cases[name] for name in train if name in cases), data).values()
-    return round(float(np.median([of.spacing[1:] for of in facts])), 3)
+    return round(float(np.median([of.spacing[axes] for of in facts])), 3)
 
 
 def normalisation(data: ConfigDict) -> Any:

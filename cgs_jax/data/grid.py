@@ -14,48 +14,55 @@ Spacing = tuple[float, float, float] | None  # millimetres along D, H, W of a vo
 
 
 class Grid(NamedTuple):
-    """What slices are resampled to for the network.
+    """What slices, or volumes, are resampled to for the network.
 
     Attributes:
       size: pixels a side of squares, to which slices of any shape are stretched, as the literature
         does; nearest neighbour for images and labels.
       pixel: millimetres of a pixel instead, along both axes, so that all scans are seen at one
         scale; images are interpolated linearly. 0 for squares.
+      between: millimetres from slice to slice, of volumes; 0 leaves the slices that there are.
     """
 
     size: int
     pixel: float = 0
+    between: float = 0
 
     @classmethod
     def of(cls, data: ConfigDict) -> "Grid":
         """Of a data set's options."""
-        pixel = data.spacing
-        if not isinstance(pixel, int | float) or not 0 <= pixel < np.inf:
-            raise UserError(f"data.spacing={pixel}: give millimetres, such as 1.5, or median")
-        return cls(data.size, pixel)
+        for field in ("spacing", "slice_spacing"):
+            value = data[field]
+            if not isinstance(value, int | float) or not 0 <= value < np.inf:
+                raise UserError(f"data.{field}={value}: give millimetres, such as 1.5, or median")
+        return cls(data.size, data.spacing, data.slice_spacing)
 
     @property
     def name(self) -> str:
-        return f"{self.pixel:g}mm" if self.pixel else str(self.size)
+        slices = f"{self.between:g}x" if self.between else ""
+        return slices + (f"{self.pixel:g}mm" if self.pixel else str(self.size))
 
-    def shape(self, shape: tuple[int, int], spacing: Spacing) -> tuple[int, int]:
-        """Of slices that have `shape` in a volume of `spacing`.
+    def shape(self, shape: tuple[int, int, int], spacing: Spacing) -> tuple[int, int, int]:
+        """Of a volume that has `shape` [D, H, W] and `spacing`.
 
         Raises:
-          UserError: the spacing is needed and not known, or makes slices that can not be.
+          UserError: the spacing is needed and not known, or makes a volume that can not be.
         """
-        if not self.pixel:
-            return self.size, self.size
-        if spacing is None:
-            raise UserError("data.spacing needs scans that tell their voxel size; leave it out")
-        ratios = np.array(spacing[1:]) / self.pixel
-        height, width = 1 + np.rint((np.array(shape) - 1) * ratios)
-        if max(height, width) > LARGEST:
+        targets = self.between, self.pixel, self.pixel
+        if any(targets) and spacing is None:
+            name = "spacing" if self.pixel else "slice_spacing"
+            raise UserError(f"data.{name} needs scans that tell their voxel size; leave it out")
+        found = [shape[0], self.size, self.size]
+        for axis, target in enumerate(targets):
+            if target:
+                found[axis] = 1 + round((shape[axis] - 1) * spacing[axis] / target)
+        if any(targets) and max(found) > LARGEST:
+            was, would = (" x ".join(map(str, x)) for x in (shape, found))
             raise UserError(
-                f"slices of {shape[0]} x {shape[1]} pixels with a voxel size of {spacing} mm would "
-                f"have {height:.0f} x {width:.0f} pixels of {self.pixel:g} mm; check the header"
+                f"a scan of {was} voxels with a voxel size of {spacing} mm would have {would}; "
+                "check its header, data.spacing and data.slice_spacing"
             )
-        return int(height), int(width)
+        return tuple(found)
 
     def aspect(self, shape: tuple[int, int]) -> float:
         """Height by width of a pixel of the grid, in pixels of the scan: not 1 where slices are
@@ -64,12 +71,23 @@ class Grid(NamedTuple):
 
     def image(self, stack: np.ndarray, spacing: Spacing) -> np.ndarray:
         """uint16 [C, D, H, W] of a volume -> the same on the grid."""
-        shape = self.shape(stack.shape[-2:], spacing)
-        return (resize_linear if self.pixel else resize)(stack, *shape)
+        depth, height, width = self.shape(stack.shape[1:], spacing)
+        stack = _along_depth(stack, depth, resize_linear)
+        return (resize_linear if self.pixel else resize)(stack, height, width)
 
     def label(self, label: np.ndarray, spacing: Spacing) -> np.ndarray:
         """Labels [D, H, W] of a volume -> the same on the grid."""
-        return resize(label, *self.shape(label.shape[-2:], spacing))
+        depth, height, width = self.shape(label.shape, spacing)
+        return resize(_along_depth(label, depth, resize), height, width)
+
+
+def _along_depth(stack, depth, resize):
+    """[..., D, H, W] with `depth` slices, made by `resize` as if they were rows."""
+    *leading, old, height, width = stack.shape
+    if depth == old:
+        return stack
+    rows = stack.reshape(*leading, old, height * width)
+    return resize(rows, depth, height * width).reshape(*leading, depth, height, width)
 
 
 def resize_linear(stack: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -118,6 +136,20 @@ def upsampled_labels(probs: np.ndarray, height: int, width: int) -> np.ndarray:
     )
     first[d, y, x] = np.argmax(mixed, -1)
     return first
+
+
+def slice_between(stack: np.ndarray, at: int, depth: int) -> np.ndarray:
+    """Slice `at` of the `depth` that a stack [D, ...] of numbers is interpolated to, linearly on
+    corner-aligned grids."""
+    (below, share_below), (above, share) = _neighbours(len(stack), depth)
+    if share[at] == 0:
+        return stack[below[at]]
+    return stack[below[at]] * share_below[at] + stack[above[at]] * share[at]
+
+
+def nearest_slice(at: int, old: int, depth: int) -> int:
+    """Of `old` slices the one nearest to slice `at` of `depth`, on corner-aligned grids."""
+    return int(np.floor(_places(old, depth)[at] + 0.5))
 
 
 def _neighbours(old, new):

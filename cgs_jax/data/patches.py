@@ -1,4 +1,5 @@
-"""Windows of slices, cut on the host: training at full resolution for the price of a small image.
+"""Windows of slices or volumes, cut on the host: training at full resolution for the price of a
+small image.
 
 Where a window lies is a function of (seed, stream, place in the stream), so it is the same after a
 resume and on any number of processes. Validation, test and prediction see whole
@@ -15,18 +16,27 @@ from cgs_jax.data.grid import Grid
 from cgs_jax.runtime.errors import UserError
 
 
-def side(data: ConfigDict, step: int, total_steps: int) -> int:
-    """Pixels along each side of what a step sees: `data.patch`, or what `data.grow_to` has from
-    that share of the training on which `data.grow_at` names; `data.size` for whole slices."""
+def shape(data: ConfigDict, step: int, total_steps: int) -> tuple[int, ...]:
+    """Pixels along every axis of what a step sees: `data.patch` along H and W, or what
+    `data.grow_to` has from that share of the training on which `data.grow_at` names; `data.size`
+    for whole slices. Of volumes `data.depth` slices come first."""
     patch = data.patch
     for share, later in zip(data.grow_at, data.grow_to, strict=True):
         if step >= round(share * total_steps):
             patch = later
-    return patch or data.size
+    return (*[data.depth] * (data.depth > 0), *[patch or data.size] * 2)
 
 
-def check(data: ConfigDict, divisor: int) -> None:
-    """Raises UserError where the options of windows can not be; sides must divide by `divisor`."""
+def check(data: ConfigDict, divisor: int, depth_divisor: int) -> None:
+    """Raises UserError where the options of windows can not be; sides must divide by `divisor`, and
+    numbers of slices by `depth_divisor`."""
+    if data.depth % depth_divisor:
+        raise UserError(f"data.depth={data.depth} does not divide by {depth_divisor}")
+    for own in tasks.members(data).values():
+        if own.slice_spacing and not data.depth:
+            raise UserError("data.slice_spacing is for volumes (model=unet3d); leave it out")
+        if own.exemplar and data.depth:
+            raise UserError("data.exemplar is a slice; volumes have labelled cases: leave it out")
     if len(data.grow_at) != len(data.grow_to):
         raise UserError("data.grow_at and data.grow_to must have the same length")
     if sorted(data.grow_at) != list(data.grow_at) or not all(0 <= at <= 1 for at in data.grow_at):
@@ -54,19 +64,20 @@ def check(data: ConfigDict, divisor: int) -> None:
 
 
 def cut(
-    slices: Iterable[np.ndarray], corners: Sequence[tuple[int, int]] | None, patch: int
+    images: Iterable[np.ndarray], corners: Sequence[tuple[int, ...]] | None, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """Stacks windows [..., patch, patch] of slices [..., H, W], whose first pixels are `corners`;
-    whole slices where those are None. Of memory-mapped slices no more is read. What a slice has too
+    """Stacks windows [..., *shape] of images [..., *S], whose first pixels are `corners`; whole
+    images where those are None. Of memory-mapped images no more is read. What an image has too
     little is 0."""
     if corners is None:
-        return np.stack(list(slices))
+        return np.stack(list(images))
     windows = []
-    for x, (i, j) in zip(slices, corners, strict=True):
-        window = x[..., i : i + patch, j : j + patch]
-        lacking = [(0, patch - n) for n in window.shape[-2:]]
-        if lacking != [(0, 0), (0, 0)]:
-            window = np.pad(window, [*[(0, 0)] * (x.ndim - 2), *lacking])
+    for x, corner in zip(images, corners, strict=True):
+        place = (slice(at, at + n) for at, n in zip(corner, shape, strict=True))
+        window = x[..., *place]
+        lacking = np.subtract(shape, window.shape[-len(shape) :])
+        if lacking.any():
+            window = np.pad(window, [*[(0, 0)] * (x.ndim - len(shape)), *((0, n) for n in lacking)])
         windows.append(window)
     return np.stack(windows)
 
@@ -74,19 +85,19 @@ def cut(
 def corner(
     rng: np.random.RandomState,
     data: ConfigDict,
-    shape: tuple[int, int],
-    patch: int,
+    of: tuple[int, ...],
+    shape: tuple[int, ...],
     label: np.ndarray | None,
-) -> tuple[int, int]:
-    """Row and column of the first pixel of one window of a slice of `shape`.
+) -> tuple[int, ...]:
+    """The place of the first pixel of one window of `shape` in an image whose shape is `of`.
 
     A share `data.patch_anywhere` of the windows lies anywhere, all places being equally likely; a
-    share `data.patch_foreground` is centred, as far as the slice allows, on a pixel of an organ,
-    each organ of the slice being equally likely; the centres of the others are at most
-    `data.patch_spread` pixels beside that of the slice along either axis. Where `label` [H, W] is
-    None or holds no organ, those others take the share of the foreground.
+    share `data.patch_foreground` is centred, as far as the image allows, on a pixel of an organ,
+    each organ of the image being equally likely; the centres of the others are at most
+    `data.patch_spread` pixels beside that of the image along H and W, and along D anywhere. Where
+    `label` [*S] is None or holds no organ, those others take the share of the foreground.
     """
-    room = np.maximum(np.array(shape) - patch, 0)
+    room = np.maximum(np.subtract(of, shape), 0)
     kind = rng.random_sample()
     if kind < data.patch_anywhere:
         return tuple(rng.randint(0, n + 1) for n in room)
@@ -95,7 +106,9 @@ def corner(
         organs = np.unique(label[label > 0])
     if len(organs):
         pixels = np.argwhere(label == organs[rng.randint(len(organs))])
-        first = pixels[rng.randint(len(pixels))] - patch // 2
+        first = pixels[rng.randint(len(pixels))] - np.array(shape) // 2
     else:
-        first = room // 2 + rng.randint(-data.patch_spread, data.patch_spread + 1, 2)
+        first = room // 2
+        first[-2:] += rng.randint(-data.patch_spread, data.patch_spread + 1, 2)
+        first[:-2] = [rng.randint(0, n + 1) for n in room[:-2]]
     return tuple(np.clip(first, 0, room))

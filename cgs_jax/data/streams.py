@@ -1,8 +1,8 @@
 """The streams of training batches: functions of (seed, step), with grain.
 
-The slices of each stream are shuffled anew in each epoch and repeat for ever, so few labelled
-slices fill a batch by repetition. Of each a window is cut, or it is taken whole (`patches.py`).
-Every process knows the same global order and loads its part.
+The slices of each stream, or its volumes, are shuffled anew in each epoch and repeat for ever, so
+few labelled ones fill a batch by repetition. Of each a window is cut, or it is taken whole
+(`patches.py`). Every process knows the same global order and loads its part.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ class Stream(NamedTuple):
 
     source: str  # 'labelled' or 'unlabelled': whose slices
     with_labels: bool
-    count: int  # slices a step, over all devices
+    count: int  # slices or volumes a step, over all devices
 
 
 def batches(
@@ -41,10 +41,10 @@ def batches(
       mine: size of a batch -> the rows of it that this process loads.
 
     Returns:
-      By name {'image': uint16 [B, H, W, C], 'aspect': float32 [B], height by width of the slices
-      before they were made square} and, of streams with labels, 'label' uint8 [B, H, W],
-      H = W = `patches.side`: the others have no label that could leak. With `data.partial` there is
-      'annotated' bool [B, 1, 1, K] beside a label: the organs that it marks; and 'member', those
+      By name {'image': uint16 [B, *S, C], 'aspect': float32 [B], height by width of the slices
+      before they were made square} and, of streams with labels, 'label' uint8 [B, *S], S being
+      `patches.shape`: the others have no label that could leak. With `data.partial` there is
+      'annotated' bool [B, *1s, K] beside a label: the organs that it marks; and 'member', those
       that its data set has.
     """
     seed, data = config.seed, config.data
@@ -52,21 +52,21 @@ def batches(
     grids = [Grid.of(own) for own in tasks.members(data).values()]
 
     def load(step: int) -> dict[str, dict[str, np.ndarray]]:
-        batch, side = {}, patches.side(data, step, config.total_steps)
+        batch, shape = {}, patches.shape(data, step, config.total_steps)
         for i, (name, (source, with_labels, count)) in enumerate(streams.items()):
             places, corners = step * count + mine(count), None
             at = drawn(places, rows[source], (seed, i))
-            if any(grid.pixel or grid.size != side for grid in grids):
+            if data.depth or any(grid.pixel or grid.size != shape[-1] for grid in grids):
                 corners, rng = [], np.random.RandomState()
-                slices = prepared.marked(at) if with_labels else prepared.slices("image", at)
-                for place, x in zip(places, slices, strict=True):
+                images = prepared.marked(at) if with_labels else prepared.examples("image", at)
+                for place, x in zip(places, images, strict=True):
                     rng.seed((seed, i, place))  # quicker than to make another
-                    label = x if with_labels else None
-                    corners.append(patches.corner(rng, data, x.shape[-2:], side, label))
-            image = prepared.images(at, corners, side)
+                    of, label = x.shape[-len(shape) :], x if with_labels else None
+                    corners.append(patches.corner(rng, data, of, shape, label))
+            image = prepared.images(at, corners, shape)
             batch[name] = {"image": image, "aspect": prepared.aspects(at)}
             if with_labels:
-                batch[name]["label"] = prepared.labels(at, corners, side)
+                batch[name]["label"] = prepared.labels(at, corners, shape)
                 if data.partial:
                     batch[name]["annotated"] = prepared.annotated(at)
                     batch[name]["member"] = prepared.member(at)

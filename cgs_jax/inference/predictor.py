@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from cgs_jax.data import cache, tasks
-from cgs_jax.data.grid import Grid, resize, upsampled_labels
+from cgs_jax.data.grid import Grid, nearest_slice, resize, slice_between, upsampled_labels
 from cgs_jax.data.volume import Volume, finite, keep_largest, normalise
 from cgs_jax.inference import windows
 from cgs_jax.methods.augment import to_image
@@ -54,8 +54,8 @@ class Predictor:
     """A network, or several, with what makes labels of their scores.
 
     Attributes:
-      predict: uint16 [B, size, size, channels] -> scores of classes [B, size, size, C]; the highest
-        names the class. It is only asked for one shape, with `config.window` a window's.
+      predict: uint16 [B, *S, channels] -> scores of classes [B, *S, C]; the highest names the
+        class. It is only asked for one shape: that of whole slices, or of a window.
       config: of the run, or of the first of several.
       scoring: that of `config`.
       task: the data set whose scans are segmented, with its grid, intensities and organs; `of` of a
@@ -124,6 +124,8 @@ class Predictor:
         """Scores of classes float32 [D, H, W, C] on the training grid; the highest names the class.
         Arguments and errors are those of `segment`."""
         slices, batch = self._to_grid(self.volume(array, spacing)), self.config.eval_batch
+        if self.config.data.depth:
+            return self._scores(slices[None])[0]
         parts = (slices[i : i + batch] for i in range(0, len(slices), batch))
         return np.concatenate([self._scores(part) for part in parts])
 
@@ -135,7 +137,8 @@ class Predictor:
         Args:
           array: intensities [C, D, H, W], or [D, H, W] of one channel, in the unit and orientation
             of the run's scans; they are normalised as those were.
-          spacing: millimetres along D, H and W; needed where the run has `data.spacing`.
+          spacing: millimetres along D, H and W; needed where the run has `data.spacing` or
+            `data.slice_spacing`.
 
         Raises:
           UserError: other axes or channels, a voxel that is no number, or a spacing is lacking.
@@ -156,7 +159,8 @@ class Predictor:
     def labels(
         self, volumes: Iterable[tuple[Any, Volume]], *scorings: Scoring
     ) -> Iterator[tuple[Any, tuple[np.ndarray, ...]]]:
-        """Segments volumes, slices of all that have one shape on the training grid batched.
+        """Segments volumes: one after the other, or slice by slice, the slices of all that have one
+        shape on the training grid batched.
 
         Args:
           volumes: pairs of a name, which may be anything, and a volume with image uint16 [C, D, H,
@@ -167,12 +171,17 @@ class Predictor:
           For each volume in order its name and, by each scoring, uint8 labels [D, H, W] on its own
           grid.
         """
+        if self.config.data.depth:
+            for name, volume in volumes:
+                segmented = _Segmented(name, volume, scorings)
+                segmented.fill_all(self._scores(self._to_grid(volume)[None])[0], scorings)
+                yield name, segmented.cleaned(scorings, len(self.task.data.classes))
+            return
         begun: deque[_Segmented] = deque()
 
         def slices():
             for name, volume in volumes:
-                shape = volume.image.shape[1:]
-                segmented = _Segmented(name, [np.empty(shape, np.uint8) for _ in scorings])
+                segmented = _Segmented(name, volume, scorings)
                 begun.append(segmented)
                 for i, image in enumerate(self._to_grid(volume)):
                     yield segmented, i, image
@@ -187,39 +196,48 @@ class Predictor:
                     yield done.name, done.cleaned(scorings, len(self.task.data.classes))
 
     def _to_grid(self, volume):
-        """Slices as the network takes them, [D, H, W, C]."""
+        """Slices on the grid, [D, H, W, C]."""
         grid = Grid.of(self.task.data)
         return np.moveaxis(grid.image(volume.image, volume.spacing), 0, -1)
 
-    def _scores(self, slices):
-        """Of a batch, or less. Slices of many shapes are seen through windows of one."""
-        data, window = self.task.data, self.config.window
-        if data.spacing:
-            window = window or self.config.data.patch
-        padding = [(0, self.config.eval_batch - len(slices)), *[(0, 0)] * (slices.ndim - 1)]
-        padded = np.pad(slices, padding)
-        if data.spacing or 0 < window < data.size:
-            scores = windows.blend(self.predict, padded, (window, window))
+    def _scores(self, images):
+        """Of a batch of slices, or less, or of volumes. Images of many shapes are seen through
+        windows of one."""
+        data, window, depth = self.task.data, self.config.window, self.config.data.depth
+        batch = self.config.eval_batch
+        if data.spacing or depth:
+            window = window or self.config.data.patch or data.size
+        if data.spacing or depth or 0 < window < data.size:
+            shape = (*[depth] * (depth > 0), window, window)
+            scores = windows.blend(self.predict, images, shape, batch)
         else:
-            scores = self.predict(padded)
-        return self.task.own(scores[: len(slices)], self._asked)
+            padding = [(0, batch - len(images)), *[(0, 0)] * (images.ndim - 1)]
+            scores = self.predict(np.pad(images, padding))[: len(images)]
+        return self.task.own(scores, self._asked)
 
 
 class _Segmented:
-    """Labels [D, H, W] by each scoring, and how many slices are not in them yet."""
+    """Labels [D, H, W] of a volume by each scoring, and how many slices are not in them yet."""
 
-    def __init__(self, name, labels):
-        self.name, self.labels, self.todo = name, labels, len(labels[0])
+    def __init__(self, name, volume, scorings):
+        shape = volume.image.shape[1:]
+        self.name, self.labels = name, [np.empty(shape, np.uint8) for _ in scorings]
+        self.todo = shape[0]
+
+    def fill_all(self, scores, scorings):
+        """Every slice, of the scores [D', H', W', C] of the volume on the training grid."""
+        old, depth = len(scores), self.todo
+        for i in range(depth):
+            between, nearest = slice_between(scores, i, depth), nearest_slice(i, old, depth)
+            for label, scoring in zip(self.labels, scorings, strict=True):
+                of_slice = between if scoring.upsample == "linear" else scores[nearest]
+                label[i] = _labels(of_slice, label.shape[1:], scoring)
+        self.todo = 0
 
     def fill(self, i, scores, scorings):
         """Slice `i`, of its scores [H, W, C] on the training grid."""
         for label, scoring in zip(self.labels, scorings, strict=True):
-            height, width = label.shape[1:]
-            if scoring.upsample == "linear":
-                label[i] = upsampled_labels(scores[None], height, width)[0]
-            else:
-                coarse = np.argmax(scores, -1).astype(np.uint8)
-                label[i] = resize(coarse[None], height, width)[0]
+            label[i] = _labels(scores, label.shape[1:], scoring)
         self.todo -= 1
 
     def cleaned(self, scorings, num_targets):
@@ -227,6 +245,13 @@ class _Segmented:
             keep_largest(label, num_targets) if scoring.largest_component else label
             for label, scoring in zip(self.labels, scorings, strict=True)
         )
+
+
+def _labels(scores, shape, scoring):
+    """Of a slice of `shape`, of its scores [H, W, C] on the training grid."""
+    if scoring.upsample == "linear":
+        return upsampled_labels(scores[None], *shape)[0]
+    return resize(np.argmax(scores, -1).astype(np.uint8)[None], *shape)[0]
 
 
 def restore_run(

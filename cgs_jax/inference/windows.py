@@ -12,25 +12,34 @@ import numpy as np
 
 
 def blend(
-    predict: Callable[[np.ndarray], np.ndarray], images: np.ndarray, window: Sequence[int]
+    predict: Callable[[np.ndarray], np.ndarray],
+    images: np.ndarray,
+    window: Sequence[int],
+    batch: int,
 ) -> np.ndarray:
     """Scores [B, *S, C] of images [B, *S, ...], as weighted means over the windows.
 
     Args:
-      predict: [B, *window, ...] -> float [B, *window, C]; it is only asked for this one shape.
+      predict: [batch, *window, ...] -> float [batch, *window, C]; it is only asked for this one
+        shape.
       window: pixels along each axis of S. What an image has too little is 0.
+      batch: windows that are predicted together, of all images.
     """
     shape = images.shape[1 : 1 + len(window)]
     missing = [max(w - n, 0) for w, n in zip(window, shape, strict=True)]
     trailing = images.ndim - 1 - len(window)
     padding = [(0, 0), *((0, m) for m in missing), *[(0, 0)] * trailing]
     images = np.pad(images, padding)
-    total = 0.0
-    for place, weights in placed(images.shape[1 : 1 + len(window)], window):
-        scores = np.asarray(predict(images[:, *place]))
-        if np.isscalar(total):
-            total = np.zeros((*images.shape[: 1 + len(window)], scores.shape[-1]), scores.dtype)
-        total[:, *place] += weights[..., None].astype(scores.dtype) * scores
+    total = None
+    parts = placed(images.shape[1 : 1 + len(window)], window)
+    pairs = ((i, *part) for part in parts for i in range(len(images)))
+    while some := list(itertools.islice(pairs, batch)):
+        stack = np.stack([images[i, *place] for i, place, _ in some])
+        stack = np.pad(stack, [(0, batch - len(some)), *[(0, 0)] * (stack.ndim - 1)])
+        for (i, place, weights), scores in zip(some, np.asarray(predict(stack)), strict=False):
+            if total is None:
+                total = np.zeros((*images.shape[: 1 + len(window)], scores.shape[-1]), scores.dtype)
+            total[i, *place] += weights[..., None].astype(scores.dtype) * scores
     return total[:, *(slice(n) for n in shape)]
 
 

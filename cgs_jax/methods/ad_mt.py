@@ -34,7 +34,7 @@ class Method(base.Method):
         k_base, k_keep = jax.random.split(key)
         views = super().views(batch, k_base)
         weak = views["unlabelled"]["weak"]
-        views["keep"] = augment.cutmix_keep(k_keep, *weak.shape[:2])
+        views["keep"] = augment.cutmix_keep(k_keep, weak.shape[:-1])
         return views
 
     def passes(self, params, state, views, key):

@@ -13,7 +13,7 @@ from cgs_jax.data.cache import LEVELS
 
 
 def to_image(slices: jax.Array) -> jax.Array:
-    """uint16 [B, H, W, C] -> float32 [B, H, W, C] in [0, 1]."""
+    """uint16 [B, *S, C] -> float32 [B, *S, C] in [0, 1]."""
     return slices.astype(jnp.float32) / LEVELS
 
 
@@ -29,7 +29,8 @@ def weak(
     config: ConfigDict,
     aspect: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Moves image [B, H, W, C] and label [B, H, W] together, each image by its own draw.
+    """Moves image [B, *S, C] and label [B, *S] together, each image by its own draw, and all slices
+    of a volume alike.
 
     With probability `flip` a mirror image (rot90^k, then a flip); else with probability `rotate` a
     rotation by up to `degrees`; else unchanged. Nearest neighbour, zero outside, as the literature.
@@ -44,6 +45,8 @@ def weak(
     turn = rotate * (2 * draws[4] - 1)
 
     def move(x):
+        if x.ndim == 4:
+            return jax.vmap(move, 1, 1)(x)  # slice by slice
         x = jnp.where(swap[:, None, None], x.swapaxes(1, 2), x)
         x = jnp.where(rows[:, None, None], x[:, ::-1], x)
         x = jnp.where(columns[:, None, None], x[:, :, ::-1], x)
@@ -99,7 +102,7 @@ def _shift_rows(x: jax.Array, shift: jax.Array, furthest: int) -> jax.Array:
 
 
 def strong(key: jax.Array, image: jax.Array, config: ConfigDict) -> jax.Array:
-    """Colour jitter of [B, H, W, C] in [0, 1]: brightness and contrast in random order, clamped.
+    """Colour jitter of [B, *S, C] in [0, 1]: brightness and contrast in random order, clamped.
 
     Applied with probability `jitter`; each factor is uniform in 1 +- `strength` and the same for
     all channels of an image, the contrast about the mean of each channel.
@@ -129,34 +132,48 @@ def strong(key: jax.Array, image: jax.Array, config: ConfigDict) -> jax.Array:
     return jax.vmap(one)(jax.random.split(key, image.shape[0]), image)
 
 
-def cutmix_keep(key: jax.Array, batch: int, size: int, probability: float = 1.0) -> jax.Array:
-    """One CutMix box an image, with `probability`: [batch, size, size], False inside the box.
+def cutmix_keep(key: jax.Array, shape: tuple[int, ...], probability: float = 1.0) -> jax.Array:
+    """One CutMix box an image, with `probability`: of `shape` [B, *S], False inside the box.
 
     Area uniform in .02 to .4 of the image, aspect uniform in .3 to 1/.3 as far as the box fits,
-    position uniform inside the image.
+    position uniform inside the image. In a volume that is the share of its voxels, and the box has
+    a share of the slices that is uniform in .5 to 1.
     """
+    batch, *depth, _, size = shape
 
     def one(key):
         k_area, k_aspect, k_y, k_x = jax.random.split(key, 4)
         area = jax.random.uniform(k_area, minval=0.02, maxval=0.4)
+        if depth:
+            k_share, k_z = jax.random.split(jax.random.fold_in(key, 4))
+            share = jax.random.uniform(k_share, minval=0.5, maxval=1)
+            slices = jnp.ceil(depth[0] * share).astype(jnp.int32)
+            z = jax.random.randint(k_z, (), 0, depth[0] - slices + 1)
+            area = area * depth[0] / slices
         low, high = jnp.maximum(0.3, area), jnp.minimum(1 / 0.3, 1 / area)
         aspect = jax.random.uniform(k_aspect, minval=low, maxval=high)
         height = jnp.floor(size * jnp.sqrt(area * aspect)).astype(jnp.int32)
         width = jnp.floor(size * jnp.sqrt(area / aspect)).astype(jnp.int32)
         y = jax.random.randint(k_y, (), 0, size - height + 1)
         x = jax.random.randint(k_x, (), 0, size - width + 1)
-        return box_keep(jnp.stack([y, x, height, width]), size)
+        box = [y, x, height, width]
+        if depth:
+            box = [z, y, x, slices, height, width]
+        return box_keep(jnp.stack(box), shape[1:])
 
     keep = jax.vmap(one)(jax.random.split(key, batch))
     if probability == 1:
         return keep
-    without = jax.random.uniform(jax.random.fold_in(key, batch), (batch, 1, 1)) >= probability
+    ones = (batch, *[1] * len(shape[1:]))
+    without = jax.random.uniform(jax.random.fold_in(key, batch), ones) >= probability
     return keep | without
 
 
-def box_keep(box: jax.Array, size: int) -> jax.Array:
-    """[size, size], False inside `box` = (y, x, height, width) in pixels."""
-    y, x, height, width = box
-    rows, columns = jnp.arange(size)[:, None], jnp.arange(size)[None]
-    inside = (rows >= y) & (rows < y + height) & (columns >= x) & (columns < x + width)
+def box_keep(box: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Of `shape`, False inside `box`: its first pixel along every axis, then its sides, in pixels,
+    (y, x, height, width) in a slice."""
+    inside = jnp.ones(shape, bool)
+    places = jnp.meshgrid(*map(jnp.arange, shape), indexing="ij", sparse=True)
+    for place, first, side in zip(places, *jnp.split(jnp.asarray(box), 2), strict=True):
+        inside &= (place >= first) & (place < first + side)
     return ~inside

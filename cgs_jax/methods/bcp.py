@@ -28,14 +28,16 @@ class Method(base.WithTeacher):
         self.pretrain = max(1, base.steps_of(config, "pretrain"))
 
     def views(self, batch, key):
-        """As the base class, and 'keep' [B, H, W], False inside the box of this step."""
+        """As the base class, and 'keep' [B, *S], False inside the box of this step."""
         k_base, k_box = jax.random.split(key)
         views = super().views(batch, k_base)
-        size = views["labelled"]["label"].shape[1]
-        side = 2 * size // 3
-        corner = jax.random.randint(k_box, (2,), 0, size - side)  # the authors' stop one short, too
-        keep = augment.box_keep(jnp.array([*corner, side, side]), size)
-        views["keep"] = jnp.broadcast_to(keep, views["labelled"]["label"].shape)
+        shape = views["labelled"]["label"].shape
+        sizes = jnp.array(shape[1:])
+        sides = 2 * sizes // 3
+        # The authors' corners stop one short, too.
+        corner = jax.random.randint(k_box, sizes.shape, 0, sizes - sides)
+        keep = augment.box_keep(jnp.concatenate([corner, sides]), shape[1:])
+        views["keep"] = jnp.broadcast_to(keep, shape)
         return views
 
     def passes(self, params, state, views, key):
@@ -44,7 +46,7 @@ class Method(base.WithTeacher):
         weak = views["unlabelled"]["weak"]
         teacher, extra = self.teacher(state, weak, k_teacher)
         # Even images stand around the box, odd ones in it; while pretraining all around it.
-        even = jnp.arange(len(image))[:, None, None] % 2 == 0
+        even = jnp.arange(len(image)).reshape(-1, *[1] * (image.ndim - 2)) % 2 == 0
         pretrains = state.step < self.pretrain
         keep = jnp.where(even | pretrains, views["keep"], ~views["keep"])
         pasted = jnp.where(pretrains, _neighbour(image), weak)

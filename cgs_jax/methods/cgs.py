@@ -70,7 +70,7 @@ class Method(base.WithTeacher):
             shape = (len(labelled["image"]),)
             views["unpasted"] = ~jax.random.bernoulli(k_paste, options.copy_paste, shape)
         views["keep"] = augment.cutmix_keep(
-            k_keep, *views["unlabelled"]["weak"].shape[:2], options.cutmix
+            k_keep, views["unlabelled"]["weak"].shape[:-1], options.cutmix
         )
         return views
 

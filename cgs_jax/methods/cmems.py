@@ -78,23 +78,23 @@ class Method(cps.Method):
 
     def views(self, batch, key):
         """As the base class, but of the labelled images all but `exemplars` have become synthetic;
-        `base.split` tells both apart. Of these, 'certain' [B, H, W] is True where the label is, and
+        `base.split` tells both apart. Of these, 'certain' [B, *S] is True where the label is, and
         'counts' where it may count at all."""
         k_base, k_where, k_paste, k_jitter = jax.random.split(key, 4)
         views = super().views(batch, k_base)
         if not self.synthetic:
             return views
         exemplar, source = base.split(views["labelled"], self.exemplars)
-        own = jax.random.bernoulli(
-            k_where, self.paste.exemplar_backgrounds, (len(source["label"]), 1, 1)
-        )
+        pixels = tuple(range(1, source["label"].ndim))
+        ones = (len(source["label"]), *[1] * len(pixels))
+        own = jax.random.bernoulli(k_where, self.paste.exemplar_backgrounds, ones)
         unlabelled = views["unlabelled"]["weak"][self.backgrounds]
         background = jnp.where(own[..., None], source["image"], unlabelled)
         image, label, pasted = synthesis.copy_paste(
             k_paste, source["image"], source["label"], background, self.num_targets, self.paste
         )
         # What has nothing pasted stays itself: another view would only be called background.
-        empty = ~jnp.any(pasted, (1, 2), keepdims=True)
+        empty = ~jnp.any(pasted, pixels, keepdims=True)
         image = jnp.where(empty[..., None], source["image"], image)
         label = jnp.where(empty, source["label"], label)
         if self.config.method.jitter_synthetic:
@@ -192,17 +192,17 @@ class Method(cps.Method):
 
 
 def near(mask: jax.Array, pixels: int) -> jax.Array:
-    """Where `mask` [B, H, W] is true, or is so at most so many `pixels` away along rows and
-    columns; everywhere with 0."""
+    """Where `mask` [B, *S] is true, or is so at most so many `pixels` away along rows and columns;
+    everywhere with 0."""
     if not pixels:
         return jnp.ones_like(mask)
-    window = (1, 2 * pixels + 1, 2 * pixels + 1)
-    return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, (1, 1, 1), "SAME")
+    window, strides = (*[1] * (mask.ndim - 2), *[2 * pixels + 1] * 2), [1] * mask.ndim
+    return jax.lax.reduce_window(mask, False, jax.lax.bitwise_or, window, strides, "SAME")
 
 
 def valid(certain: jax.Array, logits: list[jax.Array], tau: float) -> jax.Array:
-    """Where labels count, bool [B, H, W]: where they are `certain`, and where no network is surer
-    than `tau` of an organ in the background, by its `logits` [B, H, W, 1 + K]."""
+    """Where labels count, bool [B, *S]: where they are `certain`, and where no network is surer
+    than `tau` of an organ in the background, by its `logits` [B, *S, 1 + K]."""
     organ = jnp.zeros_like(certain)
     for of_network in logits:
         label, sure = pseudo_labels.confident(of_network, tau)

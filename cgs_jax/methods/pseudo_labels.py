@@ -95,24 +95,27 @@ def confident(logits: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:
 
 
 def largest_components(labels: jax.Array, num_targets: int) -> jax.Array:
-    """[B, H, W] with only the largest 8-connected component of every target in every image."""
-    targets = jnp.arange(1, num_targets + 1).reshape(-1, 1, 1, 1)
-    mask = labels == targets  # [K, B, H, W]
+    """[B, *S] with only the largest component, connected through corners too, of every target in
+    every image."""
+    targets = jnp.arange(1, num_targets + 1).reshape(-1, *[1] * labels.ndim)
+    mask = labels == targets  # [K, B, *S]
+    window = (1, 1, *[3] * (labels.ndim - 1))
     size = labels[0].size
     ids = jnp.where(mask, jnp.arange(1, size + 1).reshape(labels.shape[1:]), 0)
 
     def spread(state):
         """Every pixel takes the largest number among its neighbours of the same class."""
         before, _ = state
-        window = (1, 1, 3, 3)
-        after = jax.lax.reduce_window(before, 0, jax.lax.max, window, (1, 1, 1, 1), "SAME")
+        strides = [1] * before.ndim
+        after = jax.lax.reduce_window(before, 0, jax.lax.max, window, strides, "SAME")
         return jnp.where(mask, after, 0), before
 
     ids, _ = jax.lax.while_loop(
         lambda state: jnp.any(state[0] != state[1]), spread, (ids, jnp.zeros_like(ids))
     )
     count = jax.vmap(jax.vmap(lambda x: jnp.bincount(x.ravel(), length=size + 1)))(ids)
-    largest = jnp.argmax(count.at[..., 0].set(0), -1)[..., None, None]
+    largest = jnp.argmax(count.at[..., 0].set(0), -1)
+    largest = jnp.expand_dims(largest, range(2, ids.ndim))
     kept = mask & (ids == largest)
     return jnp.sum(kept * targets, 0).astype(labels.dtype)
 

@@ -27,8 +27,8 @@ class Method(base.Method):
         if self.config.method.jitter:
             labelled["image"] = augment.strong(k_strong, labelled["image"], self.config.augment)
         if self.config.method.cutmix:
-            shape = labelled["label"].shape[:2]
-            keep = augment.cutmix_keep(k_keep, *shape, self.config.method.cutmix)
+            shape = labelled["label"].shape
+            keep = augment.cutmix_keep(k_keep, shape, self.config.method.cutmix)
             labelled = base.cutmix(keep, labelled, base.rolled(labelled))
         return {"labelled": labelled}
 

@@ -21,7 +21,7 @@ SHARES = ("shift", "flip", "jitter", "exemplar_backgrounds")
 
 class Move(NamedTuple):
     """A mirror image, then a rotation and a scaling, all about the centre of mass of what is moved,
-    then a shift."""
+    then a shift; within slices, of a volume all alike."""
 
     mirror: jax.Array  # bool: columns change sides
     angle: jax.Array  # radians, clockwise
@@ -52,25 +52,26 @@ def copy_paste(
     are pasted in random order, and a later one covers an earlier one.
 
     Args:
-      image: [B, H, W, C] in [0, 1], the source of the organs.
-      label: [B, H, W], at most `organs`; what is above 0 is pasted.
-      background: [B, H, W, C] in [0, 1].
+      image: [B, *S, C] in [0, 1], the source of the organs.
+      label: [B, *S], at most `organs`; what is above 0 is pasted.
+      background: [B, *S, C] in [0, 1].
       options: `rotation` in degrees, `scale`, `shift` as a share of the side, `flip`, `jitter` and
         `per_organ`; see configs/methods/cmems.py.
 
     Returns:
-      image: [B, H, W, C].
-      label: [B, H, W] of what was pasted; 0 elsewhere, whatever the background shows there.
-      pasted: bool [B, H, W].
+      image: [B, *S, C].
+      label: [B, *S] of what was pasted; 0 elsewhere, whatever the background shows there.
+      pasted: bool [B, *S].
     """
 
     def one(key, image, label, background):
-        each = label == jnp.arange(1, organs + 1)[:, None, None]
-        parts = jnp.where(each if options.per_organ else label[None] > 0, label, 0)  # [parts, H, W]
+        ones = [1] * label.ndim
+        each = label == jnp.arange(1, organs + 1).reshape(-1, *ones)
+        parts = jnp.where(each if options.per_organ else label[None] > 0, label, 0)  # [parts, *S]
         k_order, *keys = jax.random.split(key, 1 + len(parts))
-        moves = jax.vmap(lambda k: draw(k, label.shape, options))(jnp.stack(keys))
+        moves = jax.vmap(lambda k: draw(k, label.shape[-2:], options))(jnp.stack(keys))
         images, labels = jax.vmap(moved, (0, None, 0))(moves, image, parts)
-        place = jax.random.permutation(k_order, len(parts))[:, None, None]
+        place = jax.random.permutation(k_order, len(parts)).reshape(-1, *ones)
         last = jnp.argmax(jnp.where(labels > 0, place, -1), 0)[None]
         label = jnp.take_along_axis(labels, last, 0)[0]
         image = jnp.take_along_axis(images, last[..., None], 0)[0]
@@ -84,7 +85,7 @@ def copy_paste(
 
 
 def draw(key: jax.Array, shape: tuple[int, int], options: ConfigDict) -> Move:
-    """A random move in images of `shape`."""
+    """A random move in slices of `shape`."""
     mirror, angle, scale, *shift = jax.random.uniform(key, (5,))
     least, greatest = options.scale
     limit = options.shift * jnp.array(shape)
@@ -97,20 +98,23 @@ def draw(key: jax.Array, shape: tuple[int, int], options: ConfigDict) -> Move:
 
 
 def moved(move: Move, image: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What is labelled above 0, moved: image [H, W, C], linear, and label [H, W], nearest.
+    """What is labelled above 0, moved: image [*S, C], linear, and label [*S], nearest.
 
     The label is 0 where a pixel comes from outside of the image.
     """
-    places = jnp.mgrid[: label.shape[0], : label.shape[1]].astype(jnp.float32)
-    own = label > 0
+    places = jnp.mgrid[: label.shape[-2], : label.shape[-1]].astype(jnp.float32)
+    own = jnp.sum(label > 0, range(label.ndim - 2))  # pixels in all slices
     centre = jnp.sum(places * own, (1, 2)) / jnp.maximum(jnp.sum(own), 1)
     # Where every pixel comes from: the move undone, its last part first.
     y, x = places - (centre + move.shift)[:, None, None]
     cos, sin = jnp.cos(move.angle) / move.scale, jnp.sin(move.angle) / move.scale
     y, x = cos * y - sin * x, sin * y + cos * x
     source = y + centre[0], jnp.where(move.mirror, -x, x) + centre[1]
-    channels = [
-        map_coordinates(image[..., c], source, order=1, mode="nearest")
-        for c in range(image.shape[-1])
-    ]
-    return jnp.stack(channels, -1), map_coordinates(label, source, order=0, mode="constant")
+
+    def resample(x, order, mode):
+        if x.ndim == 3:
+            return jax.vmap(lambda of_slice: resample(of_slice, order, mode))(x)
+        return map_coordinates(x, source, order=order, mode=mode)
+
+    channels = [resample(image[..., c], 1, "nearest") for c in range(image.shape[-1])]
+    return jnp.stack(channels, -1), resample(label, 0, "constant")

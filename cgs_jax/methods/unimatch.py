@@ -25,7 +25,7 @@ class Method(base.Method):
         second = augment.strong(k_second, weak, self.config.augment)
         views["unlabelled"]["strong"] = [views["unlabelled"]["strong"], second]
         views["keep"] = [
-            augment.cutmix_keep(k, *weak.shape[:2], self.config.method.cutmix)
+            augment.cutmix_keep(k, weak.shape[:-1], self.config.method.cutmix)
             for k in jax.random.split(k_keep)
         ]
         return views

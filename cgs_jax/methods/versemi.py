@@ -81,18 +81,18 @@ class Method(base.Method):
 
     def views(self, batch, key):
         """As the base class; with each labelled image's 'task' [B], one of its annotated classes
-        counted from 0, and the boxes 'keep' [B, H, W] of either stream, False inside."""
+        counted from 0, and the boxes 'keep' [B, *S] of either stream, False inside."""
         k_base, k_task, k_labelled, k_unlabelled = jax.random.split(key, 4)
         options, views = self.config.method, super().views(batch, k_base)
         labelled, unlabelled = views["labelled"], views["unlabelled"]
-        count, size = labelled["label"].shape[:2]
-        odds = jnp.zeros((count, self.num_targets))
+        shape = labelled["label"].shape
+        odds = jnp.zeros((shape[0], self.num_targets))
         if "annotated" in labelled:
             odds = jnp.where(labelled["annotated"].reshape(odds.shape), odds, -jnp.inf)
         labelled["task"] = jax.random.categorical(k_task, odds)
-        labelled["keep"] = boxes(k_labelled, count, size, options.box)
-        count = len(unlabelled["weak"])
-        unlabelled["keep"] = boxes(k_unlabelled, count, size, options.box_unlabelled)
+        labelled["keep"] = boxes(k_labelled, shape, options.box)
+        shape = unlabelled["weak"].shape[:-1]
+        unlabelled["keep"] = boxes(k_unlabelled, shape, options.box_unlabelled)
         return views
 
     def passes(self, params, state, views, key):
@@ -242,21 +242,22 @@ def is_class(label: jax.Array, task: jax.Array) -> jax.Array:
     return label == jnp.expand_dims(task, range(1, label.ndim)) + 1
 
 
-def boxes(key: jax.Array, batch: int, size: int, sides: tuple[float, float]) -> jax.Array:
-    """One square an image: [batch, size, size], False inside.
+def boxes(key: jax.Array, shape: tuple[int, ...], sides: tuple[float, float]) -> jax.Array:
+    """One box an image: of `shape` [B, *S], False inside.
 
-    Its side is uniform between `sides`, shares of the image's side, rounded down; its position is
-    uniform inside the image.
+    It has one share of every side of the image, uniform between `sides`, rounded down to pixels;
+    its position is uniform inside the image.
     """
+    sizes = jnp.array(shape[1:])
 
     def one(key):
         k_side, k_corner = jax.random.split(key)
         share = jax.random.uniform(k_side, minval=sides[0], maxval=sides[1])
-        side = jnp.floor(share * size + 1e-3).astype(jnp.int32)  # 2/3 of 96 is 64
-        corner = jax.random.randint(k_corner, (2,), 0, size - side + 1)
-        return augment.box_keep(jnp.array([*corner, side, side]), size)
+        side = jnp.floor(share * sizes + 1e-3).astype(jnp.int32)  # 2/3 of 96 is 64
+        corner = jax.random.randint(k_corner, side.shape, 0, sizes - side + 1)
+        return augment.box_keep(jnp.concatenate([corner, side]), shape[1:])
 
-    return jax.vmap(one)(jax.random.split(key, batch))
+    return jax.vmap(one)(jax.random.split(key, shape[0]))
 
 
 def _repeated(tree, count):

@@ -11,7 +11,7 @@ stacked_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batc
 
 
 class Generalist(nn.Module):
-    """One convolution to all classes: packed features -> logits [B, H, W, num_classes]."""
+    """One convolution to all classes: packed features -> logits [B, *S, num_classes]."""
 
     num_classes: int
 
@@ -25,7 +25,7 @@ class Specialists(nn.Module):
     """K heads conv1x1 - batch norm - LeakyReLU - conv3x3, parameters stacked [K, ...].
 
     Specialist k (0-based) separates background, target k + 1, and remaining targets, or with two
-    classes its target and all else: packed features of F channels -> [B, H, W, K, num_classes].
+    classes its target and all else: packed features of F channels -> [B, *S, K, num_classes].
 
     The parameters are those of a `nn.vmap`ped head. Only the lowering differs: `vmap` over both
     features and kernels makes XLA emit a grouped convolution, whose gradient is 40 to 60 times
@@ -55,7 +55,7 @@ class Specialists(nn.Module):
             maps = self._first_layer(x, pack, train, parts)
         for i in range(2, self.depth + 1):
             maps = self._hidden_layer(maps, pack, f, train, parts, i)
-        kernel = self.param("conv2_kernel", stacked_init, (k, 3, 3, f, c))
+        kernel = self.param("conv2_kernel", stacked_init, (k, *[3] * (x.ndim - 2), f, c))
         bias = self.param("conv2_bias", nn.initializers.zeros, (k, c))
         logits = []
         for part, h in zip(parts, maps, strict=True):
@@ -67,18 +67,19 @@ class Specialists(nn.Module):
         return jnp.concatenate(logits, -2)
 
     def _first_layer(self, x, pack, train, parts):
-        k, f = self.num_targets, x.shape[-1] // pack
-        kernel = self.param("conv1_kernel", stacked_init, (k, 1, 1, f, f))
+        k, f, ones = self.num_targets, x.shape[-1] // pack, [1] * (x.ndim - 2)
+        kernel = self.param("conv1_kernel", stacked_init, (k, *ones, f, f))
         bias = self.param("conv1_bias", nn.initializers.zeros, (k, f))
-        flat = kernel[:, 0, 0]
+        flat = kernel.reshape(k, f, f)
         mean, var, centre = None, None, jnp.zeros(f)
         if train:
-            centre = jnp.mean(x.astype(jnp.float32), (0, 1, 2)).reshape(pack, f).mean(0)
+            pixels = tuple(range(x.ndim - 1))
+            centre = jnp.mean(x.astype(jnp.float32), pixels).reshape(pack, f).mean(0)
             x = packed.affine(x, None, -centre, pack).astype(x.dtype)
             mean, var = jnp.zeros(()), _linear_variance(x, pack, flat)
         offset = jnp.einsum("i,kif->kf", centre, flat) + bias
         factor, summand = BatchNorm(name="bn")(mean, var, offset)
-        kernel = kernel * factor[:, None, None, None]
+        kernel = kernel * factor.reshape(k, *ones, 1, f)
         maps = []
         for part in parts:
             y = packed.conv(x, _side_by_side(kernel[part]), pack)
@@ -87,8 +88,8 @@ class Specialists(nn.Module):
         return maps
 
     def _hidden_layer(self, maps, pack, f, train, parts, i):
-        k = self.num_targets
-        kernel = self.param(f"hidden{i}_kernel", stacked_init, (k, 1, 1, f, f))
+        k, ones = self.num_targets, [1] * (maps[0].ndim - 2)
+        kernel = self.param(f"hidden{i}_kernel", stacked_init, (k, *ones, f, f))
         bias = self.param(f"hidden{i}_bias", nn.initializers.zeros, (k, f))
         maps = [
             packed.conv(h, _block_diagonal(kernel[part]), pack)
@@ -110,20 +111,25 @@ class Pyramid(nn.Module):
 
     In training each reads its map perturbed in a way of its own: noise at 1/2 of the resolution,
     the most active pixels left out at 1/4, dropout at 1/8 and below. Maps are coarsest first;
-    returns logits [B, H, W, scales, num_classes], upsampled to the nearest, finest first.
+    returns logits [B, *S, scales, num_classes], upsampled to the nearest, finest first.
     """
 
     num_classes: int
 
     @nn.compact
-    def __call__(self, maps: list[tuple[jax.Array, int]], train: bool) -> jax.Array:
+    def __call__(
+        self, maps: list[tuple[jax.Array, int]], shape: tuple[int, ...], train: bool
+    ) -> jax.Array:
+        """`shape` is S."""
         logits = []
         for i, (x, pack) in enumerate(reversed(maps), 1):
             x = packed.unpack_pixels(x, pack)
             if train:
                 x = self._perturb(x, i, self.make_rng("dropout"))
             y = Generalist(self.num_classes, name=f"head{i}")(x, 1)
-            logits.append(jnp.repeat(jnp.repeat(y, 2**i, 1), 2**i, 2))
+            for axis, size in enumerate(shape, 1):
+                y = jnp.repeat(y, size // y.shape[axis], axis)
+            logits.append(y)
         return jnp.stack(logits, -2)
 
     def _perturb(self, x, i, key):
@@ -133,26 +139,27 @@ class Pyramid(nn.Module):
         if i == 2:
             active = jnp.mean(x, -1, keepdims=True)
             share = jax.random.uniform(key, (), minval=0.7, maxval=0.9)
-            return jnp.where(active < share * jnp.max(active, (1, 2), keepdims=True), x, 0)
+            pixels = tuple(range(1, x.ndim))
+            return jnp.where(active < share * jnp.max(active, pixels, keepdims=True), x, 0)
         return dropout(x, 0.5, key)
 
 
 def _side_by_side(kernel):
-    """[n, h, w, f, c] -> [h, w, f, n c]: n convolutions of one map as one."""
-    return jnp.moveaxis(kernel, 0, 3).reshape(*kernel.shape[1:4], -1)
+    """[n, *sides, f, c] -> [*sides, f, n c]: n convolutions of one map as one."""
+    return jnp.moveaxis(kernel, 0, -2).reshape(*kernel.shape[1:-1], -1)
 
 
 def _block_diagonal(kernel):
-    """[n, h, w, f, c] -> [h, w, n f, n c]: a convolution of each of n maps as one of all."""
-    n, h, w, f, c = kernel.shape
-    blocks = jnp.einsum("kyxfc,kl->yxkflc", kernel, jnp.eye(n))
-    return blocks.reshape(h, w, n * f, n * c)
+    """[n, *sides, f, c] -> [*sides, n f, n c]: a convolution of each of n maps as one of all."""
+    n, *sides, f, c = kernel.shape
+    blocks = jnp.einsum("k...fc,kl->...kflc", kernel, jnp.eye(n))
+    return blocks.reshape(*sides, n * f, n * c)
 
 
 def _linear_variance(x, pack, kernel):
     """Variance [K, F] of `x @ kernel[k]` over all pixels of a map without mean."""
     f = kernel.shape[1]
-    products = jnp.einsum("bhwi,bhwj->ij", x, x, preferred_element_type=jnp.float32)
+    products = jnp.einsum("b...i,b...j->ij", x, x, preferred_element_type=jnp.float32)
     covariance = jnp.einsum("pipj->ij", products.reshape(pack, f, pack, f)) / (x.size // f)
     var = jnp.einsum("kif,ij,kjf->kf", kernel, covariance, kernel)
     return jnp.maximum(var, 0)

@@ -31,7 +31,7 @@ class Network(nn.Module):
     """Backbone, generalist and, where there are any, specialists.
 
     Attributes:
-      backbone: makes the feature extractor, [B, H, W, channels] -> bottleneck and maps of the
+      backbone: makes the feature extractor, [B, *S, channels] -> bottleneck and maps of the
         decoder, coarsest first.
       num_classes: background included.
       specialists: makes a specialist head for every target; None: there are none.
@@ -62,7 +62,9 @@ class Network(nn.Module):
         if self.specialists:
             specialists = self.specialists(name="specialists")(features, pack, train)
         if self.pyramid:
-            pyramid = Pyramid(self.num_classes, name="pyramid")(maps[1:-1], train)
+            pyramid = Pyramid(self.num_classes, name="pyramid")(
+                maps[1:-1], generalist.shape[1:-1], train
+            )
         return Outputs(generalist, specialists, pyramid, prompts)
 
 
@@ -107,13 +109,27 @@ def load_weights(config: ConfigDict, variables: Any) -> Any:
 
 
 def stride(config: ConfigDict) -> int:
-    """What the sides of images must divide by."""
+    """What the sides of slices must divide by."""
     return _backbone(config).stride(config.model)
 
 
+def depth_stride(config: ConfigDict) -> int:
+    """What the numbers of slices of volumes must divide by; 1 of a backbone for slices."""
+    return _backbone(config).depth_stride(config.model) if sees_volumes(config) else 1
+
+
+def sees_volumes(config: ConfigDict) -> bool:
+    """Whether the backbone is for volumes [B, D, H, W, C]: then it has a `depth_stride`."""
+    return hasattr(_backbone(config), "depth_stride")
+
+
 def check(config: ConfigDict) -> None:
-    """Raises UserError where an option of `config.model` has a value that can not be."""
-    module, name = _backbone(config), config.model.name
+    """Raises UserError where an option of `config.model` has a value that can not be, or the
+    backbone is not for what training sees, slices or volumes."""
+    module, name, depth = _backbone(config), config.model.name, config.data.depth
+    if sees_volumes(config) != bool(depth):
+        sees = "volumes, so it must be above 0" if sees_volumes(config) else "slices: it must be 0"
+        raise UserError(f"data.depth={depth}: {name} sees {sees}; model=unet3d sees volumes")
     if unknown := _own(config.model).keys() - module.Backbone.__dataclass_fields__.keys():
         raise UserError(
             f"{name} has no option model.{min(unknown)}; a backbone is chosen by the argument of "

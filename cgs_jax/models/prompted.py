@@ -32,16 +32,17 @@ class Prompted(nn.Module):
     def __call__(
         self, bottleneck: tuple[jax.Array, int], features: tuple[jax.Array, int], train: bool
     ) -> jax.Array:
-        """Logits [B, H, W, N + 1, 2], class 1 is what the prompt asks for, of the coarsest and the
+        """Logits [B, *S, N + 1, 2], class 1 is what the prompt asks for, of the coarsest and the
         finest map of a backbone, each with its pack."""
         prompts, width = self.num_targets + 1, self.width
         context = self._activated(*bottleneck, train, "bottleneck_bn")
-        context = jnp.mean(context, (1, 2)).reshape(len(context), bottleneck[1], -1).mean(1)
+        pixels = tuple(range(1, context.ndim - 1))
+        context = jnp.mean(context, pixels).reshape(len(context), bottleneck[1], -1).mean(1)
         x, pack = features
         y = self._activated(x, pack, train, "features_bn").astype(x.dtype)
         y, bias = Conv(width, 1, pack, name="reduce")(y)
         planes = packed.unpack_pixels(packed.affine(y, None, bias, pack), pack)
-        planes = jnp.moveaxis(planes, -1, 1)  # [B, width, H, W], float32: rows fill vectors
+        planes = jnp.moveaxis(planes, -1, 1)  # [B, width, *S], float32: rows fill vectors
         layers = ((width, width), (width, width), (width, 2))
         count, channels = sum(i * o + o for i, o in layers), context.shape[1]
         kernel = self.param("controller_kernel", conv_init, (channels + prompts, count))
@@ -49,19 +50,20 @@ class Prompted(nn.Module):
         made = context @ kernel[:channels] + (kernel[channels:] + bias)[:, None]
 
         def head(made):
-            """Weights [B, 162] of one prompt -> its logits [B, 2, H, W]."""
+            """Weights [B, 162] of one prompt -> its logits [B, 2, *S]."""
             y, start = planes, 0
             for layer, (i, o) in enumerate(layers):
                 weight = made[:, start : start + i * o].reshape(-1, i, o)
                 start += i * o + o
                 y = nn.relu(y) if layer else y
-                y = jnp.einsum("bio,bihw->bohw", weight, y) + made[:, start - o : start, None, None]
+                bias = jnp.expand_dims(made[:, start - o : start], range(2, y.ndim))
+                y = jnp.einsum("bio,bi...->bo...", weight, y) + bias
             return y
 
         # One prompt at a time, computed again for the gradient: hidden maps of one are kept, not of
         # all.
         logits = jax.lax.map(jax.checkpoint(head, prevent_cse=False), made)
-        return logits.transpose(1, 3, 4, 0, 2)
+        return jnp.moveaxis(logits, (0, 2), (-2, -1))
 
     def _activated(self, x, pack, train, name):
         """Batch norm and ReLU of a packed map, float32."""

@@ -28,23 +28,24 @@ class Conv(nn.Module):
 
     Attributes:
       features: output channels.
-      size: of the square kernel.
+      size: of the kernel along every axis, or along each.
       pack: of the maps.
     """
 
     features: int
-    size: int
+    size: int | Sequence[int]
     pack: int
 
     @nn.compact
     def __call__(self, *maps: jax.Array) -> tuple[jax.Array, jax.Array]:
         widths = [x.shape[-1] // self.pack for x in maps]
-        shape = (self.size, self.size, sum(widths), self.features)
-        kernel = self.param("kernel", conv_init, shape)
+        axes = maps[0].ndim - 2
+        sides = (self.size,) * axes if isinstance(self.size, int) else tuple(self.size)
+        kernel = self.param("kernel", conv_init, (*sides, sum(widths), self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         y, start = 0, 0
         for x, width in zip(maps, widths, strict=True):
-            y = y + packed.conv(x, kernel[:, :, start : start + width], self.pack)
+            y = y + packed.conv(x, kernel[..., start : start + width, :], self.pack)
             start += width
         return y, bias
 
@@ -82,7 +83,8 @@ class BatchNorm(nn.Module):
 def statistics(x: jax.Array, pack: int) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance of every channel of a packed map, float32 [C]."""
     x = x.astype(jnp.float32)
-    mean, square = (jnp.mean(y, (0, 1, 2)).reshape(pack, -1).mean(0) for y in (x, x * x))
+    axes = tuple(range(x.ndim - 1))
+    mean, square = (jnp.mean(y, axes).reshape(pack, -1).mean(0) for y in (x, x * x))
     return mean, jnp.maximum(square - mean * mean, 0)
 
 
@@ -91,17 +93,19 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
     One random word serves four rows: drawing a word a value costs as much as a convolution.
     """
+    x, back = packed.by_slice(x)
     b, h, w, c = x.shape
     drop = round(256 * rate)
     words = jax.random.bits(key, (b, -(-h // 4), 1, w, c), jnp.uint32)
     eights = words >> jnp.arange(0, 32, 8, dtype=jnp.uint32).reshape(4, 1, 1) & 255
     keep = (eights >= drop).reshape(b, -1, w, c)[:, :h]
-    return jnp.where(keep, x * (256 / (256 - drop)), 0).astype(x.dtype)
+    return back(jnp.where(keep, x * (256 / (256 - drop)), 0).astype(x.dtype))
 
 
 def drop_channels(x: jax.Array, pack: int, key: jax.Array) -> jax.Array:
     """Zeroes half of the channels and doubles the rest; each image draws its own half."""
-    keep = jax.random.bernoulli(key, 0.5, (len(x), 1, 1, x.shape[-1] // pack))
+    shape = (len(x), *[1] * (x.ndim - 2), x.shape[-1] // pack)
+    keep = jax.random.bernoulli(key, 0.5, shape)
     return jnp.where(jnp.tile(keep, pack), 2 * x, 0).astype(x.dtype)
 
 
@@ -112,16 +116,18 @@ class ConvBlock(nn.Module):
       features: output channels.
       pack: of input and output.
       dropout: rate between the two convolutions; 0 turns it off.
+      size: of the kernels, see `Conv`.
     """
 
     features: int
     pack: int
     dropout: float = 0.0
+    size: int | Sequence[int] = 3
 
     @nn.compact
     def __call__(self, *maps: jax.Array, train: bool) -> jax.Array:
         for i in (1, 2):
-            x, bias = Conv(self.features, 3, self.pack, name=f"conv{i}")(*maps)
+            x, bias = Conv(self.features, self.size, self.pack, name=f"conv{i}")(*maps)
             mean, var = statistics(x, self.pack) if train else (None, None)
             factor, summand = BatchNorm(name=f"bn{i}")(mean, var, bias)
             x = nn.leaky_relu(packed.affine(x, factor, summand, self.pack), 0.01).astype(x.dtype)

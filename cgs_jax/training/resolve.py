@@ -50,7 +50,9 @@ def check(config: ConfigDict) -> None:
     for name, own in tasks.members(config.data).items():
         if name and own.size % stride:
             raise UserError(f"data.members.{name}.size={own.size} does not divide by {stride}")
-    patches.check(config.data, stride)
+    patches.check(config.data, stride, network.depth_stride(config))
+    if config.data.depth and config.mesh.space > 1:
+        raise UserError("mesh.space splits rows of slices; with data.depth leave it at 1")
     method = make_method(config)
     predictor.check(config, method)
     optimizers.make_optimizer(config)

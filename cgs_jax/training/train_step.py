@@ -47,9 +47,7 @@ def init_state(
 
 def starting_weights(method: Method, config: ConfigDict) -> tuple[Any, Any]:
     """(params, model_state) of `config.model.weights`; what it does not have are mere shapes."""
-    size = config.data.size
-    image = jnp.zeros((1, size, size, config.data.channels))
-    variables = jax.eval_shape(method.network.init, jax.random.key(0), image)
+    variables = jax.eval_shape(method.network.init, jax.random.key(0), _example(config))
     loaded = network.load_weights(config, variables)
     return loaded["params"], {"batch_stats": loaded["batch_stats"]}
 
@@ -92,13 +90,13 @@ def abstract_inputs(
     state = abstract_state(method, optimizer, config, mesh)
     batch = {}
     for name, stream in method.streams().items():
-        shape = (stream.count, *[patches.side(config.data, 0, config.total_steps)] * 2)
+        shape = (stream.count, *patches.shape(config.data, 0, config.total_steps))
         batch[name] = {"image": jax.ShapeDtypeStruct((*shape, config.data.channels), np.uint16)}
         batch[name]["aspect"] = jax.ShapeDtypeStruct((stream.count,), np.float32)
         if stream.with_labels:
             batch[name]["label"] = jax.ShapeDtypeStruct(shape, np.uint8)
             if config.data.partial:
-                shape = (stream.count, 1, 1, len(config.data.classes))
+                shape = (stream.count, *[1] * len(shape[1:]), len(config.data.classes))
                 marks = jax.ShapeDtypeStruct(shape, bool)
                 batch[name] |= {"annotated": marks, "member": marks}
     seed = jax.ShapeDtypeStruct((), np.uint32)
@@ -106,10 +104,15 @@ def abstract_inputs(
     return state, batch, devices.abstract(seed, devices.replicated(mesh))
 
 
+def _example(config):
+    """An image that the network takes."""
+    depth, side = [config.data.depth] * (config.data.depth > 0), config.data.size
+    return jnp.zeros((1, *depth, side, side, config.data.channels))
+
+
 def _init(method, optimizer, config):
     def init(key):
-        image = jnp.zeros((1, config.data.size, config.data.size, config.data.channels))
-        params, model_state, extra = method.init(key, image)
+        params, model_state, extra = method.init(key, _example(config))
         opt_state = optimizer.init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, extra)
 
