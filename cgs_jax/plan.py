@@ -26,7 +26,11 @@ from cgs_jax.runtime.logs import say
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.resolve import resolve
 
-LARGEST = {"cpu": 128}  # pixels a side of what a step sees, by platform; elsewhere 256
+# pixels a side of what a step sees, by platform
+LARGEST = {"cpu": 128, "other": 256}
+LARGEST_OF_VOLUMES = {"cpu": (32, 64), "other": (64, 128)}  # slices, and pixels a side
+# Where windows are smaller than scans, organs may lie where those near the centre do not reach.
+ANYWHERE = {"data.patch_anywhere": 0.5, "data.patch_foreground": 0.4}
 
 
 def describe(facts: Mapping[str, Facts]) -> str:
@@ -64,7 +68,7 @@ def propose(facts: Mapping[str, Facts], stride: int, platform: str) -> dict[str,
     others are resampled to their median pixel, and a step sees windows about as large as the median
     slice, at most what the device is fit for.
     """
-    largest = LARGEST.get(platform, 256)
+    largest = LARGEST.get(platform, LARGEST["other"])
     shapes = np.array([of.shape[1:] for of in facts.values()])
     pixels = np.array([of.spacing[1:] for of in facts.values()])
     side = int(shapes[0, 0])
@@ -76,9 +80,33 @@ def propose(facts: Mapping[str, Facts], stride: int, platform: str) -> dict[str,
     extent = np.median(1 + (shapes - 1) * pixels / np.median(pixels), 0).max()
     patch = min(stride * math.ceil(extent / stride), largest)
     fields = {"data.spacing": "median", "data.patch": patch} | fields
-    if patch < extent:  # organs may be anywhere, and windows near the centre would not see them
-        fields |= {"data.patch_anywhere": 0.5, "data.patch_foreground": 0.4}
-    return fields
+    return fields | (ANYWHERE if patch < extent else {})
+
+
+def propose_volumes(
+    facts: Mapping[str, Facts], poolings: int, stride: int, platform: str
+) -> dict[str, Any]:
+    """The same for a backbone that sees volumes and pools them so often: all scans at their median
+    voxel, windows about as large as the median scan, and slices that are pooled once pixels have
+    become as large as they are thick (as nnU-Net does it)."""
+    spacings = np.array([of.spacing for of in facts.values()])
+    between, pixel = np.median(spacings[:, 0]), np.median(spacings[:, 1:])
+    extents = 1 + (np.array([of.shape for of in facts.values()]) - 1) * spacings
+    depth, *sides = np.median(extents / (between, pixel, pixel), 0)
+    strides, thick, wide = [], between, pixel
+    for _ in range(poolings):
+        strides.append(1 if thick > 2 * wide else 2)
+        thick, wide = thick * strides[-1], 2 * wide
+    most = LARGEST_OF_VOLUMES.get(platform, LARGEST_OF_VOLUMES["other"])
+    fields = {"model.depth_strides": tuple(strides)}
+    fields |= {"data.spacing": "median", "data.slice_spacing": "median"}
+    for name, extent, step, largest in (
+        ("data.depth", depth, math.prod(strides), most[0]),
+        ("data.patch", max(sides), stride, most[1]),
+    ):
+        fields[name] = min(step * math.ceil(extent / step), largest)
+        fields |= ANYWHERE if fields[name] < extent else {}
+    return fields | {"batch.labelled": 2, "batch.unlabelled": 2}
 
 
 def memory(config: ConfigDict) -> tuple[float, float]:
@@ -105,7 +133,12 @@ if __name__ == "__main__":
             tasks.layout(config.data).find(config.data).values(), config.data
         )
         say(describe(facts))
-        found = propose(facts, network.stride(config), jax.default_backend())
+        stride, platform = network.stride(config), jax.default_backend()
+        if network.sees_volumes(config):
+            poolings = network.levels(config) - 1
+            found = propose_volumes(facts, poolings, stride, platform)
+        else:
+            found = propose(facts, stride, platform)
         if "data.size" in given:  # squares are wanted
             found = {name: value for name, value in found.items() if not name.startswith("data.")}
         if config.method.name == "supervised":

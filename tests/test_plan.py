@@ -86,6 +86,18 @@ def test_scans_that_are_alike_are_taken_as_they_are():
     assert plan.propose(large, 16, "tpu")["data.patch"] == 256
 
 
+def test_volumes_are_proposed_by_their_spacing():
+    small = {str(i): scan((36, 50, 35), (1.0, 1.0, 1.0)) for i in range(3)}
+    found = plan.propose_volumes(small, 3, 8, "cpu")
+    assert found["model.depth_strides"] == (2, 2, 2)
+    assert (found["data.depth"], found["data.patch"]) == (32, 56)
+    assert found["data.patch_foreground"] > 0  # 36 slices, of which a window has 32
+    heart = {str(i): scan((10, 200, 180), (10.0, 1.5, 1.5)) for i in range(3)}
+    found = plan.propose_volumes(heart, 4, 16, "tpu")
+    assert found["model.depth_strides"] == (1, 1, 2, 2)  # 10 mm by 1.5, 3, 6 and 12
+    assert (found["data.depth"], found["data.patch"]) == (12, 128)
+
+
 def test_arrays_tell_no_voxel_size(tmp_path):
     config = acdc.get_config()
     case = tasks.tasks(config.data)[""].data

@@ -79,15 +79,16 @@ def _convolution(x, kernel):
     return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=numbers)
 
 
+@jax.checkpoint  # the joined slices are made again for the gradient
 def _by_slices(x, kernel):
-    """The same of volumes, as a sum of convolutions of their slices: XLA has no fast convolution of
-    volumes for CPUs, where this one and its gradient take a fifth of the time or less."""
-    depth, half, total = x.shape[1], len(kernel) // 2, 0
-    padded = jnp.pad(x, ((0, 0), (half, half), *[(0, 0)] * 3))
-    for i, of_slice in enumerate(kernel):
-        slices, back = by_slice(padded[:, i : i + depth])
-        total = total + back(_convolution(slices, of_slice))
-    return total
+    """The same of volumes as a convolution of slices, to which their neighbours' channels are
+    joined: XLA has no fast convolution of volumes for CPUs, where this one and its gradient take a
+    fifth of the time or less."""
+    depth, (sides, *plane, c, d) = x.shape[1], kernel.shape
+    padded = jnp.pad(x, ((0, 0), (sides // 2, sides // 2), *[(0, 0)] * 3))
+    joined = jnp.concatenate([padded[:, i : i + depth] for i in range(sides)], -1)
+    slices, back = by_slice(joined)
+    return back(_convolution(slices, jnp.moveaxis(kernel, 0, 2).reshape(*plane, sides * c, d)))
 
 
 def by_slice(x: jax.Array) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:

@@ -90,7 +90,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Any, source: str
     for name, path in names.items():
         path, row = (path[:-1], path[-1]) if isinstance(path[-1], int) else (path, ...)
         value = np.asarray(state_dict[name])
-        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+        value = np.moveaxis(value, (0, 1), (-1, -2)) if value.ndim > 3 else value
         whole = loaded.setdefault(path, np.empty(flat[path].shape, flat[path].dtype))
         target = whole[row]
         if target.shape != value.shape:
@@ -109,7 +109,7 @@ def to_torch(variables: Any) -> Arrays:
     for name, path in _names_of(flat).items():
         path, row = (path[:-1], path[-1]) if isinstance(path[-1], int) else (path, ...)
         value = np.asarray(flat[path])[row]
-        state_dict[name] = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value
+        state_dict[name] = np.moveaxis(value, (-1, -2), (0, 1)) if value.ndim > 3 else value
     return state_dict
 
 

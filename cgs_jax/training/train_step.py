@@ -105,9 +105,11 @@ def abstract_inputs(
 
 
 def _example(config):
-    """An image that the network takes."""
-    depth, side = [config.data.depth] * (config.data.depth > 0), config.data.size
-    return jnp.zeros((1, *depth, side, side, config.data.channels))
+    """An image that the network takes: a slice, or the smallest volume."""
+    shape = [config.data.size] * 2
+    if config.data.depth:
+        shape = [network.depth_stride(config), *[network.stride(config)] * 2]
+    return jnp.zeros((1, *shape, config.data.channels))
 
 
 def _init(method, optimizer, config):
