@@ -52,5 +52,6 @@ def get_config(arg=None):
         own.file = file
         own.root = ""  # FOLDER/NAME
         own.size = 0  # that of the collection, data.size
+        own.spacing = own.slice_spacing = 0
         config.data.members[name] = own
     return config

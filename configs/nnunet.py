@@ -4,6 +4,8 @@ python -m cgs_jax.main --config configs/nnunet.py:method=cgs --workdir runs/mine
     --config.data.root=FOLDER/Dataset004_Hippocampus
 """
 
+from ml_collections import FieldReference
+
 from configs import common
 
 
@@ -16,5 +18,12 @@ def get_config(arg=None):
     config.data.channels = 0  # from dataset.json, too
     config.data.labelled = int(options["labelled"])  # patients; 0 uses all labels there are
     config.data.normalise = "auto"  # CT: the window of the organs; else 'percentile'
+    # 'auto': square scans of one kind as they are; others at their median pixel, through windows as
+    # large as the median slice, at most 256 pixels a side. With a size squares of so many pixels
+    for field in ("size", "patch", "spacing", "slice_spacing"):
+        del config.data[field]
+        config.data[field] = FieldReference("auto", field_type=object)
+    # Of scans that are larger than the windows these see all places, and organs often.
+    config.data.patch_anywhere, config.data.patch_foreground = 0.5, 0.4
     config.data.slicing = "axial"  # or 'coarsest', 'coronal', 'sagittal', 'stored'
     return config

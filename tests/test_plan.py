@@ -7,11 +7,11 @@ import runs
 from layouts import nnunet_folder, save
 
 from cgs_jax import plan
-from cgs_jax.data import fingerprint, tasks
+from cgs_jax.data import completion, fingerprint, proposal, tasks
 from cgs_jax.data.fingerprint import Facts
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
-from configs import acdc
+from configs import acdc, nnunet
 
 
 def ct(tmp_path, kind="CT"):
@@ -75,27 +75,54 @@ def scan(shape, spacing):
 
 def test_scans_that_are_alike_are_taken_as_they_are():
     alike = {str(i): scan((20 + i, 128, 128), (3.0, 2.5, 2.5)) for i in range(3)}
-    assert plan.propose(alike, 16, "cpu")["data.size"] == 128
+    assert proposal.of_slices(alike, 16, "cpu")["data.size"] == 128
     other = alike | {"x": scan((20, 128, 128), (3.0, 4.0, 4.0))}
-    found = plan.propose(other, 16, "cpu")
+    found = proposal.of_slices(other, 16, "cpu")
     assert (found["data.spacing"], found["data.patch"]) == ("median", 128)
     odd = {str(i): scan((36, 50, 35), (1.0, 1.0, 1.0)) for i in range(3)}
-    assert plan.propose(odd, 16, "cpu")["data.patch"] == 64
+    assert proposal.of_slices(odd, 16, "cpu")["data.patch"] == 64
     large = {str(i): scan((90, 512, 512), (2.0, 0.7, 0.7)) for i in range(3)}
-    assert plan.propose(large, 16, "cpu")["data.patch"] == 128
-    assert plan.propose(large, 16, "tpu")["data.patch"] == 256
+    assert proposal.of_slices(large, 16, "cpu")["data.patch"] == 128
+    assert proposal.of_slices(large, 16, "tpu")["data.patch"] == 256
 
 
 def test_volumes_are_proposed_by_their_spacing():
     small = {str(i): scan((36, 50, 35), (1.0, 1.0, 1.0)) for i in range(3)}
-    found = plan.propose_volumes(small, 3, 8, "cpu")
+    found = proposal.of_volumes(small, 3, 8, "cpu")
     assert found["model.depth_strides"] == (2, 2, 2)
     assert (found["data.depth"], found["data.patch"]) == (32, 56)
     assert found["data.patch_foreground"] > 0  # 36 slices, of which a window has 32
     heart = {str(i): scan((10, 200, 180), (10.0, 1.5, 1.5)) for i in range(3)}
-    found = plan.propose_volumes(heart, 4, 16, "tpu")
+    found = proposal.of_volumes(heart, 4, 16, "tpu")
     assert found["model.depth_strides"] == (1, 1, 2, 2)  # 10 mm by 1.5, 3, 6 and 12
     assert (found["data.depth"], found["data.patch"]) == (12, 128)
+
+
+def test_a_folder_is_taken_as_it_is_without_an_option(tmp_path):
+    """Squares only where scans are alike, or a size is asked for."""
+
+    def grid(root, **fields):
+        data = nnunet.get_config().data
+        data.update(root=str(root), **fields)
+        completion.complete(data)
+        return data.size, data.spacing, data.slice_spacing, data.patch
+
+    _, root = nnunet_folder(tmp_path)  # slices of 8 x 9 pixels of 1 mm
+    assert grid(root) == (16, 1.0, 0, 16)
+    assert grid(root, size=32) == (32, 0, 0, 0)
+    assert grid(root, spacing=0.25) == (48, 0.25, 0, 48)
+    assert grid(root, patch=32) == (32, 1.0, 0, 32)
+    saved = nnunet.get_config().data
+    saved.update(size=64, spacing=2.0, slice_spacing=0, patch=64, classes=("a",), channels=1)
+    data = nnunet.get_config().data
+    data.root = str(root)
+    completion.complete(data, saved)
+    assert (data.size, data.spacing, data.patch) == (64, 2.0, 64)
+    for path in root.rglob("*.nii.gz"):
+        array = np.asarray(nib.load(path).dataobj)
+        save(path, np.resize(array, (32, 32, 4)))
+    assert grid(root) == (32, 0, 0, 0)
+    assert grid(root, patch=16) == (32, 0, 0, 16)
 
 
 def test_arrays_tell_no_voxel_size(tmp_path):

@@ -4,17 +4,19 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from cgs_jax.data import fingerprint, tasks
+from cgs_jax.data import fingerprint, proposal, tasks
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.logs import say
 
+GRID = ("size", "spacing", "slice_spacing", "patch")  # of data
 
-def complete(data: ConfigDict, saved: ConfigDict | None = None) -> None:
+
+def complete(data: ConfigDict, saved: ConfigDict | None = None, stride: int = 16) -> None:
     """Fills in what is empty in `config.data` or left to its files: classes and channels, whether
-    some cases are annotated for some organs only, the pixel and the intensities.
+    some cases are annotated for some organs only, grid, windows and intensities.
 
     `saved` has the data of a run that goes on: what was found then of its scans stays, though there
-    may be more of them now.
+    may be more of them now. Sides of windows will divide by `stride`.
 
     Raises:
       UserError: members of a collection do not fit each other.
@@ -24,6 +26,7 @@ def complete(data: ConfigDict, saved: ConfigDict | None = None) -> None:
         for field in ("classes", "channels", "partial"):
             if not data[field] and hasattr(module, field):
                 data[field] = getattr(module, field)(data)
+        _complete_grid(data, saved, stride)
         found = {"spacing": ("median", fingerprint.median_pixel)}
         found["slice_spacing"] = ("median", fingerprint.median_slice)
         found["normalise"] = ("auto", fingerprint.normalisation)
@@ -47,3 +50,24 @@ def complete(data: ConfigDict, saved: ConfigDict | None = None) -> None:
     if len(set(counts.values())) > 1:
         raise UserError(f"members of a collection need as many channels each, not {counts}")
     data.channels = next(iter(counts.values()))
+
+
+def _complete_grid(data, saved, stride):
+    """What of GRID is 'auto': squares where `data.size` is given, else what fits the scans."""
+    auto = [field for field in GRID if data[field] == "auto"]
+    if not auto:
+        return
+    found = {"spacing": 0, "slice_spacing": 0, "patch": 0}
+    if saved:
+        found = saved
+    elif data.size == "auto":
+        pixel = data.spacing if isinstance(data.spacing, int | float) else None
+        fields = proposal.of_slices(fingerprint.of_training(data), stride, "other", pixel or None)
+        found |= {name: fields.get(f"data.{name}", 0) for name in ("size", "spacing", "patch")}
+        found["slice_spacing"] = "median" if data.depth else 0
+        found["size"] = found["size"] or ("patch" not in auto and data.patch) or found["patch"]
+    with data.ignore_type():
+        for field in auto:
+            data[field] = found[field]
+    if chosen := ", ".join(f"{field} {data[field]}" for field in auto if data[field]):
+        say(f"grid: {chosen}")

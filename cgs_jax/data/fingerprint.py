@@ -98,10 +98,15 @@ def median_slice(data: ConfigDict) -> float:
 
 
 def _median(data, axes):
+    facts = of_training(data).values()
+    return round(float(np.median([of.spacing[axes] for of in facts])), 3)
+
+
+def of_training(data: ConfigDict) -> dict[str, Facts]:
+    """Facts by name of the training cases."""
     cases = tasks.layout(data).find(data)
     train = case_lists.split(cases, data, data.split_seed).train
-    facts = of_cases((cases[name] for name in train if name in cases), data).values()
-    return round(float(np.median([of.spacing[axes] for of in facts])), 3)
+    return of_cases((cases[name] for name in train if name in cases), data)
 
 
 def normalisation(data: ConfigDict) -> Any:

@@ -1,0 +1,70 @@
+"""Grid and windows for scans as they are: rules of thumb, which docs/own_data.md explains."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cgs_jax.data.fingerprint import Facts
+
+# pixels a side of what a step sees, by platform
+LARGEST = {"cpu": 128, "other": 256}
+LARGEST_OF_VOLUMES = {"cpu": (32, 64), "other": (64, 128)}  # slices, and pixels a side
+# Where windows are smaller than scans, organs may lie where those near the centre do not reach.
+ANYWHERE = {"data.patch_anywhere": 0.5, "data.patch_foreground": 0.4}
+
+
+def of_slices(
+    facts: Mapping[str, Facts], stride: int, platform: str, pixel: float | None = None
+) -> dict[str, Any]:
+    """Fields of the configuration: the grid, what a step sees of it, and how much of it.
+
+    Scans of one shape and voxel size are taken as they are, if they are square and not large; all
+    others are resampled to their median pixel, and a step sees windows about as large as the median
+    slice, at most what the device is fit for.
+
+    Args:
+      stride: what the sides of windows must divide by.
+      platform: 'cpu', or another.
+      pixel: millimetres to resample to, where that is given.
+    """
+    largest = LARGEST.get(platform, LARGEST["other"])
+    shapes = np.array([of.shape[1:] for of in facts.values()])
+    pixels = np.array([of.spacing[1:] for of in facts.values()])
+    side = int(shapes[0, 0])
+    alike = pixel is None and (shapes == side).all() and np.allclose(pixels, pixels[0], rtol=0.02)
+    batch = 6 if platform == "cpu" else 12
+    fields = {"batch.labelled": batch, "batch.unlabelled": batch}
+    if alike and side % stride == 0 and side <= largest:
+        return {"data.size": side} | fields
+    extent = np.median(1 + (shapes - 1) * pixels / (pixel or np.median(pixels)), 0).max()
+    patch = min(stride * math.ceil(extent / stride), largest)
+    fields = {"data.spacing": "median", "data.patch": patch} | fields
+    return fields | (ANYWHERE if patch < extent else {})
+
+
+def of_volumes(
+    facts: Mapping[str, Facts], poolings: int, stride: int, platform: str
+) -> dict[str, Any]:
+    """The same for a backbone that sees volumes and pools them so often: all scans at their median
+    voxel, windows about as large as the median scan, and slices that are pooled once pixels have
+    become as large as they are thick (as nnU-Net does it)."""
+    spacings = np.array([of.spacing for of in facts.values()])
+    between, pixel = np.median(spacings[:, 0]), np.median(spacings[:, 1:])
+    extents = 1 + (np.array([of.shape for of in facts.values()]) - 1) * spacings
+    depth, *sides = np.median(extents / (between, pixel, pixel), 0)
+    strides, thick, wide = [], between, pixel
+    for _ in range(poolings):
+        strides.append(1 if thick > 2 * wide else 2)
+        thick, wide = thick * strides[-1], 2 * wide
+    most = LARGEST_OF_VOLUMES.get(platform, LARGEST_OF_VOLUMES["other"])
+    fields = {"model.depth_strides": tuple(strides)}
+    fields |= {"data.spacing": "median", "data.slice_spacing": "median"}
+    for name, extent, step, largest in (
+        ("data.depth", depth, math.prod(strides), most[0]),
+        ("data.patch", max(sides), stride, most[1]),
+    ):
+        fields[name] = min(step * math.ceil(extent / step), largest)
+        fields |= ANYWHERE if fields[name] < extent else {}
+    return fields | {"batch.labelled": 2, "batch.unlabelled": 2}
