@@ -54,7 +54,7 @@ def complete(data: ConfigDict, saved: ConfigDict | None = None, stride: int = 16
 
 def _complete_grid(data, saved, stride):
     """What of GRID is 'auto': squares where `data.size` is given, else what fits the scans."""
-    auto = [field for field in GRID if data[field] == "auto"]
+    auto = [field for field in GRID if data.get(field) == "auto"]
     if not auto:
         return
     found = {"spacing": 0, "slice_spacing": 0, "patch": 0}
