@@ -40,6 +40,22 @@ def test_dice_by_hand():
     assert nothing == 0
 
 
+def test_a_class_that_is_nowhere_has_no_dice_loss():
+    """Or it would drive its probability to nothing: image 1 is asked for a class that it has not,
+    and is as sure as where that pull is strongest."""
+    probs = np.array([[0.8, 0.4], [2e-3, 2e-3]])
+    odds = jnp.log(probs / (1 - probs))
+    target = jnp.array([[True, False], [False, False]])
+    loss, gradient = jax.value_and_grad(versemi.dice_loss)(odds, target, None, jnp.eye(2))
+    assert loss == pytest.approx(dice(probs[0], [1, 0]), abs=1e-6)
+    assert (np.abs(gradient) > 0).tolist() == [[True, True], [False, False]]
+    together = versemi.dice_loss(odds, target)
+    assert together == pytest.approx(dice(probs.ravel(), [1, 0, 0, 0]), abs=1e-6)
+    loss, gradient = jax.value_and_grad(versemi.dice_loss)(odds[1:], target[1:])
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
 def test_loss_of_the_drawn_class_by_hand():
     """Image 0 is asked for class 1, image 1 for class 2; other prompts have no say."""
     label = jnp.array([[[1, 0]], [[1, 2]]])
