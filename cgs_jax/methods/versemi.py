@@ -20,10 +20,10 @@ does). What the paper says of these is not known.
 Chosen here: tasks are classes, drawn uniformly among those annotated, absent ones included; the
 neighbour in the batch stands for the other half of the code's batch; each image has a box of its
 own. Drawn classes have a Dice loss each, and the mean of these counts, or small organs would not
-count beside large ones (`pooled_dice` has one for all, as the code). An image of the code has one
-class, so 'aux' takes the class of one half as absent from the half of another task. Here y is where
-the label of either image has the class: that is the same where it is not annotated, and right where
-it is.
+count beside large ones (`pooled_dice` has one for all, as the code). A class that is nowhere in the
+batch has none, see `dice_loss`. An image of the code has one class, so 'aux' takes the class of one
+half as absent from the half of another task. Here y is where the label of either image has the
+class: that is the same where it is not annotated, and right where it is.
 
 A target is wrong where an organ is seen but not annotated. In a partly annotated image, labelled
 background does not count for the prompt of an organ that its data set has and the image is not
