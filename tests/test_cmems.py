@@ -1,12 +1,9 @@
 """CMEMS-style: the losses of two networks, against numbers made by hand."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import command, start
 from steps import tiny, tiny_batch
 
 from cgs_jax.methods import augment, base, cmems
@@ -229,22 +226,3 @@ def test_the_mean_of_both_predicts():
 def test_bad_options(name, fields, message):
     with pytest.raises(UserError, match=message):
         train_step.make_method(tiny(name, **fields))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [{"mesh.data": 8}, {"mesh.data": 2, "mesh.space": 4}])
-def test_meshes_give_the_same_numbers(scans, tmp_path, mesh):
-    losses = []
-    for devices, fields in ((1, {}), (8, mesh)):
-        workdir = tmp_path / str(devices)
-        fields = {"total_steps": 4, "log_every": 1, "pseudo_slices": 0, "test": False} | fields
-        fields["method.tau"] = 0.3  # so that the masks of a fresh network let something through
-        flags = [f"--config.{name}={value}" for name, value in fields.items()]
-        line = command(scans, workdir, *flags)
-        line[line.index("--config") + 1] = "configs/segthor.py:method=cmems,labelled=2"
-        done = start(line, devices)
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-        losses.append([line["loss"] for line in lines if "loss" in line])
-    assert len(losses[0]) == 4
-    np.testing.assert_allclose(*losses, rtol=1e-4)

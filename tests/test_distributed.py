@@ -79,6 +79,32 @@ def test_every_mesh_gives_the_same_numbers(trained, scans, tmp_path, processes, 
     assert_same_run(workdir, trained[0], scans)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "fields"), [("cmems", {"method.tau": 0.3}), ("versemi", {"optimizer.lr": 1e-3})]
+)
+def test_other_systems_give_the_same_numbers(scans, tmp_path, method, fields):
+    """The first steps on one device, on eight, and by two processes.
+
+    With this `tau` the masks of a fresh network let something through.
+    """
+    fields |= {"total_steps": 4, "log_every": 1, "pseudo_slices": 0, "test": False}
+    options = [f"--config.{name}={value}" for name, value in fields.items()]
+    rows = ["--config.mesh.data=2", "--config.mesh.space=4"]
+    losses = []
+    for processes, devices, mesh in ((0, 1, []), (0, 8, []), (0, 8, rows), (2, 2, [])):
+        workdir = tmp_path / str(len(losses))
+        line = command(scans, workdir, *options, *mesh, processes=processes)
+        line[line.index("--config") + 1] = f"configs/segthor.py:method={method},labelled=2"
+        done = start(line, devices)
+        assert done.returncode == 0, done.stdout + done.stderr
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert len(losses[0]) == 4
+    for others in losses[1:]:
+        np.testing.assert_allclose(others, losses[0], rtol=1e-4)
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_two_processes_stop_together(by_two_processes, trained, scans, tmp_path, processes):
     """What they saved goes on exactly in two processes, and up to rounding in one (0)."""

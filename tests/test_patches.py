@@ -150,7 +150,10 @@ def test_precise_statistics(prepared):
     assert batch_norm.make_precise(options(), method, dataset, mesh)(state) is state
 
 
-@pytest.mark.parametrize("method", ["supervised", pytest.param("cmems", marks=pytest.mark.slow)])
+SLOWLY = [pytest.param(method, marks=pytest.mark.slow) for method in ("cmems", "versemi")]
+
+
+@pytest.mark.parametrize("method", ["supervised", *SLOWLY])
 def test_runs_with_windows_resume_to_the_bit(scans, tmp_path, monkeypatch, method):
     """Through a change of the side, and with precise statistics; 20 steps equal 10 and 10."""
     fields = {"data.patch": 16, "data.grow_at": (0.5,), "data.grow_to": (24,), "precise_bn": 4}

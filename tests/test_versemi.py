@@ -40,6 +40,22 @@ def test_dice_by_hand():
     assert nothing == 0
 
 
+def test_a_class_that_is_nowhere_has_no_dice_loss():
+    """Or it would drive its probability to nothing: image 1 is asked for a class that it has not,
+    and is as sure as where that pull is strongest."""
+    probs = np.array([[0.8, 0.4], [2e-3, 2e-3]])
+    odds = jnp.log(probs / (1 - probs))
+    target = jnp.array([[True, False], [False, False]])
+    loss, gradient = jax.value_and_grad(versemi.dice_loss)(odds, target, None, jnp.eye(2))
+    assert loss == pytest.approx(dice(probs[0], [1, 0]), abs=1e-6)
+    assert (np.abs(gradient) > 0).tolist() == [[True, True], [False, False]]
+    together = versemi.dice_loss(odds, target)
+    assert together == pytest.approx(dice(probs.ravel(), [1, 0, 0, 0]), abs=1e-6)
+    loss, gradient = jax.value_and_grad(versemi.dice_loss)(odds[1:], target[1:])
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
 def test_loss_of_the_drawn_class_by_hand():
     """Image 0 is asked for class 1, image 1 for class 2; other prompts have no say."""
     label = jnp.array([[[1, 0]], [[1, 2]]])
@@ -262,7 +278,7 @@ def test_prompted_heads_are_what_a_loop_computes(pack):
     assert logits.shape == (2, 4, 4, 3, 2)
     for i in range(2):
         for k in range(3):
-            read = np.concatenate([context[i], np.eye(3)[k]])
+            read = np.concatenate([context[i], 6**0.5 * np.eye(3)[k]])
             made = read @ p["controller_kernel"] + p["controller_bias"]
             w1, b1, w2, b2, w3, b3 = np.split(made, np.cumsum([64, 8, 64, 8, 16]))
             y = np.maximum(x[i] @ w1.reshape(8, 8) + b1, 0)
@@ -283,6 +299,18 @@ def test_size_of_the_controller():
     assert params["controller_bias"].shape == (162,)
     count = sum(x.size for x in jax.tree.leaves(params))
     assert count == 261 * 162 + 162 + 16 * 8 + 8 + 2 * 256 + 2 * 16
+
+
+def test_prompts_are_not_drowned_by_the_image():
+    """A fresh head asks other things of the same pixel at least as much by its prompt as by its
+    image."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    maps = jax.random.normal(keys[0], (8, 2, 2, 256)), jnp.ones((8, 1, 1, 16))
+    heads = Prompted(7)
+    variables = jax.jit(lambda: heads.init(keys[1], *[(x, 1) for x in maps], train=False))()
+    logits = heads.apply(variables, *[(x, 1) for x in maps], train=False)[:, 0, 0, :, 1]
+    by_image, by_prompt = np.std(logits, 0).mean(), np.std(logits, 1).mean()
+    assert by_prompt > by_image > 0
 
 
 def test_merged_generalist_by_hand():

@@ -20,10 +20,10 @@ does). What the paper says of these is not known.
 Chosen here: tasks are classes, drawn uniformly among those annotated, absent ones included; the
 neighbour in the batch stands for the other half of the code's batch; each image has a box of its
 own. Drawn classes have a Dice loss each, and the mean of these counts, or small organs would not
-count beside large ones (`pooled_dice` has one for all, as the code). An image of the code has one
-class, so 'aux' takes the class of one half as absent from the half of another task. Here y is where
-the label of either image has the class: that is the same where it is not annotated, and right where
-it is.
+count beside large ones (`pooled_dice` has one for all, as the code). A class that is nowhere in the
+batch has none, see `dice_loss`. An image of the code has one class, so 'aux' takes the class of one
+half as absent from the half of another task. Here y is where the label of either image has the
+class: that is the same where it is not annotated, and right where it is.
 
 A target is wrong where an organ is seen but not annotated. In a partly annotated image, labelled
 background does not count for the prompt of an organ that its data set has and the image is not
@@ -195,19 +195,23 @@ def dice_loss(
     """1 - (2 S(p y) + e) / (S(p^2) + S(y^2) + e), e = 1e-5, with sums S over the whole batch of the
     foreground [B, *S] alone, where `where` is true; the target y may be soft.
 
-    `groups` [B, K], one-hot: sums over the images of each group, and the mean over those groups
-    that have any.
+    `groups` [B, K], one-hot: sums over the images of each group, and the mean over the groups.
+
+    A target without any foreground counts nowhere and leaves 0. Its loss would be 1 until all p are
+    next to nothing, and fall to 0 there: the surer the network is that there is no organ, the more
+    this outweighs the classes that are there, until it finds none ever again. That a class is
+    absent is for cross-entropy to teach.
     """
     probs, target = jax.nn.sigmoid(odds), target.astype(jnp.float32)
     if where is not None:
         probs, target = (jnp.where(where, x, 0) for x in (probs, target))
     if groups is None:
         groups = jnp.ones((len(probs), 1))
-    of_images = (probs * target, probs * probs + target * target)
-    both, sizes = (jnp.sum(x.reshape(len(x), -1), 1) @ groups for x in of_images)
-    losses = 1 - (2 * both + DICE_EPS) / (sizes + DICE_EPS)
-    there = jnp.any(groups > 0, 0)
-    return jnp.sum(jnp.where(there, losses, 0)) / jnp.sum(there)
+    of_images = (probs * target, probs * probs, target * target)
+    both, guess, truth = (jnp.sum(x.reshape(len(x), -1), 1) @ groups for x in of_images)
+    losses = 1 - (2 * both + DICE_EPS) / (guess + truth + DICE_EPS)
+    there = truth > 0
+    return jnp.sum(jnp.where(there, losses, 0)) / jnp.maximum(jnp.sum(there), 1)
 
 
 def doubt(

@@ -18,7 +18,8 @@ class Prompted(nn.Module):
     A controller, one linear map of the image's bottleneck features and the one-hot prompt, makes
     the weights of three 1x1 convolutions for every image and prompt. The prompt enters nowhere
     else, so one pass of the backbone serves all prompts, and a one-hot input only adds its row of
-    the controller's kernel.
+    the controller's kernel. Chosen here: the one entry of a prompt is not 1 but the root of the
+    number of features.
 
     Attributes:
       num_targets: N.
@@ -47,7 +48,11 @@ class Prompted(nn.Module):
         count, channels = sum(i * o + o for i, o in layers), context.shape[1]
         kernel = self.param("controller_kernel", conv_init, (channels + prompts, count))
         bias = self.param("controller_bias", nn.initializers.zeros, (count,))
-        made = context @ kernel[:channels] + (kernel[channels:] + bias)[:, None]
+        # A one-hot prompt is made as long as the features, about the root of their number. If it
+        # were 1, the image would drown it, in the first weights and in what each step of an
+        # optimiser changes, and all prompts would be answered alike for hundreds of steps.
+        asked = channels**0.5 * kernel[channels:] + bias
+        made = context @ kernel[:channels] + asked[:, None]
 
         def head(made):
             """Weights [B, 162] of one prompt -> its logits [B, 2, *S]."""

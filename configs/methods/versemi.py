@@ -23,8 +23,7 @@ def update(config: ConfigDict) -> None:
     # True: one Dice loss for all drawn classes together, as in the released code; False: one each
     config.method.pooled_dice = False
 
-    # Adam as in the released code, without decay: SGD moves the weights of the heads, which another
-    # layer makes, too slowly.
+    # Adam as in the released code, without decay
     config.optimizer.name = "adamw"
     config.optimizer.lr = 1e-3
     config.optimizer.momentum = 0.5
