@@ -15,7 +15,6 @@ from cgs_jax.data import cache, case_lists, streams, tasks
 from cgs_jax.data.grid import Grid
 from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import Volume
-from cgs_jax.inference.predictor import Predictor
 from cgs_jax.methods import augment, pseudo_labels, synthesis, versemi
 from cgs_jax.models import packed, unet3d
 from cgs_jax.runtime import devices
@@ -173,31 +172,6 @@ def test_windows_of_volumes(prepared):
     volume = prepared.volume("c2").image[0]
     slices = {int(np.argwhere(volume == corner)[0, 0]) for corner in corners}
     assert slices == set(range(12 - 8 + 1))
-
-
-def test_labels_come_back_to_the_grid_of_the_volume():
-    """To millimetres along all axes and back, for shapes of five voxels and more."""
-    rng = np.random.default_rng(0)
-    for i in range(20):
-        shape = rng.integers((8, 24, 24), (20, 50, 50))
-        spacing = tuple(rng.uniform((1, 0.5, 0.5), (3, 2, 2)))
-        centre, radii = shape * rng.uniform(0.4, 0.6, 3), np.maximum(shape * 0.3, 2.6)
-        places = np.indices(shape).transpose(1, 2, 3, 0)
-        label = (np.sum(((places - centre) / radii) ** 2, -1) < 1).astype(np.uint8)
-        pixel, between = float(rng.uniform(0.4, 0.9)), float(rng.uniform(0.5, 1))
-        fields = {"data.spacing": pixel * (i % 2), "data.slice_spacing": between}
-        config = volumes(**fields, **{"data.patch": 16, "data.size": 48})
-        config.inference, config.eval_batch = "generalist", 4
-        predictor = Predictor(lambda x: np.eye(3)[(x[..., 0] > 32768).astype(int)], config)
-        image = label[None] * np.uint16(65535)
-        volume = Volume(image, None, spacing)
-        ((_, (found,)),) = predictor.labels([("", volume)], predictor.scoring)
-        assert found.shape == label.shape
-        assert 2 * (found & label).sum() / (found.sum() + label.sum()) > 0.95
-        there = Grid.of(config.data).label(label, spacing)
-        assert abs(len(there) - 1 - (shape[0] - 1) * spacing[0] / between) <= 0.5
-        corner = [there[j, k, m] for j in (0, -1) for k in (0, -1) for m in (0, -1)]
-        assert corner == [label[j, k, m] for j in (0, -1) for k in (0, -1) for m in (0, -1)]
 
 
 def test_volumes_that_can_not_be():
