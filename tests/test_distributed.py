@@ -88,7 +88,7 @@ def test_other_systems_give_the_same_numbers(scans, tmp_path, method, fields):
 
     With this `tau` the masks of a fresh network let something through.
     """
-    fields |= {"total_steps": 4, "log_every": 1, "pseudo_slices": 0, "test": False}
+    fields = fields | {"total_steps": 4, "log_every": 1, "pseudo_slices": 0, "test": False}
     options = [f"--config.{name}={value}" for name, value in fields.items()]
     rows = ["--config.mesh.data=2", "--config.mesh.space=4"]
     losses = []
