@@ -72,16 +72,18 @@ if __name__ == "__main__":
         if config.data.name == tasks.COLLECTION:
             raise UserError("plan looks at one data set: give the --config of each member")
         config = ConfigDict(config.to_dict())
-        completion.complete(config.data)
+        stride, poolings = network.stride(config), network.poolings(config)
+        completion.complete(config.data, None, stride, poolings)
         facts = fingerprint.of_cases(
             tasks.layout(config.data).find(config.data).values(), config.data
         )
         say(describe(facts))
-        stride, platform = network.stride(config), jax.default_backend()
-        if network.sees_volumes(config):
-            found = proposal.of_volumes(facts, network.levels(config) - 1, stride, platform)
+        platform = jax.default_backend()
+        if poolings:
+            found = proposal.of_volumes(facts, poolings, stride, platform)
         else:
-            found = proposal.of_slices(facts, stride, platform)
+            pixel = config.data.spacing if "data.spacing" in given else None
+            found = proposal.of_slices(facts, stride, platform, pixel or None)
         if "data.size" in given:  # squares are wanted
             found = {name: value for name, value in found.items() if not name.startswith("data.")}
         if config.method.name == "supervised":

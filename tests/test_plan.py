@@ -4,14 +4,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import runs
-from layouts import nnunet_folder, save
+from layouts import lists, nnunet_folder, save
 
 from cgs_jax import plan
 from cgs_jax.data import completion, fingerprint, proposal, tasks
 from cgs_jax.data.fingerprint import Facts
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
-from configs import acdc, nnunet
+from configs import acdc, collection, nnunet
 
 
 def ct(tmp_path, kind="CT"):
@@ -123,6 +123,17 @@ def test_a_folder_is_taken_as_it_is_without_an_option(tmp_path):
         save(path, np.resize(array, (32, 32, 4)))
     assert grid(root) == (32, 0, 0, 0)
     assert grid(root, patch=16) == (32, 0, 0, 16)
+    assert grid(root, spacing="median") == (32, 1.0, 0, 32)
+    for field in ("size", "patch"):
+        with pytest.raises(UserError, match=f"data.{field}=big: give a whole number"):
+            grid(root, **{field: "big"})
+    lists(tmp_path, train=["nobody"], test=["mine_000"])
+    with pytest.raises(UserError, match="no train cases"):
+        grid(root, splits=str(tmp_path))
+    config = collection.get_config("members=mine@nnunet")
+    config.data.members.mine.update(root=str(root), size="auto")
+    with pytest.raises(UserError, match="data.members.mine.size=auto is for a data set by itself"):
+        completion.complete(config.data)
 
 
 def test_arrays_tell_no_voxel_size(tmp_path):

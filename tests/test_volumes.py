@@ -180,8 +180,9 @@ def test_volumes_that_can_not_be():
         check(flat)
     with pytest.raises(UserError, match="volumes: it must|volumes, so it must be above 0"):
         check(volumes(**{"data.depth": 0}))
-    with pytest.raises(UserError, match="data.depth=9 does not divide by 2"):
-        check(volumes(**{"data.depth": 9}))
+    for depth in (9, -8):
+        with pytest.raises(UserError, match=f"data.depth={depth}: .* divide by 2"):
+            check(volumes(**{"data.depth": depth}))
     with pytest.raises(UserError, match=r"model.depth_strides=\(1, 3\)"):
         check(volumes(**{"model.depth_strides": (1, 3)}))
     with pytest.raises(UserError, match=r"data.slice_spacing is for volumes"):

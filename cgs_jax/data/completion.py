@@ -11,12 +11,15 @@ from cgs_jax.runtime.logs import say
 GRID = ("size", "spacing", "slice_spacing", "patch")  # of data
 
 
-def complete(data: ConfigDict, saved: ConfigDict | None = None, stride: int = 16) -> None:
+def complete(
+    data: ConfigDict, saved: ConfigDict | None = None, stride: int = 16, poolings: int = 0
+) -> None:
     """Fills in what is empty in `config.data` or left to its files: classes and channels, whether
     some cases are annotated for some organs only, grid, windows and intensities.
 
     `saved` has the data of a run that goes on: what was found then of its scans stays, though there
-    may be more of them now. Sides of windows will divide by `stride`.
+    may be more of them now. Sides of windows will divide by `stride`; `poolings` is how often a
+    backbone for volumes pools, 0 for slices.
 
     Raises:
       UserError: members of a collection do not fit each other.
@@ -26,7 +29,7 @@ def complete(data: ConfigDict, saved: ConfigDict | None = None, stride: int = 16
         for field in ("classes", "channels", "partial"):
             if not data[field] and hasattr(module, field):
                 data[field] = getattr(module, field)(data)
-        _complete_grid(data, saved, stride)
+        _complete_grid(data, saved, stride, poolings)
         found = {"spacing": ("median", fingerprint.median_pixel)}
         found["slice_spacing"] = ("median", fingerprint.median_slice)
         found["normalise"] = ("auto", fingerprint.normalisation)
@@ -52,22 +55,37 @@ def complete(data: ConfigDict, saved: ConfigDict | None = None, stride: int = 16
     data.channels = next(iter(counts.values()))
 
 
-def _complete_grid(data, saved, stride):
+def _complete_grid(data, saved, stride, poolings):
     """What of GRID is 'auto': squares where `data.size` is given, else what fits the scans."""
     auto = [field for field in GRID if data.get(field) == "auto"]
-    if not auto:
-        return
-    found = {"spacing": 0, "slice_spacing": 0, "patch": 0}
-    if saved:
-        found = saved
-    elif data.size == "auto":
-        pixel = data.spacing if isinstance(data.spacing, int | float) else None
-        fields = proposal.of_slices(fingerprint.of_training(data), stride, "other", pixel or None)
-        found |= {name: fields.get(f"data.{name}", 0) for name in ("size", "spacing", "patch")}
-        found["slice_spacing"] = "median" if data.depth else 0
-        found["size"] = found["size"] or ("patch" not in auto and data.patch) or found["patch"]
-    with data.ignore_type():
-        for field in auto:
-            data[field] = found[field]
-    if chosen := ", ".join(f"{field} {data[field]}" for field in auto if data[field]):
-        say(f"grid: {chosen}")
+    if auto and "patch" not in data:
+        raise UserError(f"data.{auto[0]}=auto is for a data set by itself; give a number")
+    if auto:
+        found = saved or _fitting(data, stride, poolings)
+        with data.ignore_type():
+            for field in auto:
+                data[field] = found[field]
+        if chosen := ", ".join(f"{field} {data[field]}" for field in auto if data[field]):
+            say(f"grid: {chosen}")
+    for field, least in (("size", 1), ("patch", 0)):
+        value = data.get(field, least)
+        if type(value) is not int or value < least:
+            raise UserError(f"data.{field}={value}: give a whole number of pixels")
+
+
+def _fitting(data, stride, poolings):
+    """Values of GRID."""
+    squares = {"size": data.size, "spacing": 0, "slice_spacing": 0, "patch": 0}
+    if data.size != "auto":
+        return squares
+    facts = fingerprint.of_training(data)
+    if poolings:
+        fields = proposal.of_volumes(facts, poolings, stride, "other")
+    else:
+        pixel = None if data.spacing == "auto" else data.spacing
+        pixel = fingerprint.median_pixel(data) if pixel == "median" else pixel
+        pixel = pixel if isinstance(pixel, int | float) else None
+        fields = proposal.of_slices(facts, stride, "other", pixel or None)
+    found = squares | {name: fields.get(f"data.{name}", 0) for name in GRID}
+    found["size"] = found["size"] or (data.patch != "auto" and data.patch) or found["patch"]
+    return found

@@ -103,10 +103,15 @@ def _median(data, axes):
 
 
 def of_training(data: ConfigDict) -> dict[str, Facts]:
-    """Facts by name of the training cases."""
+    """Facts by name of the training cases.
+
+    Raises:
+      UserError: the case lists can not be, or as `of_cases`.
+    """
     cases = tasks.layout(data).find(data)
-    train = case_lists.split(cases, data, data.split_seed).train
-    return of_cases((cases[name] for name in train if name in cases), data)
+    splits = case_lists.split(cases, data, data.split_seed)
+    case_lists.check(splits, cases, data)
+    return of_cases((cases[name] for name in splits.train), data)
 
 
 def normalisation(data: ConfigDict) -> Any:

@@ -30,8 +30,8 @@ def shape(data: ConfigDict, step: int, total_steps: int) -> tuple[int, ...]:
 def check(data: ConfigDict, divisor: int, depth_divisor: int) -> None:
     """Raises UserError where the options of windows can not be; sides must divide by `divisor`, and
     numbers of slices by `depth_divisor`."""
-    if data.depth % depth_divisor:
-        raise UserError(f"data.depth={data.depth} does not divide by {depth_divisor}")
+    if data.depth < 0 or data.depth % depth_divisor:
+        raise UserError(f"data.depth={data.depth}: 0 or more slices that divide by {depth_divisor}")
     for own in tasks.members(data).values():
         if own.slice_spacing and not data.depth:
             raise UserError("data.slice_spacing is for volumes (model=unet3d); leave it out")

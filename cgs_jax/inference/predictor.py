@@ -111,6 +111,8 @@ class Predictor:
             options = prediction_options(method.config)
             methods.append(method)
             states.append(state)
+            if method.config.data.depth != methods[0].config.data.depth:
+                raise UserError(f"{workdir} and {workdirs[0]} differ in data.depth")
             data, first = (tasks.members(m.config.data) for m in (method, methods[0]))
             for name, field in itertools.product(data | first, cache.OPTIONS):
                 if name not in data or name not in first or data[name][field] != first[name][field]:

@@ -118,6 +118,11 @@ def depth_stride(config: ConfigDict) -> int:
     return _backbone(config).depth_stride(config.model) if sees_volumes(config) else 1
 
 
+def poolings(config: ConfigDict) -> int:
+    """How often a backbone for volumes pools them; 0 of one for slices."""
+    return levels(config) - 1 if sees_volumes(config) else 0
+
+
 def sees_volumes(config: ConfigDict) -> bool:
     """Whether the backbone is for volumes [B, D, H, W, C]: then it has a `depth_stride`."""
     return hasattr(_backbone(config), "depth_stride")

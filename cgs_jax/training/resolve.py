@@ -31,7 +31,9 @@ def resolve(config: ConfigDict, saved: ConfigDict | None = None) -> FrozenConfig
       UserError: a module that it names is not there, or an option has a value that can not be.
     """
     config = ConfigDict(config.to_dict())
-    completion.complete(config.data, saved and saved.data, network.stride(config))
+    completion.complete(
+        config.data, saved and saved.data, network.stride(config), network.poolings(config)
+    )
     if config.augment.flip == "auto":
         pair = tasks.both_sides(config.data.classes)
         with config.augment.ignore_type():
