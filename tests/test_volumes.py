@@ -63,9 +63,11 @@ def test_convolution_of_volumes(sides):
 def test_pooling_and_upsampling_of_volumes(stride):
     x = np.random.default_rng(0).normal(size=(2, 4, 6, 8, 3)).astype(np.float32)
     blocks = x.reshape(2, 4 // stride, stride, 3, 2, 4, 2, 3)
-    np.testing.assert_array_equal(unet3d._pool(jnp.asarray(x), stride), blocks.max((2, 4, 6)))
+    backbone = unet3d.Backbone(depth_strides=(stride, 1, 1))
+    np.testing.assert_array_equal(backbone.pool(jnp.asarray(x), 0, 1), blocks.max((2, 4, 6)))
     expected = ndimage.zoom(x, (1, stride, 2, 2, 1), order=1)  # grids whose corners meet
-    np.testing.assert_allclose(unet3d._upsample(jnp.asarray(x), stride), expected, atol=1e-5)
+    upsampled = backbone.upsample(jnp.asarray(x), 0, 1, False)
+    np.testing.assert_allclose(upsampled, expected, atol=1e-5)
 
 
 def test_all_slices_of_a_volume_move_alike():

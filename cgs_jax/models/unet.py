@@ -140,6 +140,8 @@ class ConvBlock(nn.Module):
 class Backbone(nn.Module):
     """Image -> feature maps, the last at full resolution; the heads are apart (`heads.py`).
 
+    A subclass may have kernels, pooling and upsampling of its own.
+
     Attributes:
       channels: width of each level, finest first; H and W must divide by 2 ** (levels - 1).
       dropout: encoder dropout of each level.
@@ -166,8 +168,9 @@ class Backbone(nn.Module):
         packs = [max(pack >> i, 1) for i in range(len(self.channels))]
         x, skips = packed.pack_pixels(x, pack), []
         for i, (width, rate) in enumerate(zip(self.channels, self.dropout, strict=True)):
-            x = packed.max_pool_2x2(x, packs[i - 1]) if i else x
-            x = ConvBlock(width, packs[i], rate, name=f"down{i}")(x, train=train)
+            x = self.pool(x, i - 1, packs[i - 1]) if i else x
+            block = ConvBlock(width, packs[i], rate, self.kernel_size(i), name=f"down{i}")
+            x = block(x, train=train)
             skips.append(x)
         if perturb:
             keys = jax.random.split(self.make_rng("dropout"), len(skips))
@@ -181,10 +184,23 @@ class Backbone(nn.Module):
             width, below, pack = self.channels[level], packs[level + 1], packs[level]
             y, bias = Conv(width, 1, below, name=f"up{i}_reduce")(x)
             x = packed.affine(y, None, bias, below).astype(x.dtype)
-            x = packed.upsample_2x(x, below, pack > below)
-            x = ConvBlock(width, pack, name=f"up{i}")(skips[level], x, train=train)
+            x = self.upsample(x, level, below, pack > below)
+            block = ConvBlock(width, pack, 0.0, self.kernel_size(level), name=f"up{i}")
+            x = block(skips[level], x, train=train)
             maps.append((x, pack))
         return maps
+
+    def kernel_size(self, level: int) -> int | tuple[int, ...]:
+        """Of the kernels of a level, 0 at full resolution, see `Conv`."""
+        return 3
+
+    def pool(self, x: jax.Array, level: int, pack: int) -> jax.Array:
+        """A map of a level, with its pack, for the next."""
+        return packed.max_pool_2x2(x, pack)
+
+    def upsample(self, x: jax.Array, level: int, pack: int, packed_twice: bool) -> jax.Array:
+        """A map, with its pack, for the `level` above, whose pack may be twice as large."""
+        return packed.upsample_2x(x, pack, packed_twice)
 
 
 def levels(model: Any) -> int:

@@ -8,19 +8,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from cgs_jax.models import packed, unet
-from cgs_jax.models.unet import Conv, ConvBlock, drop_channels
 from cgs_jax.runtime.errors import UserError
 
 levels, stride, load_weights = unet.levels, unet.stride, unet.load_weights
 
 
-class Backbone(nn.Module):
-    """Volume -> feature maps, the last at full resolution.
+class Backbone(unet.Backbone):
+    """Volume [B, D, H, W, channels] -> feature maps [B, D', H', W', channels], each with its pack,
+    1. H and W divide by `stride`, D by `depth_stride`.
 
     Attributes:
       channels: width of each level, finest first.
@@ -33,55 +31,23 @@ class Backbone(nn.Module):
     dropout: Sequence[float] = (0.05, 0.1, 0.2, 0.3)
     depth_strides: Sequence[int] = (2, 2, 2)
 
-    @nn.compact
-    def __call__(
-        self, x: jax.Array, train: bool, perturb: bool = False
-    ) -> list[tuple[jax.Array, int]]:
-        """[B, D, H, W, channels] in [0, 1] -> the bottleneck and the maps of the decoder, each
-        [B, D', H', W', channels] and its pack, 1, coarsest first. H and W divide by `stride`, D by
-        `depth_stride`.
+    def kernel_size(self, level):
+        return (1 if (*self.depth_strides, 2)[level] == 1 else 3, 3, 3)
 
-        `perturb` appends a copy whose encoder maps lose half of their channels on their way to the
-        decoder: [2 B, ...] (UniMatch, 2208.09910).
-        """
-        sizes = [(1 if step == 1 else 3, 3, 3) for step in (*self.depth_strides, 2)]
-        skips = []
-        for i, (width, rate) in enumerate(zip(self.channels, self.dropout, strict=True)):
-            x = _pool(x, self.depth_strides[i - 1]) if i else x
-            x = ConvBlock(width, 1, rate, sizes[i], name=f"down{i}")(x, train=train)
-            skips.append(x)
-        if perturb:
-            keys = jax.random.split(self.make_rng("dropout"), len(skips))
-            pairs = zip(skips, keys, strict=True)
-            skips = [jnp.concatenate([s, drop_channels(s, 1, key)]) for s, key in pairs]
-            x = skips[-1]
-        maps = [(x, 1)]
-        for i, level in enumerate(reversed(range(len(skips) - 1)), 1):
-            width = self.channels[level]
-            y, bias = Conv(width, 1, 1, name=f"up{i}_reduce")(x)
-            x = packed.affine(y, None, bias, 1).astype(x.dtype)
-            x = _upsample(x, self.depth_strides[level])
-            block = ConvBlock(width, 1, 0.0, sizes[level], name=f"up{i}")
-            x = block(skips[level], x, train=train)
-            maps.append((x, 1))
-        return maps
+    def pool(self, x, level, pack):
+        """Maxima of 2 x 2 pixels, and of two slices where the depth is halved."""
+        slices, back = packed.by_slice(x)
+        x = back(super().pool(slices, level, pack))
+        return x if self.depth_strides[level] == 1 else jnp.maximum(x[:, 0::2], x[:, 1::2])
 
-
-def _pool(x, depth_stride):
-    """Maxima of 2 x 2 pixels, and of two slices where `depth_stride` is 2."""
-    slices, back = packed.by_slice(x)
-    x = back(packed.max_pool_2x2(slices, 1))
-    return x if depth_stride == 1 else jnp.maximum(x[:, 0::2], x[:, 1::2])
-
-
-def _upsample(x, depth_stride):
-    """Doubles H and W, and D where `depth_stride` is 2, linearly with corner-aligned grids."""
-    slices, back = packed.by_slice(x)
-    x = back(packed.upsample_2x(slices, 1, False))
-    if depth_stride == 1:
-        return x
-    b, d, h, w, c = x.shape
-    return packed.double_rows(x.reshape(b, d, h * w, c)).reshape(b, 2 * d, h, w, c)
+    def upsample(self, x, level, pack, packed_twice):
+        """Doubles H and W, and D where it was halved, linearly with corner-aligned grids."""
+        slices, back = packed.by_slice(x)
+        x = back(super().upsample(slices, level, pack, packed_twice))
+        if self.depth_strides[level] == 1:
+            return x
+        b, d, h, w, c = x.shape
+        return packed.double_rows(x.reshape(b, d, h * w, c)).reshape(b, 2 * d, h, w, c)
 
 
 def depth_stride(model: Any) -> int:
