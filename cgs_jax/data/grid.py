@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -104,11 +105,13 @@ def resize(stack: np.ndarray, height: int, width: int) -> np.ndarray:
 
     This is `scipy.ndimage.zoom(order=0)`, which the literature uses for images and labels alike.
     """
-    rows, columns = (
-        np.floor(_places(old, new) + 0.5).astype(int)
-        for old, new in zip(stack.shape[-2:], (height, width), strict=True)
-    )
+    rows, columns = map(_nearest, stack.shape[-2:], (height, width))
     return stack[..., rows[:, None], columns]
+
+
+def _nearest(old, new):
+    """Of each of `new` samples the nearest of `old`."""
+    return np.floor(_places(old, new) + 0.5).astype(int)
 
 
 def _places(old, new):
@@ -138,18 +141,15 @@ def upsampled_labels(probs: np.ndarray, height: int, width: int) -> np.ndarray:
     return first
 
 
-def slice_between(stack: np.ndarray, at: int, depth: int) -> np.ndarray:
-    """Slice `at` of the `depth` that a stack [D, ...] of numbers is interpolated to, linearly on
-    corner-aligned grids."""
-    (below, share_below), (above, share) = _neighbours(len(stack), depth)
-    if share[at] == 0:
-        return stack[below[at]]
-    return stack[below[at]] * share_below[at] + stack[above[at]] * share[at]
-
-
-def nearest_slice(at: int, old: int, depth: int) -> int:
-    """Of `old` slices the one nearest to slice `at` of `depth`, on corner-aligned grids."""
-    return int(np.floor(_places(old, depth)[at] + 0.5))
+def slices_of(stack: np.ndarray, depth: int, linear: bool) -> Iterator[np.ndarray]:
+    """The `depth` slices that a stack [D, ...] of numbers is resampled to, on corner-aligned grids:
+    interpolated linearly, or nearest neighbours."""
+    if not linear:
+        yield from (stack[at] for at in _nearest(len(stack), depth))
+        return
+    (below, _), (above, shares) = _neighbours(len(stack), depth)
+    for a, b, share in zip(below, above, shares, strict=True):
+        yield stack[a] * (1 - share) + stack[b] * share if share else stack[a]
 
 
 def _neighbours(old, new):

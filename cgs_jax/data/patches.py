@@ -17,14 +17,20 @@ from cgs_jax.runtime.errors import UserError
 
 
 def shape(data: ConfigDict, step: int, total_steps: int) -> tuple[int, ...]:
-    """Pixels along every axis of what a step sees: `data.patch` along H and W, or what
+    """Pixels along every axis of what a step sees, `window` of `data.patch`, or of what
     `data.grow_to` has from that share of the training on which `data.grow_at` names; `data.size`
-    for whole slices. Of volumes `data.depth` slices come first."""
+    for whole slices."""
     patch = data.patch
     for share, later in zip(data.grow_at, data.grow_to, strict=True):
         if step >= round(share * total_steps):
             patch = later
-    return (*[data.depth] * (data.depth > 0), *[patch or data.size] * 2)
+    return window(data, patch or data.size)
+
+
+def window(data: ConfigDict, side: int) -> tuple[int, ...]:
+    """Pixels along every axis of a window of `side` pixels along H and W; of volumes `data.depth`
+    slices come first."""
+    return (data.depth, side, side) if data.depth else (side, side)
 
 
 def check(data: ConfigDict, divisor: int, depth_divisor: int) -> None:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from cgs_jax.data import cache, tasks
-from cgs_jax.data.grid import Grid, nearest_slice, resize, slice_between, upsampled_labels
+from cgs_jax.data import cache, patches, tasks
+from cgs_jax.data.grid import Grid, resize, slices_of, upsampled_labels
 from cgs_jax.data.volume import Volume, finite, keep_largest, normalise
 from cgs_jax.inference import windows
 from cgs_jax.methods.augment import to_image
@@ -210,7 +210,7 @@ class Predictor:
         if data.spacing or depth:
             window = window or self.config.data.patch or data.size
         if data.spacing or depth or 0 < window < data.size:
-            shape = (*[depth] * (depth > 0), window, window)
+            shape = patches.window(self.config.data, window)
             scores = windows.blend(self.predict, images, shape, batch)
         else:
             padding = [(0, batch - len(images)), *[(0, 0)] * (images.ndim - 1)]
@@ -228,13 +228,10 @@ class _Segmented:
 
     def fill_all(self, scores, scorings):
         """Every slice, of the scores [D', H', W', C] of the volume on the training grid."""
-        old, depth = len(scores), self.todo
-        for i in range(depth):
-            between, nearest = slice_between(scores, i, depth), nearest_slice(i, old, depth)
-            for label, scoring in zip(self.labels, scorings, strict=True):
-                of_slice = between if scoring.upsample == "linear" else scores[nearest]
+        for label, scoring in zip(self.labels, scorings, strict=True):
+            slices = slices_of(scores, len(label), scoring.upsample == "linear")
+            for i, of_slice in enumerate(slices):
                 label[i] = _labels(of_slice, label.shape[1:], scoring)
-        self.todo = 0
 
     def fill(self, i, scores, scorings):
         """Slice `i`, of its scores [H, W, C] on the training grid."""
