@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from cgs_jax.data import completion, fingerprint, proposal, tasks
 from cgs_jax.data.fingerprint import WINDOW, Facts
+from cgs_jax.data.grid import Grid
 from cgs_jax.models import network
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.cli import cli
@@ -78,12 +79,8 @@ if __name__ == "__main__":
             tasks.layout(config.data).find(config.data).values(), config.data
         )
         say(describe(facts))
-        platform = jax.default_backend()
-        if poolings:
-            found = proposal.of_volumes(facts, poolings, stride, platform)
-        else:
-            pixel = config.data.spacing if "data.spacing" in given else None
-            found = proposal.of_slices(facts, stride, platform, pixel or None)
+        pixel = Grid.of(config.data).pixel if "data.spacing" in given else 0
+        found = proposal.of_scans(facts, stride, jax.default_backend(), poolings, pixel)
         if "data.size" in given:  # squares are wanted
             found = {name: value for name, value in found.items() if not name.startswith("data.")}
         if config.method.name == "supervised":

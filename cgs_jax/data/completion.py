@@ -1,5 +1,6 @@
 """What the files of a data set tell of its configuration."""
 
+import functools
 import pathlib
 
 from ml_collections import ConfigDict
@@ -29,14 +30,15 @@ def complete(
         for field in ("classes", "channels", "partial"):
             if not data[field] and hasattr(module, field):
                 data[field] = getattr(module, field)(data)
-        _complete_grid(data, saved, stride, poolings)
-        found = {"spacing": ("median", fingerprint.median_pixel)}
-        found["slice_spacing"] = ("median", fingerprint.median_slice)
-        found["normalise"] = ("auto", fingerprint.normalisation)
+        facts = functools.cache(lambda: fingerprint.of_training(data))  # looked up if needed
+        _complete_grid(data, saved, facts, stride, poolings)
+        found = {"spacing": ("median", lambda: fingerprint.median_pixel(facts()))}
+        found["slice_spacing"] = ("median", lambda: fingerprint.median_slice(facts()))
+        found["normalise"] = ("auto", lambda: fingerprint.normalisation(data))
         for field, (left_open, look_up) in found.items():
             if data[field] == left_open:
                 with data.ignore_type():
-                    data[field] = saved[field] if saved else look_up(data)
+                    data[field] = saved[field] if saved else look_up()
                 say(f"{field}: {data[field]}")
         return
     if not data.members:
@@ -55,13 +57,13 @@ def complete(
     data.channels = next(iter(counts.values()))
 
 
-def _complete_grid(data, saved, stride, poolings):
+def _complete_grid(data, saved, facts, stride, poolings):
     """What of GRID is 'auto': squares where `data.size` is given, else what fits the scans."""
     auto = [field for field in GRID if data.get(field) == "auto"]
     if auto and "patch" not in data:
         raise UserError(f"data.{auto[0]}=auto is for a data set by itself; give a number")
     if auto:
-        found = saved or _fitting(data, stride, poolings)
+        found = saved or _fitting(data, facts, stride, poolings)
         with data.ignore_type():
             for field in auto:
                 data[field] = found[field]
@@ -73,19 +75,14 @@ def _complete_grid(data, saved, stride, poolings):
             raise UserError(f"data.{field}={value}: give a whole number of pixels")
 
 
-def _fitting(data, stride, poolings):
-    """Values of GRID."""
+def _fitting(data, facts, stride, poolings):
+    """Values of GRID; `facts` looks at the training scans."""
     squares = {"size": data.size, "spacing": 0, "slice_spacing": 0, "patch": 0}
     if data.size != "auto":
         return squares
-    facts = fingerprint.of_training(data)
-    if poolings:
-        fields = proposal.of_volumes(facts, poolings, stride, "other")
-    else:
-        pixel = None if data.spacing == "auto" else data.spacing
-        pixel = fingerprint.median_pixel(data) if pixel == "median" else pixel
-        pixel = pixel if isinstance(pixel, int | float) else None
-        fields = proposal.of_slices(facts, stride, "other", pixel or None)
+    pixel = fingerprint.median_pixel(facts()) if data.spacing == "median" else data.spacing
+    pixel = pixel if isinstance(pixel, int | float) else 0
+    fields = proposal.of_scans(facts(), stride, "other", poolings, pixel)
     found = squares | {name: fields.get(f"data.{name}", 0) for name in GRID}
     found["size"] = found["size"] or (data.patch != "auto" and data.patch) or found["patch"]
     return found

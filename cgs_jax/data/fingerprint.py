@@ -5,7 +5,7 @@ What was found of a case is kept beside its cache entry.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,19 +87,18 @@ def _in_classes(label, image, case, data):
     return check_label(label, image, case.label[0], data.classes)
 
 
-def median_pixel(data: ConfigDict) -> float:
-    """For `data.spacing='median'`: millimetres of a pixel of the training slices."""
-    return _median(data, slice(1, 3))
+def median_pixel(facts: Mapping[str, Facts]) -> float:
+    """For `data.spacing='median'`: millimetres of a pixel."""
+    return _median(facts, slice(1, 3))
 
 
-def median_slice(data: ConfigDict) -> float:
-    """For `data.slice_spacing='median'`: millimetres from slice to slice of the training scans."""
-    return _median(data, slice(0, 1))
+def median_slice(facts: Mapping[str, Facts]) -> float:
+    """For `data.slice_spacing='median'`: millimetres from slice to slice."""
+    return _median(facts, slice(0, 1))
 
 
-def _median(data, axes):
-    facts = of_training(data).values()
-    return round(float(np.median([of.spacing[axes] for of in facts])), 3)
+def _median(facts, axes):
+    return round(float(np.median([of.spacing[axes] for of in facts.values()])), 3)
 
 
 def of_training(data: ConfigDict) -> dict[str, Facts]:

@@ -15,25 +15,36 @@ LARGEST_OF_VOLUMES = {"cpu": (32, 64), "other": (64, 128)}  # slices, and pixels
 ANYWHERE = {"data.patch_anywhere": 0.5, "data.patch_foreground": 0.4}
 
 
-def of_slices(
-    facts: Mapping[str, Facts], stride: int, platform: str, pixel: float | None = None
+def of_scans(
+    facts: Mapping[str, Facts], stride: int, platform: str, poolings: int = 0, pixel: float = 0
 ) -> dict[str, Any]:
     """Fields of the configuration: the grid, what a step sees of it, and how much of it.
-
-    Scans of one shape and voxel size are taken as they are, if they are square and not large; all
-    others are resampled to their median pixel, and a step sees windows about as large as the median
-    slice, at most what the device is fit for.
 
     Args:
       stride: what the sides of windows must divide by.
       platform: 'cpu', or another.
-      pixel: millimetres to resample to, where that is given.
+      poolings: how often a backbone for volumes pools them; 0: the network sees slices.
+      pixel: millimetres to resample slices to, where that is given.
+    """
+    if poolings:
+        return of_volumes(facts, poolings, stride, platform)
+    return of_slices(facts, stride, platform, pixel)
+
+
+def of_slices(
+    facts: Mapping[str, Facts], stride: int, platform: str, pixel: float = 0
+) -> dict[str, Any]:
+    """Those of `of_scans` for slices.
+
+    Scans of one shape and voxel size are taken as they are, if they are square and not large; all
+    others are resampled to their median pixel, and a step sees windows about as large as the median
+    slice, at most what the device is fit for.
     """
     largest = LARGEST.get(platform, LARGEST["other"])
     shapes = np.array([of.shape[1:] for of in facts.values()])
     pixels = np.array([of.spacing[1:] for of in facts.values()])
     side = int(shapes[0, 0])
-    alike = pixel is None and (shapes == side).all() and np.allclose(pixels, pixels[0], rtol=0.02)
+    alike = not pixel and (shapes == side).all() and np.allclose(pixels, pixels[0], rtol=0.02)
     batch = 6 if platform == "cpu" else 12
     fields = {"batch.labelled": batch, "batch.unlabelled": batch}
     if alike and side % stride == 0 and side <= largest:
@@ -47,9 +58,9 @@ def of_slices(
 def of_volumes(
     facts: Mapping[str, Facts], poolings: int, stride: int, platform: str
 ) -> dict[str, Any]:
-    """The same for a backbone that sees volumes and pools them so often: all scans at their median
-    voxel, windows about as large as the median scan, and slices that are pooled once pixels have
-    become as large as they are thick (as nnU-Net does it)."""
+    """Those of `of_scans` for a backbone that sees volumes and pools them so often: all scans at
+    their median voxel, windows about as large as the median scan, and slices that are pooled once
+    pixels have become as large as they are thick (as nnU-Net does it)."""
     spacings = np.array([of.spacing for of in facts.values()])
     between, pixel = np.median(spacings[:, 0]), np.median(spacings[:, 1:])
     extents = 1 + (np.array([of.shape for of in facts.values()]) - 1) * spacings
