@@ -70,7 +70,7 @@ def gradients(
     def loss(added, heads):
         def add(next_function, args, kwargs, context):
             maps = next_function(*args, **kwargs)
-            if context.module.name != "backbone":
+            if (context.module.name, context.method_name) != ("backbone", "__call__"):
                 return maps
             *coarse, (features, pack) = maps
             return [*coarse, (features + packed.pack_pixels(added, pack), pack)]
