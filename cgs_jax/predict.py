@@ -67,7 +67,7 @@ def predict(
 
     written = []
     for (name, scan), (label,) in predictor.labels(volumes(), predictor.scoring):
-        write(scan, label, output / name)
+        write(scan, numbered(label, predictor.task.data.numbers), output / name)
         written.append(output / name)
     if problems:
         rest = f"; {len(written)} others are written to {output}" if written else ""
@@ -108,10 +108,19 @@ def find(
     return scans
 
 
+def numbered(label: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
+    """Labels with the `numbers` that label files have for them, in the smallest type that can; as
+    they are where those are 1, 2, ..."""
+    if not numbers:
+        return label
+    table = np.array((0, *numbers))
+    return table.astype(np.min_scalar_type(table.max()))[label]
+
+
 def write(scan: Scan, label: np.ndarray, path: pathlib.Path) -> None:
     """Writes a label map [D, H, W] on the scan's own grid, under its header."""
     header = scan.nifti.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(label.dtype)
     header.set_slope_inter(1, 0)
     header["cal_min"], header["cal_max"] = 0, 0
     nifti = type(scan.nifti)(scan.to_stored(label), scan.nifti.affine, header)

@@ -17,7 +17,7 @@ from configs import common
 # What each member has of its own; all else holds for all, and so do OF_ALL.
 OWN = (
     *("name", "root", "cache", "classes", "channels", "partial", "size", "spacing", "normalise"),
-    *("slice_spacing", "slicing", "trust_shapes"),
+    *("slice_spacing", "slicing", "trust_shapes", "numbers", "ignore", "regions"),
     *("labelled", "exemplar", "partly_labelled", "splits", "fold", "split_seed", "val_fraction"),
     *("test_fraction", "patient"),
 )

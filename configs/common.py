@@ -88,6 +88,12 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.data.root = "data"  # folder of the data set
     config.data.cache = ""  # prepared data; '' means ROOT/cgs_cache
     config.data.channels = 1  # of an image
+    # in label files: numbers of the organs, () if they are 1, 2, ...; and of voxels that nobody
+    # annotated, 0 if there are none
+    config.data.numbers = ()
+    config.data.ignore = 0
+    # what is scored in place of each organ: (name, its organs counted from 1), and so on
+    config.data.regions = ()
     config.data.partial = False  # some cases are annotated for some organs only; found in the files
     config.data.size = 256  # slices are resized to size x size, nearest neighbour
     # intensities to [0, 1]: 'percentile' (0.5 and 99.5) or 'minmax' of each scan, or (low, high);

@@ -17,7 +17,7 @@ from cgs_jax.data.layouts import nnunet as nnunet_layout
 from cgs_jax.data.layouts import segthor as segthor_layout
 from cgs_jax.data.nifti import read_nifti
 from cgs_jax.data.streams import Stream
-from cgs_jax.data.volume import normalise
+from cgs_jax.data.volume import NO_LABEL, normalise
 from cgs_jax.runtime.errors import UserError
 from configs import nnunet, segthor
 
@@ -77,7 +77,7 @@ def test_prepared_slices_and_volumes(thorax):
     assert images.shape == (18, 16, 16, 1)
     assert labels.shape == (18, 16, 16)
     np.testing.assert_array_equal(data.rows(["Patient_02"]), range(6, 12))
-    assert (labels[12:] == cache.NO_LABEL).all()  # the image-only patient
+    assert (labels[12:] == NO_LABEL).all()  # the image-only patient
     assert labels[:12].max() == 4
     assert data.volume("Patient_03").label is None
     volume = data.volume("Patient_02")  # slices are those of the volume, resized

@@ -159,7 +159,7 @@ JSONS = [
     '{"labels": {"background": 0, "liver": 1.5}}',
     '{"labels": {"background": 0, "liver": true}}',
     '{"labels": {"background": 0, "liver": 1, "spleen": 1}}',
-    '{"labels": {"background": 0, "liver": [1, 2], "tumour": 2}}',
+    '{"labels": {"background": 0, "liver": [1, "2"], "tumour": 2}}',
     '{"labels": {"0": "background", "1": 5}}',
     '{"labels": {"0": "background", "one": "liver"}}',
     '{"labels": {"background": 0, "liver": 1}, "file_ending": ".xyz"}',
@@ -167,7 +167,7 @@ JSONS = [
     '{"labels": {"background": 0, "liver": 1}, "channel_names": 5}',
     '{"labels": {"background": 0, "liver": 1}, "channel_names": {}}',
     '{"labels": {"background": 0, "liver": 1}, "channel_names": ["a", "b"]}',
-    '{"labels": {"background": 0, "ignore": 1, "liver": 2}}',
+    '{"labels": {"background": 0, "ignore": 2, "liver": 2}}',
     '\ufeff{"labels": {"background": 0, "liver": 1}}',
 ]
 

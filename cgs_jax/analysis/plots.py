@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from cgs_jax.data.cache import Prepared
+from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.scoring import summaries
 
@@ -94,6 +95,7 @@ def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]
         task, volume = prepared.task(case), volumes[case]
         known = prepared.organs(case)
         marked = [i for i, organ in enumerate(task.data.classes, 1) if organ in known]
+        label = np.where(volume.label == NO_LABEL, 0, label)
         labels = (np.where(np.isin(x, marked), x + task.first, 0) for x in (volume.label, label))
         found[case] = Shown(case, dict(cases)[case], task.data.slicing, volume.image[0], *labels)
     return [found[case] for case, _ in cases]

@@ -29,7 +29,7 @@ def write(
     lines = read_lines(workdir / "metrics.jsonl")
     minutes, hardware = time_spent(workdir)
     organs = tasks.organs(config.data)
-    figure = plots.curves(lines, organs)
+    figure = plots.curves(lines, tasks.scored(config.data))
     split = summaries.final_split(summary)
     name = summaries.SPLITS[split]
     data = {

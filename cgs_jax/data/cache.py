@@ -27,15 +27,14 @@ from tqdm import tqdm
 from cgs_jax.data import case_lists, exemplar, patches, tasks
 from cgs_jax.data.grid import Grid
 from cgs_jax.data.tasks import Task
-from cgs_jax.data.volume import Case, Volume, check_label
+from cgs_jax.data.volume import NO_LABEL, Case, Volume, check_label
 from cgs_jax.runtime.errors import UserError
 
 VERSION = 2  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
-NO_LABEL = 255
 # of data, that the arrays depend on
 OPTIONS = ("name", "size", "spacing", "slice_spacing", "normalise", "slicing", "classes")
-OPTIONS += ("channels", "trust_shapes")
+OPTIONS += ("channels", "trust_shapes", "numbers", "ignore")
 MAPPED = 400  # arrays at most: each holds a file open, and most systems allow a process 1,024
 
 
@@ -113,8 +112,8 @@ class Prepared:
         return np.ascontiguousarray(np.moveaxis(stack, 1, -1))
 
     def labels(self, rows: np.ndarray, corners: Any = None, shape: Any = ()) -> np.ndarray:
-        """The same of the labels, uint8 [B, *S] in the union's numbering; 255 where a case has
-        none."""
+        """The same of the labels, uint8 [B, *S] in the union's numbering; NO_LABEL where nobody
+        annotated, which is everywhere in cases without label."""
         return patches.cut(self.marked(rows), corners, shape)
 
     def marked(self, rows: np.ndarray) -> Iterator[np.ndarray]:
@@ -175,6 +174,12 @@ class Prepared:
         """Those that the label of a case marks."""
         entry = self._entries[case]
         return entry.task.data.classes if entry.annotated is None else entry.annotated
+
+    def scored(self, case: str) -> dict[str, tuple[int, ...]]:
+        """What a case is scored by, see `Task.scored`: that of which its label marks all."""
+        task, known = self.task(case), self.organs(case)
+        marked = {i for i, organ in enumerate(task.data.classes, 1) if organ in known}
+        return {name: own for name, own in task.scored().items() if marked.issuperset(own)}
 
     def has_label(self, case: str) -> bool:
         """Whether there is a label file."""
@@ -283,7 +288,7 @@ def _read(module: ModuleType, case: Case, data: ConfigDict) -> Volume:
             f"{case.image[0]} has {len(image)} channel(s); give --config.data.channels={len(image)}"
         )
     if label is not None:
-        label = check_label(label, image, case.label[0], data.classes)
+        label = check_label(label, image, case.label[0], data)
     return Volume(quantise(image), label, spacing)
 
 

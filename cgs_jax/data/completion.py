@@ -6,9 +6,11 @@ import pathlib
 from ml_collections import ConfigDict
 
 from cgs_jax.data import fingerprint, proposal, tasks
+from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.logs import say
 
+MOST_CLASSES = NO_LABEL - 1
 GRID = ("size", "spacing", "slice_spacing", "patch")  # of data
 
 
@@ -27,9 +29,17 @@ def complete(
     """
     if data.name != tasks.COLLECTION:
         module = tasks.layout(data)
-        for field in ("classes", "channels", "partial"):
+        for field in ("classes", "numbers", "ignore", "regions", "channels", "partial"):
             if not data[field] and hasattr(module, field):
                 data[field] = getattr(module, field)(data)
+        data.partial |= data.ignore > 0  # where nobody annotated, no organ is annotated
+        if data.numbers and len(data.numbers) != len(data.classes):
+            raise UserError(
+                f"data.classes has {len(data.classes)} names, and label files {len(data.numbers)} "
+                f"numbers of organs: {', '.join(map(str, data.numbers))}"
+            )
+        if len(data.classes) > MOST_CLASSES:
+            raise UserError(f"{len(data.classes)} organs; at most {MOST_CLASSES} are stored")
         facts = functools.cache(lambda: fingerprint.of_training(data))  # looked up if needed
         _complete_grid(data, saved, facts, stride, poolings)
         found = {"spacing": ("median", lambda: fingerprint.median_pixel(facts()))}

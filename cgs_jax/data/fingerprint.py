@@ -49,7 +49,8 @@ def of_cases(cases: Iterable[Case], data: ConfigDict) -> dict[str, Facts]:
     folder = cache.folder_of(data)
     found = {}
     for case in tqdm(cases, "looking at scans", unit="scan", leave=False, disable=None):
-        options = [data.slicing, data.classes, data.trust_shapes, case.annotated]
+        fields = ("slicing", "classes", "numbers", "ignore", "trust_shapes")
+        options = [*(data[field] for field in fields), case.annotated]
         path = folder / f"facts_{case.name}_{cache.digest(case, options)}.json"
         try:
             found[case.name] = Facts(**json.loads(path.read_text()))
@@ -84,7 +85,7 @@ def _in_classes(label, image, case, data):
     module = tasks.layout(data)
     if hasattr(module, "to_classes"):
         label = module.to_classes(label, image, case)
-    return check_label(label, image, case.label[0], data.classes)
+    return check_label(label, image, case.label[0], data)
 
 
 def median_pixel(facts: Mapping[str, Facts]) -> float:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from cgs_jax.data import tasks
 from cgs_jax.data.grid import Grid
+from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.runtime.errors import UserError
 
 
@@ -109,7 +110,7 @@ def corner(
         return tuple(rng.randint(0, n + 1) for n in room)
     organs = ()
     if label is not None and kind < data.patch_anywhere + data.patch_foreground:
-        organs = np.unique(label[label > 0])
+        organs = np.setdiff1d(label, (0, NO_LABEL))
     if len(organs):
         pixels = np.argwhere(label == organs[rng.randint(len(organs))])
         first = pixels[rng.randint(len(pixels))] - np.array(shape) // 2

@@ -44,6 +44,12 @@ class Task(NamedTuple):
         """Full names of its organs 1, 2, ..."""
         return [self.full_name(organ) for organ in self.data.classes]
 
+    def scored(self) -> dict[str, tuple[int, ...]]:
+        """Full names of what is scored, with its own labels: every organ, or the regions that
+        `data.regions` makes of them."""
+        regions = self.data.regions or [(x, (i,)) for i, x in enumerate(self.data.classes, 1)]
+        return {self.full_name(name): tuple(labels) for name, labels in regions}
+
     def own(self, scores: np.ndarray, asked: bool = False) -> np.ndarray:
         """Scores of its own labels [..., 1 + organs] of those of the union's [..., 1 + K].
 
@@ -81,8 +87,18 @@ def members(data: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def organs(data: ConfigDict) -> list[str]:
-    """Full names of the organs of all tasks, as scores have them."""
+    """Full names of the organs of all tasks."""
     return [organ for task in tasks(data).values() for organ in task.organs()]
+
+
+def scored(data: ConfigDict) -> list[str]:
+    """Full names of what is scored, of all tasks."""
+    return [name for task in tasks(data).values() for name in task.scored()]
+
+
+def ignores(data: ConfigDict) -> bool:
+    """Whether labels may leave voxels out, which nobody annotated."""
+    return any(own.ignore for own in members(data).values())
 
 
 def task_of(data: ConfigDict, case: str) -> tuple[str, str]:

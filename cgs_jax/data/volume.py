@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from scipy import ndimage
 
 from cgs_jax.runtime.errors import UserError
+
+NO_LABEL = 255  # of voxels of which nobody says what they are
 
 
 class Case(NamedTuple):
@@ -28,8 +31,8 @@ class Case(NamedTuple):
 class Volume(NamedTuple):
     """A stack of slices.
 
-    `image` float32 [C, D, H, W] in [0, 1]; `label` uint8 [D, H, W] or None; `spacing` millimetres
-    along D, H, W, or None where the files do not tell.
+    `image` float32 [C, D, H, W] in [0, 1]; `label` uint8 [D, H, W], with NO_LABEL where nobody
+    annotated, or None; `spacing` millimetres along D, H, W, or None where the files do not tell.
     """
 
     image: np.ndarray
@@ -57,24 +60,35 @@ def _check_numbers(array, path, what):
 
 
 def check_label(
-    label: np.ndarray, image: np.ndarray, path: pathlib.Path, classes: Sequence[str]
+    label: np.ndarray, image: np.ndarray, path: pathlib.Path, data: ConfigDict
 ) -> np.ndarray:
-    """Returns the label map [D, H, W] of an image [C, D, H, W] as uint8.
+    """Returns the label map [D, H, W] of an image [C, D, H, W] as uint8: 1 for the first of
+    `data.classes`, which is `data.numbers[0]` in the file, and so on; NO_LABEL for `data.ignore`.
 
     Raises:
       UserError: its shape is not that of the image, it does not hold one number a voxel, or it has
-        values besides 0..len(classes).
+        values of no class.
     """
     if label.shape != image.shape[1:]:
         shape = image.shape[1:]
         raise UserError(f"{path} has shape {label.shape}, its image {shape} (slices first)")
     _check_numbers(label, path, "label")
+    stored = (0, *(data.numbers or range(1, 1 + len(data.classes))))
+    names = dict(zip(stored, ("background", *data.classes), strict=True))
+    own = dict(zip(stored, range(len(stored)), strict=True))
+    if data.ignore:
+        names[data.ignore], own[data.ignore] = "not annotated", NO_LABEL
+    table = np.full(max(own) + 2, -1, np.int16)  # its last place is for what is no class
+    for value, number in own.items():
+        table[value] = number
     rounded = np.rint(label)  # float labels may be off by rounding
-    valid = (abs(label - rounded) < 1e-3) & (rounded >= 0) & (rounded <= len(classes))
-    if not valid.all():
-        names = ", ".join(f"{i} {name}" for i, name in enumerate(("background", *classes)))
-        raise UserError(f"{path} has label value {label[~valid][0]:g}; the classes are {names}")
-    return np.ascontiguousarray(rounded, np.uint8)
+    whole = abs(label - rounded) < 1e-3
+    places = np.where(whole, np.clip(rounded, -1, len(table) - 1), -1).astype(np.int32)
+    found = table[places]
+    if (wrong := found < 0).any():
+        known = ", ".join(f"{value} {name}" for value, name in names.items())
+        raise UserError(f"{path} has label value {label[wrong][0]:g}; the classes are {known}")
+    return np.ascontiguousarray(found, np.uint8)
 
 
 def normalise(image: np.ndarray, how: Sequence[float] | str) -> np.ndarray:

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from cgs_jax.data import tasks
 from cgs_jax.data.streams import Stream
+from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.methods import augment, losses, pseudo_labels
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.errors import UserError
@@ -96,13 +98,17 @@ class Method:
         Returns {'labelled': {'image', 'label'}, 'unlabelled': {'weak', 'strong'}}, images
         [B, H, W, C]; the strong view is the weak one, jittered. Where images are annotated for some
         organs only, 'annotated' [B, 1, 1, K] stands beside 'label', and 'member', those that its
-        data set has.
+        data set has; or [B, H, W, K] where pixels may be left out: those are annotated for none.
         """
         k_labelled, k_weak, k_strong = jax.random.split(key, 3)
         options = self.config.augment
         truth = dict(batch["labelled"])
         moved = truth["image"], truth["label"], options, truth.pop("aspect", None)
         truth["image"], truth["label"] = augment.weak(k_labelled, *moved)
+        if tasks.ignores(self.config.data):  # there no organ is annotated
+            nothing = truth["label"] == NO_LABEL
+            truth["annotated"] &= ~nothing[..., None]
+            truth["label"] = jnp.where(nothing, 0, truth["label"])
         views = {"labelled": truth}
         if "unlabelled" in batch:
             image, aspect = (batch["unlabelled"].get(name) for name in ("image", "aspect"))

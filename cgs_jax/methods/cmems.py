@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from cgs_jax.data import tasks
 from cgs_jax.methods import augment, base, cps, pseudo_labels, synthesis
 from cgs_jax.methods.cps import NAMES
 from cgs_jax.runtime.errors import UserError
@@ -99,6 +100,10 @@ class Method(cps.Method):
         label = jnp.where(empty, source["label"], label)
         if self.config.method.jitter_synthetic:
             image = augment.strong(k_jitter, image, self.config.augment)
+        if tasks.ignores(self.config.data):  # pixels are left out that are in the image still
+            stays = (empty | (own & ~pasted))[..., None]
+            marked = jnp.any(source["annotated"], pixels, keepdims=True)
+            source["annotated"] = jnp.where(stays, source["annotated"], marked)
         everywhere = jnp.ones_like(exemplar["label"], bool)
         left = own & (source["label"] > 0) & ~pasted
         counts = empty | (~left & (own | near(pasted, self.config.method.rim)))

@@ -88,7 +88,8 @@ class Method(base.Method):
         shape = labelled["label"].shape
         odds = jnp.zeros((shape[0], self.num_targets))
         if "annotated" in labelled:
-            odds = jnp.where(labelled["annotated"].reshape(odds.shape), odds, -jnp.inf)
+            marked = jnp.any(labelled["annotated"], tuple(range(1, len(shape))))
+            odds = jnp.where(marked, odds, -jnp.inf)
         labelled["task"] = jax.random.categorical(k_task, odds)
         labelled["keep"] = boxes(k_labelled, shape, options.box)
         shape = unlabelled["weak"].shape[:-1]
@@ -111,6 +112,7 @@ class Method(base.Method):
             unmarked = truth.get("member", True) & ~annotated
             least = jnp.where(unmarked, 0.5, self.config.method.doubt)
             hidden = doubt(plain.prompts, truth["label"], annotated, least)
+            hidden |= ~jnp.any(annotated, -1, keepdims=True)
         known = truth["label"], hidden, unmarked
         label_of_mix, *hidden_in_mix = base.cutmix(truth["keep"], known, base.rolled(known))
         label_of_box, hidden_in_box, _ = _repeated(known, len(weak))
@@ -147,13 +149,17 @@ class Method(base.Method):
 
 def task_loss(asked: Asked, pooled: bool) -> base.Terms:
     """L_sup: cross-entropy, a mean over the pixels, and Dice of the drawn class of each image."""
-    student, label, *_ = asked.labelled
+    student, label, _, annotated = asked.labelled
     (task,) = asked.tasks
     odds, target = chosen(log_odds(student.prompts), task), is_class(label, task)
-    ce = -jnp.mean(jax.nn.log_sigmoid(jnp.where(target, odds, -odds)))
+    of_pixels, where = jax.nn.log_sigmoid(jnp.where(target, odds, -odds)), None
+    if annotated is not None:  # the class is, in this image, but pixels may be left out
+        where = chosen(annotated, task) > 0
+        of_pixels = jnp.where(where, of_pixels, 0)
     count = student.prompts.shape[-2] - 1
     groups = None if pooled else jax.nn.one_hot(task, count)
-    return {"sup/task_ce": ce, "sup/task_dice": dice_loss(odds, target, groups=groups)}
+    dice = dice_loss(odds, target, where, groups)
+    return {"sup/task_ce": -jnp.mean(of_pixels), "sup/task_dice": dice}
 
 
 def synthetic_loss(asked: Asked) -> jax.Array:

@@ -19,6 +19,7 @@ from cgs_jax.runtime.files import is_remote, to_json, write_text
 
 # How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
 PREDICTION = ("inference", "combine", "window", "upsample", "largest_component")
+NEWEST = {"depth", "numbers"}  # fields of data that runs of earlier versions lack
 # What may differ between two starts of one run: places, devices, and how to look at it. Not
 # eval_every: it decides which checkpoint is the best.
 FREE = (
@@ -84,6 +85,12 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
         config = ConfigDict(json.loads(config, object_hook=_tuples))
         if not {"data", "model", "method", "total_steps"} <= set(config):
             raise ValueError("config.json lacks fields")
+        known = {name.rpartition(".")[2] for name in flatten(config.data)}
+        if lacking := NEWEST - known:
+            raise UserError(
+                f"{workdir} is of an earlier version, which had no data.{min(lacking)}; use that "
+                "version, or train anew"
+            )
         return config, splits
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} holds no run: no {error.filename}") from None
@@ -92,7 +99,11 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
 
 
 def _tuples(mapping: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in mapping.items()}
+    return {name: _tuple(value) for name, value in mapping.items()}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def name_of(config: ConfigDict) -> str:

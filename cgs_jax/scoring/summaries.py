@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cgs_jax.data import tasks
 from cgs_jax.data.cache import Prepared
-from cgs_jax.data.volume import Volume
+from cgs_jax.data.volume import NO_LABEL, Volume
 from cgs_jax.inference.predictor import LITERATURE, Predictor, Scoring
 from cgs_jax.runtime import processes
 from cgs_jax.runtime.errors import UserError
@@ -45,8 +45,8 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
 def evaluate(
     predictor: Predictor, prepared: Prepared, cases: list[str], surface: bool, *scorings: Scoring
 ) -> list[Results]:
-    """Scores the annotated organs of `cases`, dealt over the processes, by each scoring; without
-    `surface` only the overlap metrics."""
+    """Scores the annotated organs of `cases`, or regions of them, dealt over the processes, by each
+    scoring; without `surface` only the overlap metrics."""
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
     volumes = {case: prepared.volume(case) for case in cases}
     labels = segmented(predictor, prepared, volumes, *scorings)
@@ -58,12 +58,10 @@ def evaluate(
     try:
         for case, by_scoring in labels:
             truth, spacing = np.asarray(volumes[case].label), volumes[case].spacing
-            task = prepared.task(case)
             for which, label in enumerate(by_scoring):
-                for organ in prepared.organs(case):
-                    i = 1 + task.data.classes.index(organ)
-                    future = pool.submit(_score, label, truth, i, spacing, surface)
-                    futures[which, case, task.full_name(organ)] = future
+                for name, own in prepared.scored(case).items():
+                    future = pool.submit(_score, label, truth, own, spacing, surface)
+                    futures[which, case, name] = future
         results = [{case: {} for case in cases} for _ in scorings]
         for (which, case, organ), future in futures.items():
             results[which][case][organ] = future.result()
@@ -104,8 +102,8 @@ def final_split(*summaries: dict[str, Any]) -> str:
     return "test" if all("test" in summary for summary in summaries) else "val"
 
 
-def _score(label, truth, i, spacing, surface):
-    masks = label == i, truth == i
+def _score(label, truth, own, spacing, surface):
+    masks = np.isin(label, own) & (truth != NO_LABEL), np.isin(truth, own)
     scores = metrics.score(*masks, spacing) if surface else metrics.overlap(*masks)
     return scores | {"voxels": int(np.count_nonzero(masks[1]))}  # the organ's size
 
@@ -143,7 +141,7 @@ def summarise(results: Results, data: ConfigDict) -> dict[str, Any]:
     }
     by_task = {}
     for name, task in tasks.tasks(data).items():
-        known = [organs[organ] for organ in task.organs() if organ in organs]
+        known = [organs[organ] for organ in task.scored() if organ in organs]
         if known:
             by_task[name] = {m: mean(organ[m]["mean"] for organ in known) for m in known[0]}
     names = next(iter(by_task.values()))

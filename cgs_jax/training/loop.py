@@ -71,7 +71,7 @@ def train(
     train_step = make_train_step(method, optimizer, config, mesh)
     predictor = make_predictor(method)
     measure = pseudo_label_quality.make_measure(config, method, prepared)
-    organs, zero_before = tasks.organs(config.data), set()
+    organs, zero_before = tasks.scored(config.data), set()
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )

@@ -3,7 +3,8 @@
 `dataset.json`, `imagesTr/CASE_0000.nii.gz` and so on, a file a channel, `labelsTr/CASE.nii.gz`;
 images without a label file are the unlabelled pool. Cases of `imagesTs` that have a label in
 `labelsTs` are the test set. `partial_labels.json` {case: [organs]} names the cases whose label file
-marks some of the organs only.
+marks some of the organs only. Numbers of labels may leave gaps, `ignore` marks voxels that nobody
+annotated, and an organ with a list of numbers is a region, see `regions`.
 """
 
 import json
@@ -17,6 +18,7 @@ from cgs_jax.runtime.errors import UserError
 
 read = read_nifti_case
 PARTIAL = "partial_labels.json"
+LARGEST_NUMBER = 65535  # of a label
 
 
 def find(data: ConfigDict) -> dict[str, Case]:
@@ -73,17 +75,73 @@ def _partial_labels(data):
 
 
 def classes(data: ConfigDict) -> tuple[str, ...]:
-    """Names of the organs 1, 2, ... from dataset.json."""
-    path = pathlib.Path(data.root) / "dataset.json"
-    labels = _description(data).get("labels", {})
-    if not isinstance(labels, dict):
-        raise UserError(f"{path}: labels must map names to numbers; got {labels}")
-    if all(key.isdigit() for key in labels):  # the older layout: value -> name
-        labels = {name: int(value) for value, name in labels.items()}
-    names = sorted((v, str(k)) for k, v in labels.items() if type(v) is int)
-    if len(names) < 2 or "ignore" in labels or [v for v, _ in names] != list(range(len(labels))):
-        raise UserError(f"{path}: labels must be background 0 and organs 1, 2, ...; got {labels}")
-    return tuple(name for _, name in names[1:])
+    """Names of what the numbers of label files stand for, in their order.
+
+    What regions share, or one has beside the others, is named after the smallest of those that it
+    belongs to, and its number: 'whole tumour 1'.
+    """
+    named = []
+    for number in numbers(data):
+        of = {name: parts for name, parts in _labels(data).items() if number in parts}
+        name = min(of, key=lambda name: len(of[name]))
+        named.append(name if len(of[name]) == 1 else f"{name} {number}")
+    return tuple(named)
+
+
+def numbers(data: ConfigDict) -> tuple[int, ...]:
+    """The numbers of label files that stand for organs."""
+    return tuple(sorted(set().union(*_labels(data).values())))
+
+
+def regions(data: ConfigDict) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """What is scored where some name has several numbers: each name, and which of `classes` it
+    consists of, counted from 1. () where each name has one number."""
+    known, of = numbers(data), _labels(data)
+    if all(len(parts) == 1 for parts in of.values()):
+        return ()
+    return tuple((name, tuple(1 + known.index(n) for n in parts)) for name, parts in of.items())
+
+
+def ignore(data: ConfigDict) -> int:
+    """The number of voxels that nobody annotated; 0 where there is none."""
+    found = _all_labels(data).get("ignore", (0,))
+    if len(found) > 1:
+        raise UserError(f"{pathlib.Path(data.root) / 'dataset.json'}: ignore must be one number")
+    return found[0]
+
+
+def _labels(data):
+    """Numbers by name, without background and ignore."""
+    named = _all_labels(data)
+    background = [name for name, parts in named.items() if parts == (0,)]
+    organs = {k: v for k, v in named.items() if k not in (*background, "ignore")}
+    given = [number for parts in organs.values() for number in parts]
+    twice = len(set(map(frozenset, organs.values()))) < len(organs)
+    if len(background) != 1 or not organs or twice or 0 in given or ignore(data) in given:
+        raise UserError(
+            f"{pathlib.Path(data.root) / 'dataset.json'}: labels must be background 0, and organs "
+            f"with other numbers than it, ignore and each other; got {named}"
+        )
+    return organs
+
+
+def _all_labels(data):
+    """Tuples of numbers by name."""
+    path, labels = pathlib.Path(data.root) / "dataset.json", _description(data).get("labels", {})
+    if isinstance(labels, dict) and labels and all(key.isdecimal() for key in labels):
+        labels = {str(name): int(value) for value, name in labels.items()}  # the older layout
+    named = {}
+    for name, parts in labels.items() if isinstance(labels, dict) else ():
+        named[name] = parts = tuple(parts) if isinstance(parts, list) else (parts,)
+        if not parts or not all(type(n) is int and 0 <= n <= LARGEST_NUMBER for n in parts):
+            named = {}
+            break
+    if not named:
+        raise UserError(
+            f"{path}: labels must map names to numbers, or lists of numbers, from 0 to "
+            f"{LARGEST_NUMBER}; got {labels}"
+        )
+    return named
 
 
 def channels(data: ConfigDict) -> int:
