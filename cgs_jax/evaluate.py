@@ -27,7 +27,7 @@ from cgs_jax.runtime.cli import cli, output_file
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder, read_lines, to_json, write_text
 from cgs_jax.runtime.logs import say
-from cgs_jax.scoring import summaries
+from cgs_jax.scoring import nnunet_summary, summaries
 from cgs_jax.training import optimizers
 from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.train_step import abstract_state
@@ -109,19 +109,24 @@ def best_and_last(
 def write(
     summary: dict[str, Any], best: Predictor, prepared: cache.Prepared, workdir: pathlib.Path
 ) -> None:
-    """Writes summary.json, the pictures and, last, the report."""
-    organs = tasks.organs(best.config.data)
+    """Writes summary.json, of nnU-Net's folders theirs, too, the pictures and, last, the report."""
+    data = best.config.data
+    organs, results = tasks.organs(data), summary[summaries.final_split(summary)]["cases"]
+    names = ["summary.json", "curves.png", "overlays.png", "report.html"]
     write_text(workdir / "summary.json", to_json(summary, indent=1) + "\n")
-    ranked = summaries.ranked(summary[summaries.final_split(summary)]["cases"])
+    if data.name == "nnunet":
+        names.insert(1, "nnunet_summary.json")
+        text = to_json(nnunet_summary.of(results, data), indent=1)
+        write_text(workdir / "nnunet_summary.json", text + "\n")
+    ranked = summaries.ranked(results)
     worst_middle_best = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
     shown = plots.show(best, prepared, worst_middle_best)
     plots.save(plots.overlays(shown, organs), workdir / "overlays.png", dpi=110)
-    scored = tasks.scored(best.config.data)
-    figure = plots.curves(read_lines(workdir / "metrics.jsonl"), scored)
+    figure = plots.curves(read_lines(workdir / "metrics.jsonl"), tasks.scored(data))
     if figure:  # else metrics.jsonl was not kept
         plots.save(figure, workdir / "curves.png", dpi=120)
     report.write(workdir, best.config, summary, shown)
-    for name in ("summary.json", "curves.png", "overlays.png", "report.html"):
+    for name in names:
         say(str(workdir / name))
 
 

@@ -1,14 +1,12 @@
-"""Segments NIfTI scans with a trained run, or with several together.
+"""Segments scans with a trained run, or with several together.
 
 python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [--overwrite]
 """
 
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 from absl import flags
 from tqdm import tqdm
@@ -16,7 +14,7 @@ from tqdm import tqdm
 from cgs_jax import evaluate
 from cgs_jax.data.cache import quantise
 from cgs_jax.data.grid import Grid
-from cgs_jax.data.nifti import Scan, channels_of, read_channels
+from cgs_jax.data.nifti import ENDINGS, Scan, channels_of, ending_of, read_channels, save
 from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.cli import cli
@@ -83,10 +81,10 @@ def find(
     if not source.exists():
         raise UserError(f"no such file or folder: {source}")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [path for path in files if path.name.endswith((".nii", ".nii.gz"))]
+    files = [path for path in files if ending_of(path)]
     files = [path for path in files if not path.name.startswith(".")]
     if not files:
-        raise UserError(f"no .nii or .nii.gz in {source}")
+        raise UserError(f"no scan in {source}: {', '.join(ENDINGS)}")
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; give a folder")
     if channels > 1:
@@ -95,7 +93,8 @@ def find(
     else:
         scans = {}
         for path in files:
-            name = re.sub(r"_0000(?=\.nii(\.gz)?$)", "", path.name)
+            ending = ending_of(path)
+            name = path.name.removesuffix(ending).removesuffix("_0000") + ending
             if name in scans:
                 raise UserError(f"{scans[name][0]} and {path} would both be {name}; rename one")
             scans[name] = (path,)
@@ -124,14 +123,12 @@ def write(scan: Scan, label: np.ndarray, path: pathlib.Path) -> None:
     header.set_slope_inter(1, 0)
     header["cal_min"], header["cal_max"] = 0, 0
     nifti = type(scan.nifti)(scan.to_stored(label), scan.nifti.affine, header)
-    unfinished = path.with_name("unfinished_" + path.name)
-    nib.save(nifti, unfinished)
-    unfinished.replace(path)
+    save(nifti, path)
 
 
 if __name__ == "__main__":
     _WORKDIRS = flags.DEFINE_multi_string("workdir", None, "folder of a trained run; repeat it")
-    _INPUT = flags.DEFINE_string("input", None, "a NIfTI file, or a folder of them")
+    _INPUT = flags.DEFINE_string("input", None, "a scan, such as a NIfTI file, or a folder of them")
     _OUTPUT = flags.DEFINE_string("output", None, "folder for the label maps")
     _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace label maps that are there")
     _TASK = flags.DEFINE_string(

@@ -14,7 +14,7 @@ from configs import acdc, nnunet, segthor, synapse
 
 
 def test_bad_nnunet_descriptions(tmp_path):
-    config, root = nnunet_folder(tmp_path, labels={"background": 0, "head": 1, "tail": 5})
+    config, root = nnunet_folder(tmp_path, labels={"background": 0, "head": 1, "tail": 1})
     with pytest.raises(UserError, match=r"dataset.json: labels must be background 0"):
         completion.complete(config.data)
     config, _ = nnunet_folder(tmp_path)
@@ -83,7 +83,7 @@ SCAN, LABEL = "Patient_01.nii.gz", "GT.nii.gz"
         (LABEL, edited(lambda x: x + 0j), r"GT.nii.gz holds complex\d+ values; one label a"),
         (LABEL, removed, "labelled case Patient_01 has no label"),
         (SCAN, edited(with_nan), r"Patient_01.nii.gz has \d+ voxels that are NaN"),
-        (SCAN, truncated, r"Patient_01.nii.gz is not a whole NIfTI file"),
+        (SCAN, truncated, r"Patient_01.nii.gz is not a whole scan"),
         (SCAN, removed, "1 of 3 train cases .* such as Patient_01"),
     ],
 )

@@ -19,7 +19,7 @@ from cgs_jax.methods import base, versemi
 from cgs_jax.models.network import Outputs
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.scoring import summaries
+from cgs_jax.scoring import nnunet_summary, summaries
 from cgs_jax.training import optimizers, train_step
 
 GAPS = {"background": 0, "head": 300, "tail": 7, "ignore": 9}
@@ -95,6 +95,14 @@ def test_regions(tmp_path):
     summary = summaries.summarise(results, config.data)
     assert list(summary["organs"]) == ["whole", "core", "active"]
     assert summary["mean"]["dice"] == pytest.approx(2 / 3)
+    # nnU-Net's own form has the numbers of the files.
+    theirs = nnunet_summary.of(results, config.data)
+    assert set(theirs["mean"]) == {"(1, 2, 4)", "(2, 4)", "4"}
+    assert theirs["foreground_mean"]["Dice"] == pytest.approx(2 / 3)
+    (of_case,) = theirs["metric_per_case"]
+    count = int((truth == 3).sum())
+    missed = {"Dice": 0, "IoU": 0, "TP": 0, "FP": 0, "FN": count, "n_ref": count, "n_pred": 0}
+    assert of_case["metrics"]["4"] == missed
 
 
 def test_what_nobody_annotated_is_not_scored():

@@ -194,7 +194,7 @@ def test_predict_keeps_grid_header_and_name(trained, scans, tmp_path):
         predict.predict([workdir], inputs, inputs, overwrite=True)
     (inputs / "b.nii").write_bytes(b"damaged")
     (tmp_path / "labels" / "c.nii.gz").unlink()
-    with pytest.raises(UserError, match=r"b.nii is not a whole NIfTI.*; 2 others are written to"):
+    with pytest.raises(UserError, match=r"b.nii is not a whole scan.*; 2 others are written to"):
         predict.predict([workdir], inputs, tmp_path / "labels", overwrite=True)
     assert (tmp_path / "labels" / "c.nii.gz").exists()
     with pytest.raises(UserError, match="no such file or folder"):

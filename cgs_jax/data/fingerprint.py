@@ -38,14 +38,14 @@ class Facts(NamedTuple):
 
 
 def of_cases(cases: Iterable[Case], data: ConfigDict) -> dict[str, Facts]:
-    """Facts by name of NIfTI cases.
+    """Facts by name of cases.
 
     Raises:
-      UserError: they are not stored as NIfTI, or a file is damaged.
+      UserError: they are not stored as scans, or a file is damaged.
     """
     cases = list(cases)
-    if not all(".nii" in path.suffixes for case in cases for path in case.image):
-        raise UserError("voxel sizes and intensities are looked up in NIfTI files only")
+    if not all(nifti.ending_of(path) for case in cases for path in case.image):
+        raise UserError("voxel sizes and intensities are looked up in files of scans only")
     folder = cache.folder_of(data)
     found = {}
     for case in tqdm(cases, "looking at scans", unit="scan", leave=False, disable=None):

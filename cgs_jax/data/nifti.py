@@ -1,4 +1,7 @@
-"""Reading NIfTI: orientation, and checks that image and label lie on each other."""
+"""Reading scans: orientation, and checks that image and label lie on each other.
+
+They are NIfTI files, or such as SimpleITK reads, which become the same in memory.
+"""
 
 import gzip
 import math
@@ -9,10 +12,12 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 
+from cgs_jax.data import itk
 from cgs_jax.data.volume import Case, Volume, finite, normalise
 from cgs_jax.runtime.errors import UserError
 
 CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # x, y, z of RAS
+ENDINGS = (".nii.gz", ".nii", *itk.ENDINGS)  # of file names
 SLICINGS = ("stored", "coarsest", *CANONICAL_AXES)
 
 
@@ -49,7 +54,7 @@ def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
     """Reads a 3D NIfTI file as a stack of slices.
 
     Args:
-      path: `.nii` or `.nii.gz`; trailing axes of length 1 are dropped.
+      path: one of ENDINGS; trailing axes of length 1 are dropped.
       slicing: 'axial', 'coronal' or 'sagittal' cut the scan in RAS orientation, 'coarsest' across
         the axis of largest spacing in RAS orientation, 'stored' along the file's third axis without
         regard to its orientation (what SimpleITK's arrays are).
@@ -66,8 +71,11 @@ def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
         raise UserError(f"no such file: {path}") from None
     except PermissionError:
         raise UserError(f"{path} is not readable: check its permissions") from None
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"{path} is not a whole NIfTI file, get it again ({error})") from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise UserError(f"{path} is not a whole scan, get it again ({why})") from error
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 3 or not array.size:
@@ -88,6 +96,8 @@ def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
 
 def _load(path):
     """Reads the whole file, so that gzip's checksum is looked at, which nibabel does not."""
+    if path.name.endswith(itk.ENDINGS):
+        return itk.load(path)
     data = path.read_bytes()
     if path.name.endswith(".gz"):
         data = gzip.decompress(data)
@@ -150,6 +160,18 @@ def read_label(path: pathlib.Path, image: pathlib.Path, scan: Scan, data: Any) -
     return label.array
 
 
+def ending_of(path: pathlib.Path) -> str:
+    """Which of ENDINGS its name has; '' for none."""
+    return next((ending for ending in ENDINGS if path.name.endswith(ending)), "")
+
+
+def save(nifti: Any, path: pathlib.Path) -> None:
+    """Writes a volume as a file of the kind that the ending says, whole or not at all."""
+    unfinished = path.with_name("unfinished_" + path.name)
+    (itk.save if path.name.endswith(itk.ENDINGS) else nib.save)(nifti, unfinished)
+    unfinished.replace(path)
+
+
 def channels_of(path: pathlib.Path, count: int) -> tuple[str, str, tuple[pathlib.Path, ...]]:
     """Case, file ending, and the files CASE_0000.nii.gz, CASE_0001.nii.gz, ... of the `count`
     channels of the scan that `path` belongs to.
@@ -157,8 +179,8 @@ def channels_of(path: pathlib.Path, count: int) -> tuple[str, str, tuple[pathlib
     Raises:
       UserError: one is missing, or `path` is none of them.
     """
-    stem, dot, ending = path.name.rpartition(".nii")
-    case, ending = stem.rpartition("_")[0], dot + ending
+    ending = ending_of(path)
+    case = path.name.removesuffix(ending).rpartition("_")[0]
     paths = tuple(path.with_name(f"{case}_{i:04d}{ending}") for i in range(count))
     lacking = [other for other in paths if not other.exists()]
     if lacking or path not in paths:

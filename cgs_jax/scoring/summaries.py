@@ -105,7 +105,8 @@ def final_split(*summaries: dict[str, Any]) -> str:
 def _score(label, truth, own, spacing, surface):
     masks = np.isin(label, own) & (truth != NO_LABEL), np.isin(truth, own)
     scores = metrics.score(*masks, spacing) if surface else metrics.overlap(*masks)
-    return scores | {"voxels": int(np.count_nonzero(masks[1]))}  # the organ's size
+    predicted, voxels = (int(np.count_nonzero(mask)) for mask in masks)
+    return scores | {"voxels": voxels, "predicted": predicted}
 
 
 def ranked(results: Results) -> list[tuple[str, float]]:
@@ -118,7 +119,8 @@ def ranked(results: Results) -> list[tuple[str, float]]:
 def summarise(results: Results, data: ConfigDict) -> dict[str, Any]:
     """Means over cases for every organ, and over organs, with the number of undefined values.
 
-    'voxels' is an organ's true size. The mean of a collection is that of its members' means.
+    'voxels' is an organ's true size, 'predicted' that which was found. The mean of a collection is
+    that of its members' means.
 
     Returns {'mean': {metric: value}, 'organs': {organ: {metric: {'mean', 'std', 'undefined'}}},
     'cases': results}; what no case defines is nan.

@@ -12,7 +12,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from cgs_jax.data.nifti import channels_of, read_nifti_case
+from cgs_jax.data.nifti import ENDINGS, channels_of, read_nifti_case
 from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
 
@@ -24,8 +24,9 @@ LARGEST_NUMBER = 65535  # of a label
 def find(data: ConfigDict) -> dict[str, Case]:
     """Cases of `data.root`."""
     root, ending = (pathlib.Path(data.root), _description(data).get("file_ending", ".nii.gz"))
-    if ending not in (".nii.gz", ".nii"):
-        raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; NIfTI is read")
+    if ending not in ENDINGS:
+        known = ", ".join(ENDINGS)
+        raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; there are: {known}")
     cases, count, listed = {}, channels(data), _partial_labels(data)
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
         for path in sorted((root / images).glob(f"*{ending}")):
