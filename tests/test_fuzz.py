@@ -9,9 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 from layouts import nnunet_folder
+from ml_collections import ConfigDict
 
 from cgs_jax import predict
 from cgs_jax.data import cache
+from cgs_jax.inference.predictor import Predictor
+from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
 
@@ -115,8 +118,18 @@ def damaged(tmp_path_factory):
     return folder, good | {"one_voxel.nii.gz", "one_slice.nii.gz", "float64.nii.gz", "uint8.nii.gz"}
 
 
-def test_damaged_scans(trained, damaged, tmp_path):
+@pytest.mark.parametrize("resampled", [False, True])
+def test_damaged_scans(trained, damaged, tmp_path, monkeypatch, resampled):
+    """`resampled`: to millimetres, by what the damaged headers say, and seen through windows."""
     folder, good = damaged
+    if resampled:
+        config = ConfigDict(run_folder.load(trained[0])[0])
+        with config.data.ignore_type():
+            config.data.update(spacing=1.5, slice_spacing=2.0, patch=16, depth=4)
+        config.window = 0
+        even = lambda images: np.zeros((*images.shape[:-1], 1 + len(config.data.classes)))  # noqa: E731
+        predictor = Predictor(even, config)
+        monkeypatch.setattr(Predictor, "restore", lambda *_: predictor)
     names = {path.name for path in folder.iterdir()}
     assert len(names) == 300
     with pytest.raises(UserError) as caught:

@@ -52,7 +52,9 @@ def test_gaps_and_ignored_voxels(tmp_path):
     config.data.patch_anywhere, config.data.patch_foreground = 0.0, 1.0
     label = np.zeros((64, 64), np.uint8)
     label[50:, 50:], label[5, 5] = NO_LABEL, 1
-    corner = patches.corner(np.random.RandomState(0), config.data, (64, 64), (16, 16), label)
+    corner = patches.corner(
+        np.random.RandomState(0), config.data, (64, 64), (16, 16), lambda: patches.places(label)
+    )
     assert corner == (0, 0)
 
 

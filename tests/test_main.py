@@ -40,6 +40,7 @@ def test_outputs_of_a_run(trained):
         "hd95_mm",
         "asd_mm",
         "voxels",
+        "predicted",
         "missed",
     }
     assert "undefined" in summary["test"]["organs"]["trachea"]["dice"]

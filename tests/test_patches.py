@@ -12,7 +12,7 @@ from cgs_jax import main
 from cgs_jax.data import cache, case_lists, patches, streams, tasks
 from cgs_jax.data.grid import Grid
 from cgs_jax.data.streams import Stream
-from cgs_jax.data.volume import Volume
+from cgs_jax.data.volume import NO_LABEL, Volume
 from cgs_jax.runtime import devices, processes
 from cgs_jax.training import batch_norm, loop, optimizers, train_step
 
@@ -94,7 +94,8 @@ def test_processes_cut_the_windows_of_one_global_batch(prepared):
 
 def corners(label=None, count=2000, **fields):
     data, rng = options(**fields).data, np.random.RandomState(0)
-    return np.array([patches.corner(rng, data, (16, 16), (8, 8), label) for _ in range(count)])
+    organs = None if label is None else lambda: patches.places(label)
+    return np.array([patches.corner(rng, data, (16, 16), (8, 8), organs) for _ in range(count)])
 
 
 def test_where_windows_lie():
@@ -112,6 +113,20 @@ def test_where_windows_lie():
     assert 0.4 < small.mean() < 0.6
     assert (around[~small][:, 0] == 0).all()
     assert set(corners(np.zeros_like(label), **fields).ravel()) == {2, 3, 4, 5, 6}
+
+
+def test_places_of_organs(monkeypatch):
+    """All pixels of each organ, or some that are spread over it."""
+    label = np.random.default_rng(0).choice([0, 2, 5, NO_LABEL], (6, 7, 8)).astype(np.uint8)
+    two, five = patches.places(label)
+    np.testing.assert_array_equal(two, np.argwhere(label == 2))
+    np.testing.assert_array_equal(five, np.argwhere(label == 5))
+    monkeypatch.setattr(patches, "MOST_PLACES", 9)
+    some = patches.places(label)[0]
+    assert len(some) == 9
+    assert (some[0] == two[0]).all()
+    assert (some[-1] == two[-1]).all()
+    assert (label[tuple(some.T)] == 2).all()
 
 
 def test_windows_grow(prepared):

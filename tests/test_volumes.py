@@ -176,6 +176,15 @@ def test_windows_of_volumes(prepared):
     assert slices == set(range(12 - 8 + 1))
 
 
+def test_places_of_organs_are_looked_up_once(prepared):
+    fields = {"data.spacing": 1.0, "data.slice_spacing": 2.0, "data.patch": 8}
+    config = volumes(**fields, **{"data.patch_anywhere": 0.0, "data.patch_foreground": 1.0})
+    steps = streams.batches(prepared, config, {"labelled": Stream("labelled", True, 4)}, 0)
+    for step in range(10):
+        assert (steps[step]["labelled"]["label"] > 0).any((1, 2, 3)).all()
+    assert prepared._places_of.cache_info().misses == len(prepared.splits.labelled)
+
+
 def test_volumes_that_can_not_be():
     flat = tiny(**{"data.depth": 8})
     with pytest.raises(UserError, match=r"data.depth=8: unet sees slices"):

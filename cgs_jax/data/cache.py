@@ -83,6 +83,7 @@ class Prepared:
         self._member = self._in_union(data.classes for data in of)
         self._mapped = functools.lru_cache(MAPPED)(self._map)
         self._tables = functools.cache(self._table)
+        self._places_of = functools.cache(self._look_for_places)
 
     def rows(self, cases: Iterable[str]) -> np.ndarray:
         """Rows, one an example, of those training cases that are in `cases`."""
@@ -115,6 +116,15 @@ class Prepared:
         """The same of the labels, uint8 [B, *S] in the union's numbering; NO_LABEL where nobody
         annotated, which is everywhere in cases without label."""
         return patches.cut(self.marked(rows), corners, shape)
+
+    def places(self, row: int) -> list[np.ndarray]:
+        """Pixels of the organs in an example, see `patches.places`; of volumes they are looked up
+        once."""
+        return self._places_of(row) if self._volumes else self._look_for_places(row)
+
+    def _look_for_places(self, row):
+        (label,) = self.marked(np.array([row]))
+        return patches.places(label)
 
     def marked(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Labels uint8 [*S] in the union's numbering, with the annotated organs alone."""

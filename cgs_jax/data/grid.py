@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from cgs_jax.runtime.errors import UserError
 
 LARGEST = 8192  # pixels along an axis
+MOST_VOXELS = 2**31
 Spacing = tuple[float, float, float] | None  # millimetres along D, H, W of a volume
 
 
@@ -57,7 +59,7 @@ class Grid(NamedTuple):
         for axis, target in enumerate(targets):
             if target:
                 found[axis] = 1 + round((shape[axis] - 1) * spacing[axis] / target)
-        if any(targets) and max(found) > LARGEST:
+        if any(targets) and (max(found) > LARGEST or math.prod(found) > MOST_VOXELS):
             was, would = (" x ".join(map(str, x)) for x in (shape, found))
             raise UserError(
                 f"a scan of {was} voxels with a voxel size of {spacing} mm would have {would}; "

@@ -6,7 +6,7 @@ resume and on any number of processes. Validation, test and prediction see whole
 slices, or with `data.spacing` overlapping windows.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -15,6 +15,8 @@ from cgs_jax.data import tasks
 from cgs_jax.data.grid import Grid
 from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.runtime.errors import UserError
+
+MOST_PLACES = 10_000  # of an organ that windows may be centred on
 
 
 def shape(data: ConfigDict, step: int, total_steps: int) -> tuple[int, ...]:
@@ -89,30 +91,44 @@ def cut(
     return np.stack(windows)
 
 
+def places(label: np.ndarray) -> list[np.ndarray]:
+    """Of each organ in a label [*S] pixels of it, [N, axes]: all, or if there are more than
+    MOST_PLACES so many, spread evenly over it."""
+    pixels = np.flatnonzero((label > 0) & (label < NO_LABEL))
+    numbers, found = label.reshape(-1)[pixels], []
+    for organ in np.flatnonzero(np.bincount(numbers)):
+        own = pixels[numbers == organ]
+        if len(own) > MOST_PLACES:
+            own = own[np.linspace(0, len(own) - 1, MOST_PLACES).astype(int)]
+        found.append(np.stack(np.unravel_index(own, label.shape), -1).astype(np.int32))
+    return found
+
+
 def corner(
     rng: np.random.RandomState,
     data: ConfigDict,
     of: tuple[int, ...],
     shape: tuple[int, ...],
-    label: np.ndarray | None,
+    organs: Callable[[], Sequence[np.ndarray]] | None,
 ) -> tuple[int, ...]:
     """The place of the first pixel of one window of `shape` in an image whose shape is `of`.
 
     A share `data.patch_anywhere` of the windows lies anywhere, all places being equally likely; a
     share `data.patch_foreground` is centred, as far as the image allows, on a pixel of an organ,
     each organ of the image being equally likely; the centres of the others are at most
-    `data.patch_spread` pixels beside that of the image along H and W, and along D anywhere. Where
-    `label` [*S] is None or holds no organ, those others take the share of the foreground.
+    `data.patch_spread` pixels beside that of the image along H and W, and along D anywhere.
+    `organs` looks up `places` of the image; where it is None or finds none, those others take the
+    share of the foreground.
     """
     room = np.maximum(np.subtract(of, shape), 0)
     kind = rng.random_sample()
     if kind < data.patch_anywhere:
         return tuple(rng.randint(0, n + 1) for n in room)
-    organs = ()
-    if label is not None and kind < data.patch_anywhere + data.patch_foreground:
-        organs = np.setdiff1d(label, (0, NO_LABEL))
-    if len(organs):
-        pixels = np.argwhere(label == organs[rng.randint(len(organs))])
+    found = ()
+    if organs and kind < data.patch_anywhere + data.patch_foreground:
+        found = organs()
+    if len(found):
+        pixels = found[rng.randint(len(found))]
         first = pixels[rng.randint(len(pixels))] - np.array(shape) // 2
     else:
         first = room // 2

@@ -5,6 +5,7 @@ few labelled ones fill a batch by repetition. Of each a window is cut, or it is 
 (`patches.py`). Every process knows the same global order and loads its part.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,11 +59,11 @@ def batches(
             at = drawn(places, rows[source], (seed, i))
             if data.depth or any(grid.pixel or grid.size != shape[-1] for grid in grids):
                 corners, rng = [], np.random.RandomState()
-                images = prepared.marked(at) if with_labels else prepared.examples("image", at)
-                for place, x in zip(places, images, strict=True):
+                for place, row, x in zip(places, at, prepared.examples("image", at), strict=True):
                     rng.seed((seed, i, place))  # quicker than to make another
-                    of, label = x.shape[-len(shape) :], x if with_labels else None
-                    corners.append(patches.corner(rng, data, of, shape, label))
+                    organs = functools.partial(prepared.places, row) if with_labels else None
+                    of = x.shape[-len(shape) :]
+                    corners.append(patches.corner(rng, data, of, shape, organs))
             image = prepared.images(at, corners, shape)
             batch[name] = {"image": image, "aspect": prepared.aspects(at)}
             if with_labels:
