@@ -141,9 +141,21 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def share_of_specialists(result: dict[str, Any], plain: dict[str, Any]) -> str:
+    """What they add to the step that is without them `plain`, as text."""
+    more = {k: result[k] / plain[k] - 1 for k in ("flops", "bytes", "memory_bytes")}
+    return (
+        f"specialists {more['flops']:+.1%} FLOPs, {more['bytes']:+.1%} bytes, "
+        f"{more['memory_bytes']:+.1%} memory"
+    )
+
+
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
     _TOPOLOGY = flags.DEFINE_string("topology", None, "e.g. v5e:4x4, v4:2x2x1, v6e:16x16")
+    _SPECIALISTS = flags.DEFINE_boolean(
+        "specialists", True, "say what specialists cost, which compiles the step without them, too"
+    )
     _OUTPUT = flags.DEFINE_string("output", None, "JSON file to write")
     flags.mark_flags_as_required(["config", "topology"])
 
@@ -153,6 +165,10 @@ if __name__ == "__main__":
         jax.config.update("jax_enable_compilation_cache", False)  # can not be read without a TPU
         result = compile_step(_CONFIG.value, _TOPOLOGY.value)
         say(report(result))
+        plain = train_step.without_specialists(_CONFIG.value) if _SPECIALISTS.value else None
+        if plain and result["fits"]:
+            result["without_specialists"] = compile_step(plain, _TOPOLOGY.value)
+            say(share_of_specialists(result, result["without_specialists"]))
         if output:
             write_text(output, to_json(result, indent=1) + "\n")
         if not result["fits"]:

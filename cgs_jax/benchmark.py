@@ -36,7 +36,7 @@ from cgs_jax.scoring import summaries
 from cgs_jax.training import loop, optimizers, train_step
 from cgs_jax.training.resolve import resolve
 
-STAGES = ["step", "input", "loop", "evaluation"]
+STAGES = ["step", "specialists", "input", "loop", "evaluation"]
 BLOCK = 5  # steps that are dispatched before the host waits
 
 
@@ -64,6 +64,10 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
             result["step"], compiled = time_step(config, method, prepared, mesh, seconds)
             result["peak_bytes"] = peak_bytes(device)
             result["ceilings"] = ceilings(device, config.model.dtype)
+        plain = train_step.without_specialists(config)
+        if plain and {"step", "specialists"} <= stages:
+            alone = train_step.make_method(plain)
+            result["without_specialists"], _ = time_step(plain, alone, prepared, mesh, seconds)
         if "input" in stages:
             result["input"] = time_input(config, method, prepared, mesh, seconds)
         if "loop" in stages:
@@ -301,6 +305,13 @@ def report(result: dict[str, Any]) -> str:
             f"peak memory   {result['peak_bytes'] / 1e9:.2f} GB; the step's own arrays "
             f"{step['temporary_bytes'] / 1e9:.2f}",
         ]
+    if plain := result.get("without_specialists"):
+        more = {k: step[k] / plain[k] - 1 for k in ("ms", "temporary_bytes")}
+        lines.append(
+            f"specialists   {more['ms']:+.1%} time and {more['temporary_bytes']:+.1%} memory of "
+            f"the step's own arrays, beyond {plain['ms']:.2f} ms and "
+            f"{plain['temporary_bytes'] / 1e9:.2f} GB without them"
+        )
     if source := result.get("input"):
         lines.append(
             f"input         {source['ms']:.2f} ms a step on one core, "

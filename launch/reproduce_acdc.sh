@@ -33,11 +33,7 @@ done
 [[ $seeds =~ ^[1-9][0-9]*$ ]] || fail "--seeds $seeds: give a number from 1 on"
 case $workdir in '' | /*) ;; *) workdir=$PWD/$workdir ;; esac
 cd "$(dirname "$0")/.."
-packages=(-r requirements.txt)
-if nvidia-smi -L >/dev/null 2>&1 && ! .venv/bin/pip list 2>/dev/null | grep -q '^jax-cuda'; then
-  packages+=('jax[cuda12]')
-fi
-source launch/venv.sh "${packages[@]}"
+source launch/venv.sh -r requirements.txt
 workdir=${workdir:-runs/acdc_${labelled}_$recipe}
 config=configs/acdc.py:labelled=$labelled,recipe=$recipe
 fields=(--config.data.root="$folder" "${fields[@]}")

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: makes .venv in the checkout and installs what "$@" names into it.
+# Sourced by the other scripts: makes .venv in the checkout and installs what "$@" names into it, and
+# where there is an NVIDIA GPU JAX's support for it.
 python=${PYTHON:-python3}
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "error: Python 3.11 or newer is needed; set PYTHON to one" >&2
@@ -11,6 +12,8 @@ fi
 stamp=.venv/installed-$({ cat requirements.txt pyproject.toml; echo "$@"; } | sha256sum | cut -c1-12)
 if [ ! -e "$stamp" ]; then
   echo "installing into .venv ..."
-  .venv/bin/pip install --quiet --disable-pip-version-check "$@"
+  packages=("$@")
+  if nvidia-smi -L >/dev/null 2>&1; then packages+=('jax[cuda12]'); fi
+  .venv/bin/pip install --quiet --disable-pip-version-check "${packages[@]}"
   touch "$stamp"
 fi

@@ -17,6 +17,7 @@ from cgs_jax.methods import base, cgs, pseudo_labels
 from cgs_jax.models import torch_weights
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.errors import UserError
+from cgs_jax.training import train_step
 from configs import acdc, segthor
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -42,6 +43,8 @@ def test_benchmark_from_the_command_line(tmp_path):
     result = json.loads((tmp_path / "out.json").read_text())
     assert len(result["step"]["blocks_ms"]) >= 3
     assert result["step"]["flops"] > result["step"]["floor_bytes"] > 0
+    assert result["without_specialists"]["temporary_bytes"] < result["step"]["temporary_bytes"]
+    assert re.search(r"specialists +\S+% time and \+\S+% memory", run.stdout)
     for stage in ("step", "input", "loop"):
         assert result[stage]["ms"] > 0
     assert result["evaluation"]["evaluation_ms"] > 0
@@ -170,6 +173,17 @@ def test_step_compiles_for_a_tpu_that_is_not_here(fields):
     gradients = 4 * 2e6 if not fields else 1000
     assert result["collectives"]["all-reduce"]["bytes"] > gradients
     assert result["collectives"]["collective-permute"]["count"] > 10  # rows of the neighbours
+
+
+def test_what_specialists_cost():
+    plain = {"flops": 10, "bytes": 4, "memory_bytes": 200}
+    result = {"flops": 11, "bytes": 4, "memory_bytes": 210}
+    text = aot.share_of_specialists(result, plain)
+    assert text == "specialists +10.0% FLOPs, +0.0% bytes, +5.0% memory"
+    without = train_step.without_specialists
+    assert without(tiny()).method.terms == ("G_from_g",)
+    assert without(without(tiny())) is None
+    assert "cgs" not in without(acdc.get_config("method=cgs,base=fixmatch"))
 
 
 @pytest.mark.parametrize("topology", ["h100:8", "v5e"])

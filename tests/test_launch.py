@@ -67,6 +67,56 @@ def test_usage(script):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ([], "error: no folder OUT"),
+        (["OUT", "--minutes"], "error: --minutes needs a value"),
+        (["OUT", "--minutes=3"], "error: unknown --minutes=3"),
+        (["OUT", "--minutes", "ten"], "error: --minutes ten: give a number from 1 on"),
+        (["OUT", "--acdc", "/nowhere"], "error: no such folder of --acdc"),
+    ],
+)
+def test_accelerator_says_what_it_needs(options, message, tmp_path):
+    options = [tmp_path / "out" if option == "OUT" else option for option in options]
+    done = run("bash", LAUNCH / "accelerator.sh", *options)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+
+
+def test_accelerator_does_what_is_left(tmp_path):
+    """Its own lines, with a program that writes what it was asked, and fails once."""
+    python, asked = tmp_path / "python", tmp_path / "asked"
+    python.write_text(
+        f'echo "$*" >> {asked}\n'
+        "case $* in *torch*) exit 1 ;; *transunet*) [ -e again ] && exit; touch again; exit 1 ;;"
+        " esac\n"
+    )
+    python.chmod(0o755)
+    for folder in ("launch", "acdc"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(LAUNCH / "accelerator.sh", tmp_path / "launch")
+    line = ["bash", tmp_path / "launch" / "accelerator.sh", "out", "--acdc", "acdc", "--tiny"]
+    counts = []
+    for _ in range(2):
+        done = subprocess.run(
+            line,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"},
+        )
+        assert done.returncode == 0, done.stderr
+        lines = [x for x in asked.read_text().splitlines() if "torch" not in x]
+        counts.append(len(lines))
+    assert counts == [4, 5]  # two benchmarks and two sweeps; and what had failed
+    assert "step_transunet_float32 did not finish" in (tmp_path / "out" / "log.txt").read_text()
+    assert "model=transunet" in lines[-1]
+    sweep = f"configs/sweeps/paper.py --rows=cgs --workdir {tmp_path}/out/acdc_7 --seeds 3"
+    assert sweep in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ([], "error: no folder "),
         (["/nowhere"], "error: no folder /nowhere"),
         ([".", "--seeds"], "error: --seeds needs a value"),

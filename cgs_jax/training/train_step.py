@@ -30,6 +30,20 @@ def make_method(config: ConfigDict) -> Method:
     return module.Method(config)
 
 
+def without_specialists(config: ConfigDict) -> ConfigDict | None:
+    """The same method without them, and without what they teach; None where it has none."""
+    plain = ConfigDict(config.to_dict())
+    if "cgs" in plain:
+        del plain["cgs"]
+    elif plain.method.get("specialists"):
+        plain.method.specialists = False
+        if "terms" in plain.method:
+            plain.method.terms = ("G_from_g",)
+    else:
+        return None
+    return plain
+
+
 def init_state(
     method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> TrainState:

@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# All that an accelerator is to show, in MINUTES: what a step of both backbones takes in bfloat16 and
+# float32, with and without specialists, against what the device can do; our step and PyTorch's in
+# turn, where PyTorch is there; and for the rest of the time the paper's setting on ACDC, 3 seeds.
+#   bash launch/accelerator.sh OUT [--acdc FOLDER] [--minutes MINUTES] [--tiny]
+# OUT gets a JSON file a figure, log.txt, and the runs on FOLDER, which has SSL4MIS's h5 files. The
+# same command leaves out what is done, and goes on with the runs. --tiny has small shapes, to try the
+# script on any machine. PYTHON names a Python that has the packages; without it .venv is made.
+set -euo pipefail
+usage="bash launch/accelerator.sh OUT [--acdc FOLDER] [--minutes MINUTES] [--tiny]"
+fail() { echo "error: $1; $usage" >&2; exit 1; }
+case ${1:-} in '' | -*) fail "no folder OUT" ;; esac
+mkdir -p "$1" && out=$(cd "$1" && pwd) && shift
+acdc='' minutes=20 tiny=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --acdc | --minutes)
+      [ $# -gt 1 ] || fail "$1 needs a value"
+      declare "${1#--}=$2"
+      shift
+      ;;
+    --tiny) tiny=yes ;;
+    *) fail "unknown $1" ;;
+  esac
+  shift
+done
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || fail "--minutes $minutes: give a number from 1 on"
+[ -z "$acdc" ] || acdc=$(cd "$acdc" 2>/dev/null && pwd) || fail "no such folder of --acdc"
+end=$(($(date +%s) + 60 * minutes))
+cd "$(dirname "$0")/.."
+if [ -z "${PYTHON:-}" ]; then
+  source launch/venv.sh -r requirements.txt
+  PYTHON=.venv/bin/python
+fi
+
+part() { # NAME COMMAND ...: once, as long as there is time; a failure does not keep the rest back
+  local name=$1 left=$((end - $(date +%s)))
+  shift
+  [ ! -e "$out/$name.done" ] || return 0
+  if [ "$left" -le 0 ]; then
+    echo "== $name: no time left" | tee -a "$out/log.txt"
+    return 0
+  fi
+  echo "== $name: $*" | tee -a "$out/log.txt"
+  # SIGTERM: runs save, and go on when they are started again.
+  if timeout --kill-after=60 "$left" "$@" 2>&1 | tee -a "$out/log.txt"; then
+    touch "$out/$name.done"
+  else
+    echo "== $name did not finish" | tee -a "$out/log.txt"
+  fi
+}
+
+dtypes=(bfloat16 float32) small=() runs=() step=(--seconds 15) pairs=(--rounds 2 --seconds 10 --steps 20)
+if [ -n "$tiny" ]; then
+  small=(--config.data.size=32 --config.batch.labelled=2 --config.batch.unlabelled=2)
+  runs=("${small[@]}" '--config.model.channels=(4,4,4,4,8)' --config.total_steps=4)
+  dtypes=(float32) # others compile for minutes on a CPU
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0"
+  step=(--seconds 1 --stages "step,specialists,loop")
+  pairs=(--rounds 1 --seconds 1 --steps 1 --size 32 --batch 4 --pairs lean:lean)
+fi
+if nvidia-smi -L >/dev/null 2>&1; then pairs+=(--gpu); fi
+for dtype in "${dtypes[@]}"; do
+  for model in unet transunet; do
+    shapes=("${small[@]}") scans=${acdc:-none}
+    if [ -n "$tiny" ]; then scans=none; fi
+    if [ "$model" = transunet ]; then
+      shapes+=(--config.data.size=224)
+      if [ -n "$tiny" ]; then
+        shapes=("${small[@]}" '--config.model.units=(1,1,1)' --config.model.width=.125)
+        shapes+=(--config.model.groups=4 --config.model.hidden=8 --config.model.mlp=12)
+        shapes+=(--config.model.heads=2 --config.model.layers=1)
+        shapes+=('--config.model.decoder=(8,8,8,4,4)')
+      fi
+    elif [ -n "$tiny" ]; then
+      shapes+=('--config.model.channels=(4,4,4,4,8)')
+    fi
+    part "step_${model}_$dtype" "$PYTHON" -m cgs_jax.benchmark \
+      --config "configs/acdc.py:method=cgs,model=$model" --config.data.root="$scans" \
+      --config.model.dtype="$dtype" "${shapes[@]}" "${step[@]}" \
+      --output "$out/step_${model}_$dtype.json"
+  done
+done
+if "$PYTHON" -c 'import torch' 2>/dev/null; then
+  part pytorch "$PYTHON" benchmarks/compare.py "${pairs[@]}"
+fi
+if [ -n "$acdc" ]; then
+  for labelled in 7 3; do
+    part "acdc_$labelled" "$PYTHON" -m cgs_jax.sweep \
+      --config "configs/acdc.py:labelled=$labelled" --sweep configs/sweeps/paper.py --rows=cgs \
+      --workdir "$out/acdc_$labelled" --seeds 3 --config.data.root="$acdc" \
+      --config.model.dtype="${dtypes[0]}" --config.eval_every=2000 "${runs[@]}"
+  done
+fi
+echo "log: $out/log.txt"
