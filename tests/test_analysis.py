@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
+from runs import REPOSITORY
 from steps import tiny, tiny_batch
 
 from cgs_jax.analysis import organ_shares, pseudo_label_quality, tables
@@ -218,3 +219,11 @@ def test_participation_by_hand():
     assert organs == [[5 / 9, 4 / 9], [2 / 5, 3 / 5]]
     frame = pd.DataFrame({"organ": ["a", "b"], "without": [0.9, 0.1], "with": [0.95, 0.3]})
     assert organ_shares.keeps_bound(frame).tolist() == [False, True]
+
+
+def test_published_scores_are_read():
+    """Tables of docs/results.md come from them."""
+    sweep = tables.load(REPOSITORY / "results" / "acdc" / "3_labelled")
+    found = tables.table(sweep.cases, "cgs", split="val").loc["copy_paste"]
+    assert found["mean"] == pytest.approx(69.90, abs=0.01)
+    assert list(found[["low", "high"]]) == pytest.approx([-0.5, 3.1], abs=0.1)

@@ -270,6 +270,7 @@ def restore_run(
 def load_run(workdir: pathlib.Path, options: Mapping[str, Any] | None = None) -> Method:
     """The method of a run, without its weights."""
     config, _ = run_folder.load(workdir)
+    run_folder.check_version(config, workdir)
     if unknown := set(options or {}) - set(run_folder.PREDICTION):
         known = ", ".join(run_folder.PREDICTION)
         raise UserError(f"unknown option {min(unknown)!r} of prediction; there are: {known}")

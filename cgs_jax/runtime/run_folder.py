@@ -85,17 +85,20 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
         config = ConfigDict(json.loads(config, object_hook=_tuples))
         if not {"data", "model", "method", "total_steps"} <= set(config):
             raise ValueError("config.json lacks fields")
-        known = {name.rpartition(".")[2] for name in flatten(config.data)}
-        if lacking := NEWEST - known:
-            raise UserError(
-                f"{workdir} is of an earlier version, which had no data.{min(lacking)}; use that "
-                "version, or train anew"
-            )
         return config, splits
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} holds no run: no {error.filename}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"config.json or splits.json in {workdir} is damaged: {error}") from None
+
+
+def check_version(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raises UserError where the configuration of a run lacks what networks are made by today."""
+    if lacking := NEWEST - {name.rpartition(".")[2] for name in flatten(config.data)}:
+        raise UserError(
+            f"{workdir} is of an earlier version, which had no data.{min(lacking)}; use that "
+            "version, or train anew"
+        )
 
 
 def _tuples(mapping: dict[str, Any]) -> dict[str, Any]:
