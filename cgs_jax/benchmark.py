@@ -344,9 +344,10 @@ if __name__ == "__main__":
             raise UserError(f"unknown stage {min(unknown)!r}; there are: {', '.join(STAGES)}")
         if not _SECONDS.value > 0:
             raise UserError("--seconds must be more than 0")
+        stages = set(_STAGES.value) | ({"step"} if "specialists" in _STAGES.value else set())
         output = output_file(_OUTPUT.value)
         jax.config.update("jax_enable_compilation_cache", False)
-        result = benchmark(_CONFIG.value, set(_STAGES.value), _SECONDS.value)
+        result = benchmark(_CONFIG.value, stages, _SECONDS.value)
         say(report(result))
         if output:
             write_text(output, to_json(result, indent=1) + "\n")

@@ -4,6 +4,7 @@ python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [
 """
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def predict(
     options: Mapping[str, Any] | None = None,
     task: str = "",
 ) -> list[pathlib.Path]:
-    """Writes one label map (uint8) for every scan, with its grid and header, under its name.
+    """Writes one label map for every scan, with its grid and header, under its name.
 
     A scan is CASE_0000.nii.gz, CASE_0001.nii.gz and so on, a file a channel as nnU-Net names them,
     and its label map CASE.nii.gz; of one channel it may have any name, and its label map the same.
@@ -82,7 +83,8 @@ def find(
         raise UserError(f"no such file or folder: {source}")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [path for path in files if ending_of(path)]
-    files = [path for path in files if not path.name.startswith(".")]
+    skipped = re.compile(r"\..*|.*\.seg\.nrrd")  # hidden files, and what 3D Slicer has segmented
+    files = [path for path in files if not skipped.fullmatch(path.name)]
     if not files:
         raise UserError(f"no scan in {source}: {', '.join(ENDINGS)}")
     if output.exists() and not output.is_dir():

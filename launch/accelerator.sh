@@ -5,7 +5,8 @@
 #   bash launch/accelerator.sh OUT [--acdc FOLDER] [--minutes MINUTES] [--tiny]
 # OUT gets a JSON file a figure, log.txt, and the runs on FOLDER, which has SSL4MIS's h5 files. The
 # same command leaves out what is done, and goes on with the runs. --tiny has small shapes, to try the
-# script on any machine. PYTHON names a Python that has the packages; without it .venv is made.
+# script on any machine. JAX_PYTHON names a Python that has the packages; without it .venv is made. The
+# exit code is 1 if a part did not finish.
 set -euo pipefail
 usage="bash launch/accelerator.sh OUT [--acdc FOLDER] [--minutes MINUTES] [--tiny]"
 fail() { echo "error: $1; $usage" >&2; exit 1; }
@@ -28,10 +29,12 @@ done
 [ -z "$acdc" ] || acdc=$(cd "$acdc" 2>/dev/null && pwd) || fail "no such folder of --acdc"
 end=$(($(date +%s) + 60 * minutes))
 cd "$(dirname "$0")/.."
-if [ -z "${PYTHON:-}" ]; then
+if [ -z "${JAX_PYTHON:-}" ]; then
   source launch/venv.sh -r requirements.txt
-  PYTHON=.venv/bin/python
+  JAX_PYTHON=.venv/bin/python
 fi
+"$JAX_PYTHON" -c 'import jax' || fail "$JAX_PYTHON has no jax"
+unfinished=0
 
 part() { # NAME COMMAND ...: once, as long as there is time; a failure does not keep the rest back
   local name=$1 left=$((end - $(date +%s)))
@@ -39,6 +42,7 @@ part() { # NAME COMMAND ...: once, as long as there is time; a failure does not 
   [ ! -e "$out/$name.done" ] || return 0
   if [ "$left" -le 0 ]; then
     echo "== $name: no time left" | tee -a "$out/log.txt"
+    unfinished=1
     return 0
   fi
   echo "== $name: $*" | tee -a "$out/log.txt"
@@ -47,6 +51,7 @@ part() { # NAME COMMAND ...: once, as long as there is time; a failure does not 
     touch "$out/$name.done"
   else
     echo "== $name did not finish" | tee -a "$out/log.txt"
+    unfinished=1
   fi
 }
 
@@ -75,21 +80,22 @@ for dtype in "${dtypes[@]}"; do
     elif [ -n "$tiny" ]; then
       shapes+=('--config.model.channels=(4,4,4,4,8)')
     fi
-    part "step_${model}_$dtype" "$PYTHON" -m cgs_jax.benchmark \
+    part "step_${model}_$dtype" "$JAX_PYTHON" -m cgs_jax.benchmark \
       --config "configs/acdc.py:method=cgs,model=$model" --config.data.root="$scans" \
       --config.model.dtype="$dtype" "${shapes[@]}" "${step[@]}" \
       --output "$out/step_${model}_$dtype.json"
   done
 done
-if "$PYTHON" -c 'import torch' 2>/dev/null; then
-  part pytorch "$PYTHON" benchmarks/compare.py "${pairs[@]}"
+if "$JAX_PYTHON" -c 'import torch' 2>/dev/null; then
+  part pytorch "$JAX_PYTHON" benchmarks/compare.py "${pairs[@]}"
 fi
 if [ -n "$acdc" ]; then
   for labelled in 7 3; do
-    part "acdc_$labelled" "$PYTHON" -m cgs_jax.sweep \
+    part "acdc_$labelled" "$JAX_PYTHON" -m cgs_jax.sweep \
       --config "configs/acdc.py:labelled=$labelled" --sweep configs/sweeps/paper.py --rows=cgs \
       --workdir "$out/acdc_$labelled" --seeds 3 --config.data.root="$acdc" \
       --config.model.dtype="${dtypes[0]}" --config.eval_every=2000 "${runs[@]}"
   done
 fi
 echo "log: $out/log.txt"
+exit "$unfinished"

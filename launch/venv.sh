@@ -9,11 +9,14 @@ fi
 if [ ! -x .venv/bin/pip ]; then
   "$python" -m venv .venv || { echo "error: venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
 fi
-stamp=.venv/installed-$({ cat requirements.txt pyproject.toml; echo "$@"; } | sha256sum | cut -c1-12)
+packages=("$@")
+if nvidia-smi -L >/dev/null 2>&1; then packages+=('jax[cuda12]'); fi
+stamp=.venv/installed-$({
+  cat requirements.txt pyproject.toml
+  echo "${packages[@]}"
+} | sha256sum | cut -c1-12)
 if [ ! -e "$stamp" ]; then
   echo "installing into .venv ..."
-  packages=("$@")
-  if nvidia-smi -L >/dev/null 2>&1; then packages+=('jax[cuda12]'); fi
   .venv/bin/pip install --quiet --disable-pip-version-check "${packages[@]}"
   touch "$stamp"
 fi

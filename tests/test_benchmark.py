@@ -18,6 +18,7 @@ from cgs_jax.models import torch_weights
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import train_step
+from cgs_jax.training.resolve import resolve
 from configs import acdc, segthor
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -183,6 +184,9 @@ def test_what_specialists_cost():
     without = train_step.without_specialists
     assert without(tiny()).method.terms == ("G_from_g",)
     assert without(without(tiny())) is None
+    config = tiny()
+    config.inference = "both"
+    assert resolve(without(config)).inference == "generalist"
     assert "cgs" not in without(acdc.get_config("method=cgs,base=fixmatch"))
 
 

@@ -57,9 +57,14 @@ def test_damaged_files_are_one_line(pair, tmp_path):
         with pytest.raises(UserError, match=f"{path.name} is not a whole scan") as caught:
             nifti.read_nifti(path, "axial")
         assert "\n" not in str(caught.value)
-    for image in (SimpleITK.Image(4, 4, SimpleITK.sitkUInt8), SimpleITK.Image([4] * 4, 1)):
+    for image, problem in (
+        (SimpleITK.Image(4, 4, SimpleITK.sitkUInt8), "one 3D volume per file is read"),
+        (SimpleITK.Image([4] * 4, 1), "one 3D volume per file is read"),
+        (SimpleITK.Image([4] * 2, SimpleITK.sitkVectorUInt8, 3), "holds 3 numbers a voxel"),
+        (SimpleITK.Image([4] * 3, SimpleITK.sitkVectorUInt8, 3), "holds 3 numbers a voxel"),
+    ):
         SimpleITK.WriteImage(image, str(path))
-        with pytest.raises(UserError, match="one 3D volume per file is read"):
+        with pytest.raises(UserError, match=problem):
             nifti.read_nifti(path, "axial")
 
 

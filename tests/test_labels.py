@@ -12,6 +12,7 @@ from steps import tiny, tiny_batch
 
 from cgs_jax import predict
 from cgs_jax.data import cache, completion, patches, tasks
+from cgs_jax.data.layouts import nnunet as nnunet_layout
 from cgs_jax.data.nifti import read_nifti
 from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.inference.predictor import Scoring
@@ -23,7 +24,7 @@ from cgs_jax.scoring import nnunet_summary, summaries
 from cgs_jax.training import optimizers, train_step
 
 GAPS = {"background": 0, "head": 300, "tail": 7, "ignore": 9}
-REGIONS = {"background": 0, "whole": [1, 2, 4], "core": [2, 4], "active": [4]}
+REGIONS = {"background": 0, "whole": [1, 2, 4], "core": [2, 4], "active": 4}
 
 
 def folder(tmp_path, labels, values):
@@ -56,6 +57,42 @@ def test_gaps_and_ignored_voxels(tmp_path):
         np.random.RandomState(0), config.data, (64, 64), (16, 16), lambda: patches.places(label)
     )
     assert corner == (0, 0)
+
+
+def test_slices_that_nobody_annotated_are_unlabelled(tmp_path):
+    config, root = folder(tmp_path, GAPS, [0, 300, 7])
+    for path in (root / "labelsTr").glob("*.nii.gz"):
+        stored = np.asarray(nib.load(path).dataobj).copy()
+        stored[..., 1:] = 9
+        save(path, stored)
+    prepared = cache.prepare(config)
+    labelled, rest = prepared.source("labelled")[0], prepared.source("unlabelled")[0]
+    assert len(labelled) == len(prepared.splits.labelled)  # the first slice of each case
+    assert (prepared.labels(labelled) != NO_LABEL).all()
+    np.testing.assert_array_equal(np.sort([*labelled, *rest]), prepared.rows(prepared.splits.train))
+    for path in (root / "labelsTr").glob("*.nii.gz"):
+        save(path, np.full((9, 8, 4), 9, np.uint8))
+    with pytest.raises(UserError, match="no pixel of a labelled training case is annotated"):
+        cache.prepare(config).source("labelled")
+
+
+def test_partial_labels_name_regions(tmp_path):
+    """A region that is annotated is so with all its classes; a case may complete no other."""
+    config, root = folder(tmp_path, REGIONS, [0, 2, 4])
+    names = [path.name.removesuffix(".nii.gz") for path in (root / "labelsTr").iterdir()]
+    listed = root / "partial_labels.json"
+    listed.write_text(json.dumps({name: ["core"] for name in names}))
+    config.data.partial = nnunet_layout.partial(config.data)
+    prepared = cache.prepare(config)
+    case = prepared.splits.val[0]
+    assert prepared.organs(case) == ("core 2", "active")
+    assert set(prepared.scored(case)) == {"core", "active"}
+    listed.write_text(json.dumps({name: ["whole 1"] for name in names}))
+    with pytest.raises(UserError, match="no val case is annotated for all of a whole region"):
+        cache.prepare(config)
+    listed.write_text(json.dumps({names[0]: ["liver"]}))
+    with pytest.raises(UserError, match="'liver'; the organs are: whole 1, core 2, active, whole"):
+        cache.prepare(config)
 
 
 def test_predictions_have_the_numbers_of_the_data_set(tmp_path):
@@ -140,6 +177,42 @@ def test_other_classes_than_numbers(tmp_path):
     config.data.classes = ("liver",)
     with pytest.raises(UserError, match="data.classes has 1 names, and label files 2 numbers"):
         completion.complete(config.data)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"ignore": 1}, "data.ignore=1: a number that no organ has"),
+        ({"ignore": -1}, "data.ignore=-1"),
+        ({"numbers": (1, 1)}, "organs have numbers of their own"),
+        ({"numbers": (0, 1)}, "organs have numbers of their own"),
+        ({"regions": (("x", (1, 9)),)}, "names organs besides 1 to 2"),
+        ({"regions": ("abc",)}, "'abc' is not"),
+        ({"classes": ("head", "head")}, "has a name twice"),
+    ],
+)
+def test_options_of_labels_that_can_not_be(tmp_path, fields, problem):
+    config, _ = nnunet_folder(tmp_path, cases=1)
+    config.data.update(fields)
+    with pytest.raises(UserError, match=problem):
+        completion.complete(config.data)
+
+
+def test_pixels_that_nobody_annotated_do_not_count():
+    """The Dice loss is that of the annotated pixels alone; the cross-entropy is too, but for its
+    division by all."""
+    rng = np.random.default_rng(0)
+    outputs = Outputs(
+        jnp.asarray(rng.normal(size=(1, 6, 4, 3))), jnp.asarray(rng.normal(size=(1, 6, 4, 2, 3)))
+    )
+    label = jnp.asarray(rng.integers(0, 3, (1, 6, 4)), jnp.uint8).at[:, 2:].set(0)
+    known = jnp.zeros((1, 6, 4, 2), bool).at[:, :2].set(True)
+    alone = jax.tree.map(lambda x: x[:, :2], outputs)
+    part = base.supervised_loss(base.Labelled(alone, label[:, :2]))
+    whole = base.supervised_loss(base.Labelled(outputs, label, None, known))
+    for name, value in part.items():
+        share = 2 / 6 if name.endswith("_ce") else 1
+        np.testing.assert_allclose(whole[name], share * value, rtol=1e-5, err_msg=name)
 
 
 def test_pixels_that_nobody_annotated_get_no_gradient():

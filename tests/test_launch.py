@@ -95,18 +95,19 @@ def test_accelerator_does_what_is_left(tmp_path):
         (tmp_path / folder).mkdir()
     shutil.copy(LAUNCH / "accelerator.sh", tmp_path / "launch")
     line = ["bash", tmp_path / "launch" / "accelerator.sh", "out", "--acdc", "acdc", "--tiny"]
-    counts = []
+    counts, codes = [], []
     for _ in range(2):
         done = subprocess.run(
             line,
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            env={"PYTHON": str(python), "PATH": "/usr/bin:/bin"},
+            env={"JAX_PYTHON": str(python), "PATH": "/usr/bin:/bin"},
         )
-        assert done.returncode == 0, done.stderr
-        lines = [x for x in asked.read_text().splitlines() if "torch" not in x]
+        codes.append(done.returncode)
+        lines = [x for x in asked.read_text().splitlines() if "cgs_jax" in x]
         counts.append(len(lines))
+    assert codes == [1, 0], done.stderr
     assert counts == [4, 5]  # two benchmarks and two sweeps; and what had failed
     assert "step_transunet_float32 did not finish" in (tmp_path / "out" / "log.txt").read_text()
     assert "model=transunet" in lines[-1]

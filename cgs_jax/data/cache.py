@@ -99,11 +99,16 @@ class Prepared:
         found = []
         for cases in self.by_task(self.splits.train).values():
             labelled = self.rows(set(cases) & set(self.splits.labelled))
+            if self.task(cases[0]).data.ignore:  # a slice that nobody annotated is unlabelled
+                marked = (label != NO_LABEL for label in self.examples("label", labelled))
+                labelled = labelled[np.fromiter((where.any() for where in marked), bool)]
             for case in set(cases) & set(self._exemplars):
                 labelled = self.rows([case])[[self._exemplars[case]]]
             rest = np.setdiff1d(self.rows(cases), labelled)
             rows = labelled if name == "labelled" else rest if len(rest) else labelled
             found += [rows] * (len(rows) > 0)
+        if not found:
+            raise UserError("no pixel of a labelled training case is annotated: see data.ignore")
         return found
 
     def images(self, rows: np.ndarray, corners: Any = None, shape: Any = ()) -> np.ndarray:
@@ -245,6 +250,11 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
     together = case_lists.Splits(*(sum(lists, []) for lists in zip(*parts, strict=True)))
     volumes = config.data.depth > 0
     prepared = Prepared(entries, together, config.data.classes, volumes=volumes)
+    for part in ("val", "test"):
+        cases = getattr(together, part)
+        if cases and not any(map(prepared.scored, cases)):
+            regions = " of a whole region" if any(t.data.regions for t in known.values()) else ""
+            raise UserError(f"no {part} case is annotated for all{regions} that is scored")
     found = [exemplar.find(prepared, task) for task in known.values() if task.data.exemplar]
     if not found:
         return prepared

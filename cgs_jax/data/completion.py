@@ -29,17 +29,12 @@ def complete(
     """
     if data.name != tasks.COLLECTION:
         module = tasks.layout(data)
-        for field in ("classes", "numbers", "ignore", "regions", "channels", "partial"):
-            if not data[field] and hasattr(module, field):
-                data[field] = getattr(module, field)(data)
+        for fields in (("classes", "numbers", "ignore", "regions"), ("channels", "partial")):
+            for field in fields:
+                if not data[field] and hasattr(module, field):
+                    data[field] = getattr(module, field)(data)
+            _check_labels(data)
         data.partial |= data.ignore > 0  # where nobody annotated, no organ is annotated
-        if data.numbers and len(data.numbers) != len(data.classes):
-            raise UserError(
-                f"data.classes has {len(data.classes)} names, and label files {len(data.numbers)} "
-                f"numbers of organs: {', '.join(map(str, data.numbers))}"
-            )
-        if len(data.classes) > MOST_CLASSES:
-            raise UserError(f"{len(data.classes)} organs; at most {MOST_CLASSES} are stored")
         facts = functools.cache(lambda: fingerprint.of_training(data))  # looked up if needed
         _complete_grid(data, saved, facts, stride, poolings)
         found = {"spacing": ("median", lambda: fingerprint.median_pixel(facts()))}
@@ -65,6 +60,29 @@ def complete(
     if len(set(counts.values())) > 1:
         raise UserError(f"members of a collection need as many channels each, not {counts}")
     data.channels = next(iter(counts.values()))
+
+
+def _check_labels(data):
+    """Raises UserError where names and numbers of labels can not be."""
+    classes, numbers = data.classes, data.numbers or range(1, 1 + len(data.classes))
+    if len(numbers) != len(classes):
+        raise UserError(
+            f"data.classes has {len(classes)} names, and label files {len(numbers)} numbers of "
+            f"organs: {', '.join(map(str, numbers))}"
+        )
+    if len(classes) > MOST_CLASSES:
+        raise UserError(f"{len(classes)} organs; at most {MOST_CLASSES} are stored")
+    if len(set(classes)) < len(classes):
+        raise UserError(f"data.classes has a name twice: {', '.join(classes)}")
+    if len(set(numbers)) < len(numbers) or min(numbers, default=1) < 1:
+        raise UserError(f"data.numbers={numbers}: organs have numbers of their own, from 1 on")
+    if data.ignore < 0 or data.ignore in numbers:
+        raise UserError(f"data.ignore={data.ignore}: a number that no organ has, or 0 for none")
+    for region in data.regions:
+        if isinstance(region, str) or len(region) != 2 or not region[1]:
+            raise UserError(f"data.regions: {region!r} is not (name, numbers of its organs)")
+        if not set(region[1]) <= set(range(1, 1 + len(classes))):
+            raise UserError(f"data.regions: {region} names organs besides 1 to {len(classes)}")
 
 
 def _complete_grid(data, saved, facts, stride, poolings):

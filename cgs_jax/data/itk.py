@@ -20,7 +20,7 @@ def load(path: pathlib.Path) -> nib.Nifti1Image:
     """Reads a file.
 
     Raises:
-      UserError: SimpleITK is not installed.
+      UserError: SimpleITK is not installed, or a voxel has several numbers.
       Exception: the file is missing or damaged; its last line says how.
     """
     sitk, data = _sitk(path), path.read_bytes()
@@ -28,6 +28,8 @@ def load(path: pathlib.Path) -> nib.Nifti1Image:
     if local and b"CompressedData = True" in header:
         zlib.decompress(packed)  # ITK does not look at the checksum
     image = sitk.ReadImage(str(path))
+    if (numbers := image.GetNumberOfComponentsPerPixel()) > 1:  # such as colours
+        raise UserError(f"{path} holds {numbers} numbers a voxel; one intensity a voxel is read")
     array = sitk.GetArrayFromImage(image).T
     affine = np.eye(4)
     if (axes := image.GetDimension()) >= 3:  # else the reader says that it is no volume

@@ -344,11 +344,15 @@ def supervised_loss(labelled: Labelled) -> Terms:
 
     Where an image is annotated for some organs only, the others count as background, and only the
     specialists of the annotated ones learn; to them, labelled background may be a remaining organ.
+    Pixels for which no organ is annotated do not count.
 
     Returns the terms by name; L_sup is their sum.
     """
     outputs, label, where, annotated = labelled
     logits = outputs.generalist if outputs.pyramid is None else scales(outputs)
+    if annotated is not None and annotated.shape[:-1] == label.shape:  # pixels may be left out
+        known = jnp.any(annotated, -1)
+        where = known if where is None else where & known
     if annotated is not None:
         each = annotated if outputs.pyramid is None else annotated[..., None, :]
         logits = losses.marginal(logits, each)

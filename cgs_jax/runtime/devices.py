@@ -69,8 +69,12 @@ def _mesh(data, space, devices):
 
 # Where the compiler's own choice is slower, by platform; measured by `cgs_jax.benchmark`.
 COMPILER_OPTIONS = {
-    # Large convolutions of YNNPACK run on one core: 8.1 s a step against 4.6 with Eigen's.
-    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
+    # Large convolutions of YNNPACK run on one core: 8.1 s a step against 4.6 with Eigen's. Level 3,
+    # the default, compiles a step in 50 s of processor time, level 2 in 30; both run as fast.
+    "cpu": {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
+        "xla_backend_optimization_level": 2,
+    },
     # Packed maps fill the tiles; moving columns to the batch would only copy them.
     "tpu": {
         "xla_tpu_run_space_to_batch": False,
@@ -79,9 +83,15 @@ COMPILER_OPTIONS = {
 }
 
 
-def jit(function: Callable, mesh: Mesh, **options: Any) -> Any:
-    """`jax.jit` with the compiler options of the mesh's platform."""
-    compiler_options = COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+# Of what runs once: random weights take 25 s of processor time to compile at level 3, 4 at level 0.
+COMPILER_OPTIONS_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
+
+
+def jit(function: Callable, mesh: Mesh, once: bool = False, **options: Any) -> Any:
+    """`jax.jit` with the compiler options of the mesh's platform; of what runs `once`, those that
+    compile quickly."""
+    known = COMPILER_OPTIONS_ONCE if once else COMPILER_OPTIONS
+    compiler_options = known.get(mesh.devices.flat[0].platform)
     return jax.jit(function, compiler_options=compiler_options, **options)
 
 

@@ -16,7 +16,8 @@ def of(results: summaries.Results, data: ConfigDict) -> dict[str, Any]:
       'metric_per_case', a list with 'metrics' by number of the label in its file, or of a region by
       its numbers, such as '(1, 2)'; their means over the cases, 'mean'; and the mean of these,
       'foreground_mean'. Shares are in 0 to 1, and nan where neither prediction nor truth has the
-      organ. Files are told by the names of the cases, and true negatives are left out.
+      organ. Files are told by the names of the cases, and true negatives are left out. (A region
+      that is given as a list of one number is '(4,)' there; here it is '4', as without a list.)
     """
     numbers = (0, *(data.numbers or range(1, 1 + len(data.classes))))
     keys = {}

@@ -33,6 +33,7 @@ def make_method(config: ConfigDict) -> Method:
 def without_specialists(config: ConfigDict) -> ConfigDict | None:
     """The same method without them, and without what they teach; None where it has none."""
     plain = ConfigDict(config.to_dict())
+    plain.inference = "generalist"
     if "cgs" in plain:
         del plain["cgs"]
     elif plain.method.get("specialists"):
@@ -55,7 +56,7 @@ def init_state(
     """
     init, key = _init(method, optimizer, config), jax.random.key(config.seed)
     shardings = devices.of_state(mesh, jax.eval_shape(init, key), config.mesh.shard_params)
-    state = jax.jit(init, out_shardings=shardings)(key)
+    state = devices.jit(init, mesh, once=True, out_shardings=shardings)(key)
     return with_weights(state, *starting_weights(method, config)) if config.model.weights else state
 
 

@@ -56,7 +56,9 @@ def partial(data: ConfigDict) -> bool:
 
 def _partial_labels(data):
     """Annotated organs by case, of the cases that are listed."""
-    path, known = pathlib.Path(data.root) / PARTIAL, data.classes or classes(data)
+    path, organs = pathlib.Path(data.root) / PARTIAL, tuple(data.classes) or classes(data)
+    parts = {organ: (organ,) for organ in organs}  # a region stands for all its classes
+    parts |= {name: tuple(organs[i - 1] for i in of) for name, of in regions(data)}
     if not path.exists():
         return {}
     try:
@@ -66,13 +68,15 @@ def _partial_labels(data):
     lists = listed.values() if isinstance(listed, dict) else [None]
     if not all(isinstance(x, list) and all(isinstance(o, str) for o in x) for x in lists):
         raise UserError(f"{path} must map cases to lists of organs: {{case: [organs]}}")
-    for case, organs in listed.items():
-        if not organs:
+    for case, named in listed.items():
+        if not named:
             raise UserError(f"{path}: {case} is annotated for no organ; remove its label file")
-        if unknown := sorted(set(organs) - set(known)):
-            known = ", ".join(known)
+        if unknown := sorted(set(named) - set(parts)):
+            known = ", ".join(parts)
             raise UserError(f"{path}: {case} names {unknown[0]!r}; the organs are: {known}")
-    return {case: tuple(organs) for case, organs in listed.items() if set(organs) != set(known)}
+    marked = {case: {o for name in named for o in parts[name]} for case, named in listed.items()}
+    marked = {case: tuple(o for o in organs if o in of) for case, of in marked.items()}
+    return {case: of for case, of in marked.items() if of != organs}
 
 
 def classes(data: ConfigDict) -> tuple[str, ...]:
