@@ -84,6 +84,8 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.upsample = "linear"
     config.largest_component = False  # keep only the largest piece of every organ of a scan
     config.method = ConfigDict({"name": base or method})
+    # share of total_steps in which the weight of unlabelled images rises; 0: it does not
+    config.method.ramp = 1.0
     config.data = ConfigDict()
     config.data.root = "data"  # folder of the data set
     config.data.cache = ""  # prepared data; '' means ROOT/cgs_cache

@@ -52,6 +52,13 @@ def test_ramp():
     assert losses.gaussian_ramp(0, 100, 2.0) == pytest.approx(2 * np.exp(-5))
     assert losses.gaussian_ramp(50, 100, 2.0) == pytest.approx(2 * np.exp(-1.25))
     assert losses.gaussian_ramp(100, 100, 2.0) == 2
+    # Of a method with and without a ramp, and with one over a quarter of the run of 60 steps.
+    for name, start, quarter in (("cgs", 2 * np.exp(-5), 2 * np.exp(-2.8125)), ("bcp", 0.5, 0.5)):
+        weight = train_step.make_method(tiny(name)).weight
+        assert (weight(0), weight(15)) == (pytest.approx(start), pytest.approx(quarter))
+        assert train_step.make_method(tiny(name, **{"method.ramp": 0.25})).weight(15) == weight(60)
+    with pytest.raises(UserError, match="method.ramp=2.0: it is a share of total_steps"):
+        train_step.make_method(tiny(**{"method.ramp": 2.0}))
 
 
 def test_relabel_by_hand():

@@ -115,7 +115,7 @@ def test_bad_sweeps(scans, tmp_path, capsys):
         sweep.shard("0/2", [run])
 
 
-@pytest.mark.parametrize("name", ["ablation", "plugin", "paper"])
+@pytest.mark.parametrize("name", ["ablation", "plugin", "paper", "weights"])
 def test_rows_of_the_shipped_sweeps_are_comparable(name, tmp_path):
     """Same data, steps, slices (but for a control) and optimiser (but for VerSemi) for all."""
     _, runs = sweep.plan("configs/acdc.py", {}, f"configs/sweeps/{name}.py", tmp_path, 1)

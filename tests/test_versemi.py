@@ -194,7 +194,7 @@ def test_what_a_step_asks(known):
 
 
 def test_terms_and_ramp_can_be_chosen():
-    method = train_step.make_method(tiny("versemi", **{"method.ramp": True}))
+    method = train_step.make_method(tiny("versemi", **{"method.ramp": 1.0}))
     assert method.weight(30) == pytest.approx(np.exp(-1.25))
     assert train_step.make_method(tiny("versemi")).weight(0) == 1
     student = Outputs(None, None, None, prompts_of(np.full((1, 4, 4, 3), 0.3)))

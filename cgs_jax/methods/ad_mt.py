@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cgs_jax.methods import augment, base, losses
+from cgs_jax.methods import augment, base
 from cgs_jax.models.network import Outputs
 
 
@@ -21,7 +21,6 @@ class Method(base.Method):
 
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
-        self.ramp = base.steps_of(config, "ramp")
         self.second = second_is_active(config.seed, config.total_steps)
 
     def init(self, key, image):
@@ -70,9 +69,6 @@ class Method(base.Method):
         """Those of one of the two teachers."""
         teacher = state.extra["teachers"][0]
         return teacher["params"], teacher["model_state"]
-
-    def weight(self, step):
-        return losses.gaussian_ramp(step, self.ramp, self.config.method.lambda_max)
 
     def after_update(self, state):
         """The teacher whose turn it was follows the student, batch statistics included."""

@@ -77,6 +77,7 @@ class Method:
         self.config, self.specialists = config, specialists
         self.network = build(config, self.specialists)
         self.num_targets = len(config.data.classes)
+        steps_of(config, "ramp")  # complains of what is no share
 
     def streams(self) -> dict[str, Stream]:
         """What a step takes of the training data, by name; a batch holds these names."""
@@ -127,12 +128,8 @@ class Method:
 
     def weight(self, step: jax.Array) -> jax.Array:
         """Weight of the unsupervised terms."""
-        options = self.config.method
-        return losses.gaussian_ramp(step, self.config.total_steps, options.lambda_max)
-
-    def constant_weight(self, step: jax.Array) -> jax.Array:
-        """The same without a ramp, for methods that choose it as their `weight`."""
-        return jnp.float32(self.config.method.lambda_max)
+        steps, maximum = steps_of(self.config, "ramp"), self.config.method.lambda_max
+        return losses.gaussian_ramp(step, steps, maximum) if steps else jnp.float32(maximum)
 
     def loss(
         self, params: Any, state: TrainState, views: Batch, key: jax.Array

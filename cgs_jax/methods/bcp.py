@@ -18,8 +18,6 @@ from cgs_jax.runtime.errors import UserError
 class Method(base.WithTeacher):
     """The student predicts."""
 
-    weight = base.Method.constant_weight
-
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
         if config.batch.labelled % 2 or config.batch.labelled != config.batch.unlabelled:

@@ -76,9 +76,6 @@ class Method(base.Method):
                 raise UserError(f"method.{name}={sides}: two shares of a side, smaller one first")
         self.network = build(config, self.specialists, prompts=True)
 
-    def weight(self, step):
-        return super().weight(step) if self.config.method.ramp else self.constant_weight(step)
-
     def views(self, batch, key):
         """As the base class; with each labelled image's 'task' [B], one of its annotated classes
         counted from 0, and the boxes 'keep' [B, *S] of either stream, False inside."""

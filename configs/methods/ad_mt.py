@@ -8,5 +8,5 @@ def update(config: ConfigDict) -> None:
     config.method.tau = 0.95  # confidence that pseudo-labels need
     # weight of the unsupervised loss at the end of the ramp; there 2 beside half the supervised
     config.method.lambda_max = 4.0
-    config.method.ramp = 0.25  # share of total_steps
+    config.method.ramp = 0.25
     config.method.ema_decay = 0.99  # teachers

@@ -10,7 +10,7 @@ def update(config: ConfigDict) -> None:
     # task from the prompts of all classes, and in the labelled box from its label
     config.method.terms = ("syn", "aux", "agg", "cons")
     config.method.lambda_max = 1.0  # weight of 'agg' and 'cons'
-    config.method.ramp = False  # True: it rises over the run to that, as in CGS
+    config.method.ramp = 0.0
     # what the prompts of all classes say teaches the synthetic task and learns nothing from it;
     # False: both learn, as in the released code
     config.method.detach_aggregate = True
