@@ -146,6 +146,7 @@ def define_flags() -> Callable[[], dict[str, Any]]:
     default = "; default: the first run's"
     for name, what in {
         "inference": "which heads decide",
+        "predict_with": "of a method with a teacher: student or teacher",
         "combine": "how several predictions become one",
         "upsample": "probabilities or labels to the scan's grid",
     }.items():

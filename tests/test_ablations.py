@@ -183,6 +183,8 @@ def test_both_kinds_of_heads_predict():
     np.testing.assert_array_equal(jnp.argmax(probs[1], -1), jnp.argmax(merged, -1))
     with pytest.raises(UserError, match="inference=both: fixmatch trains no specialists"):
         resolve.check(tiny("fixmatch", inference="both"))
+    with pytest.raises(UserError, match="predict_with=teacher: fixmatch has no teacher"):
+        resolve.check(tiny("fixmatch", predict_with="teacher"))
 
 
 def test_copy_paste_fills_the_boxes_with_labelled_images():

@@ -80,6 +80,7 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         ),
         ({"method.plan": "quick"}, "unknown --config.method.plan 'quick'; there are: full, lean"),
         ({"inference": "nobody"}, "unknown inference 'nobody'; there are: both, generalist"),
+        ({"predict_with": "both"}, "unknown predict_with 'both'; there are: student, teacher"),
         ({"data.size": 18}, "data.size=18 does not divide by 4"),
         ({"data.patch": 18}, "data.patch or data.grow_to has 18: sides of windows divide by 4"),
         ({"data.grow_to": (64,), "data.grow_at": (0.5,)}, "has 64: .* at most data.size=32"),

@@ -61,6 +61,19 @@ def test_ramp():
         train_step.make_method(tiny(**{"method.ramp": 2.0}))
 
 
+@pytest.mark.parametrize("name", ["cgs", "mean_teacher"])
+def test_student_or_teacher_predicts(name):
+    """Either can; what is put there as statistics is what predicts."""
+    state = TrainState(jnp.asarray(1), "student", "its", None, {"params": 0, "model_state": 1})
+    of_teacher = name == "cgs"  # whose authors let the teacher predict
+    for who in ("", "student", "teacher"):
+        method = train_step.make_method(tiny(name, predict_with=who))
+        teaches = who == "teacher" or (not who and of_teacher)
+        assert method.inference_variables(state) == ((0, 1) if teaches else ("student", "its"))
+        params, statistics = method.inference_variables(method.with_inference_state(state, "new"))
+        assert (params, statistics) == (0 if teaches else "student", "new")
+
+
 def test_relabel_by_hand():
     labels = jnp.array([[[0, 1], [2, 3]]])
     expected = [[[[0, 1], [2, 2]]], [[[0, 2], [1, 2]]], [[[0, 2], [2, 1]]]]

@@ -35,6 +35,7 @@ from cgs_jax.training.train_step import abstract_state, make_method
 
 CHOICES = {
     "inference": ("both", "generalist", "specialists"),
+    "predict_with": ("", "student", "teacher"),
     "combine": ("average", "confidence", "vote"),
     "upsample": ("linear", "nearest"),
 }
@@ -331,10 +332,12 @@ def check(config: ConfigDict, method: Method) -> None:
     """Raises UserError where an option of prediction has a value that can not be."""
     for name, known in CHOICES.items():
         if config[name] not in known:
-            known = ", ".join(known)
+            known = ", ".join(filter(None, known))
             raise UserError(f"unknown {name} {config[name]!r}; there are: {known}")
     if config.inference != "generalist" and not method.specialists:
         raise UserError(f"inference={config.inference}: {config.method.name} trains no specialists")
+    if config.predict_with and not method.has_teacher:
+        raise UserError(f"predict_with={config.predict_with}: {config.method.name} has no teacher")
     stride = network.stride(config)
     if config.window < 0 or config.window % stride:
         raise UserError(f"window={config.window} does not divide by {stride}; 0: whole slices")

@@ -66,11 +66,13 @@ class Method:
       draws: batches of `config.batch` that one step takes.
       asked: whether the network is asked for one organ at a time, so that it need not be for
         those of other data sets.
+      has_teacher: whether a teacher could predict in place of the student.
     """
 
     unlabelled = True
     draws = 1
     asked = False
+    has_teacher = False
 
     def __init__(self, config: ConfigDict, specialists: bool = False):
         """`specialists`: with them, though the method alone has none."""
@@ -212,10 +214,17 @@ class WithTeacher(Method):
 
     With `config.method.teacher` 'train' it runs as the student does, with dropout and batch
     statistics of its own; with 'eval' without dropout, by an average of the student's statistics.
+
+    Attributes:
+      predicts: who does, where `config.predict_with` does not say.
     """
+
+    has_teacher = True
+    predicts = "student"
 
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
+        self._teacher_predicts = (config.predict_with or self.predicts) == "teacher"
         mode = config.method.teacher
         if mode not in ("train", "eval"):
             raise UserError(f"unknown --config.method.teacher {mode!r}; there are: eval, train")
@@ -238,6 +247,17 @@ class WithTeacher(Method):
     def labelling_variables(self, state):
         """The teacher's."""
         return state.extra["params"], state.extra["model_state"]
+
+    def inference_variables(self, state):
+        """Those of student or teacher."""
+        if self._teacher_predicts:
+            return self.labelling_variables(state)
+        return super().inference_variables(state)
+
+    def with_inference_state(self, state, model_state):
+        if self._teacher_predicts:
+            return state.replace(extra=state.extra | {"model_state": model_state})
+        return super().with_inference_state(state, model_state)
 
     def teacher(self, state: TrainState, image: jax.Array, key: jax.Array) -> tuple[Outputs, Any]:
         """Its forward pass, and `extra` with the statistics that it leaves."""

@@ -35,6 +35,8 @@ class Method(base.WithTeacher):
     is left, the term 'G_from_g': the control that tells what teacher and CutMix do alone.
     """
 
+    predicts = "teacher"
+
     def __init__(self, config: ConfigDict, specialists: bool = True):
         super().__init__(config, specialists and config.method.specialists)
         options = config.method
@@ -127,11 +129,6 @@ class Method(base.WithTeacher):
             params, model_state, views["labelled"]["strong"], strong, k_strong
         )
         return base.split(weak, count)[0], mixed, pseudo, model_state, extra
-
-    inference_variables = base.WithTeacher.labelling_variables
-
-    def with_inference_state(self, state, model_state):
-        return state.replace(extra=state.extra | {"model_state": model_state})
 
 
 class Over:
