@@ -56,7 +56,8 @@ class Run(NamedTuple):
         """Whether it has been trained and, if it is to be, tested."""
         if not all((self.workdir / name).exists() for name in loop.RESULTS):
             return False
-        return not self.config.test or "test" in summaries.read_summary(self.workdir)
+        tests = self.config.test and run_folder.load(self.workdir)[1].test
+        return not tests or "test" in summaries.read_summary(self.workdir)
 
     def step(self) -> int:
         """How far it is."""

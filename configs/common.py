@@ -124,7 +124,7 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.data.fold = -1  # of nnU-Net's splits_final.json in the root; -1: not by folds
     config.data.split_seed = 0  # of random splits
     config.data.val_fraction = 0.1  # of the patients, where no list says
-    config.data.test_fraction = 0.2
+    config.data.test_fraction = 0.2  # 0: no test cases
     # patient of a case name: its group; here all but what tells scans of one patient apart
     config.data.patient = (
         r"(?i)(.+?)(?:[_-](?:(?:frame|time|visit|phase|session|ses|scan|tp|t)[_-]?\d+|ED|ES))*$"

@@ -52,6 +52,20 @@ def test_random_split_keeps_patients_together():
     assert not patients[0] & patients[1] | patients[0] & patients[2] | patients[1] & patients[2]
 
 
+def test_no_test_cases_if_one_wants_none():
+    data = nnunet.get_config().data
+    cases = {f"c{i}": case_lists.Case(f"c{i}", (), ("x",) if i < 3 else None) for i in range(9)}
+    assert [len(part) for part in case_lists.split(cases, data, 0)] == [1 + 6, 1, 1, 1]
+    data.test_fraction = 0.0
+    splits = case_lists.split(cases, data, 0)
+    assert [len(part) for part in splits] == [2 + 6, 1, 0, 2]
+    paths = {name: case._replace(image=()) for name, case in cases.items()}
+    case_lists.check(splits, paths, data)
+    data.test_fraction = 0.2
+    with pytest.raises(UserError, match="no test cases .*; to do without, --config.data.test_frac"):
+        case_lists.check(splits, paths, data)
+
+
 def test_lists_without_validation_hold_out_patients_with_labels(tmp_path):
     """The published Synapse lists are such: selection must not use the test cases."""
     data = nnunet.get_config("labelled=2").data

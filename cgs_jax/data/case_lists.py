@@ -31,7 +31,8 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     """Splits by the lists in `data.splits`, else by the published ones, else at random by patient.
 
     The random split depends on `seed` alone: it holds out `data.val_fraction` and, where no case is
-    marked for testing, `data.test_fraction` of the patients with labels; scans without label train.
+    marked for testing, `data.test_fraction` of the patients with labels, at least one of each, but
+    none to test where that is 0; scans without label train.
     Lists without `val.txt` hold out validation patients likewise: the test set must not select.
     `labelled_N.txt`, or else the first N patients of `train.txt`, are the labelled ones.
     `data.fold` takes that of nnU-Net's `splits_final.json` in `data.root` instead.
@@ -64,9 +65,9 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
 def _random_split(cases, data, seed):
     test = [name for name, case in cases.items() if case.test]
     rest = [name for name, case in cases.items() if case.label and not case.test]
-    fractions = [data.val_fraction] + [data.test_fraction] * (not test)
+    fractions = [data.val_fraction] + [data.test_fraction] * (not test and data.test_fraction > 0)
     rest, val, *drawn = hold_out(rest, fractions, seed, data.patient)
-    test = test or drawn[0]
+    test = test or sum(drawn, [])
     return _with_images(rest, val, test, cases, data)
 
 
@@ -106,8 +107,9 @@ def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
     """Raises UserError where a list is empty, names a case that is not there or has no label where
     it needs one, or where a patient is in two of train, val and test."""
     for name, listed in splits._asdict().items():
-        if not listed:
-            raise UserError(f"no {name} cases for {data.root}; see --config.data.splits")
+        if not listed and not (name == "test" and data.test_fraction == 0):
+            advice = "; to do without, --config.data.test_fraction=0" if name == "test" else ""
+            raise UserError(f"no {name} cases for {data.root}; see --config.data.splits{advice}")
         missing = [case for case in listed if case not in cases]
         if missing:
             raise UserError(

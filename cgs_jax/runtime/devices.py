@@ -4,6 +4,7 @@ The compiler propagates shardings from the inputs and exchanges the rows that co
 their neighbours.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,11 +89,12 @@ COMPILER_OPTIONS_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
 
 
 def jit(function: Callable, mesh: Mesh, once: bool = False, **options: Any) -> Any:
-    """`jax.jit` with the compiler options of the mesh's platform; of what runs `once`, those that
-    compile quickly."""
-    known = COMPILER_OPTIONS_ONCE if once else COMPILER_OPTIONS
-    compiler_options = known.get(mesh.devices.flat[0].platform)
-    return jax.jit(function, compiler_options=compiler_options, **options)
+    """`jax.jit` with the compiler options of the mesh's platform, but for those that XLA_FLAGS has;
+    of what runs `once`, with those that compile quickly."""
+    platform, flags = mesh.devices.flat[0].platform, os.environ.get("XLA_FLAGS", "")
+    chosen = {k: v for k, v in COMPILER_OPTIONS.get(platform, {}).items() if k not in flags}
+    chosen = COMPILER_OPTIONS_ONCE.get(platform) if once else chosen
+    return jax.jit(function, compiler_options=chosen, **options)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

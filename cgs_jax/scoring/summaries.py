@@ -87,7 +87,7 @@ def score(predictor: Predictor, prepared: Prepared) -> dict[str, Any]:
     """Summaries of all metrics: {'val': ..., 'test': ...}, or the first alone, and from the same
     predictions what the literature's scoring makes of them: 'val_literature', 'test_literature'."""
     splits = {"val": prepared.splits.val}
-    if predictor.config.test:
+    if predictor.config.test and prepared.splits.test:
         splits["test"] = prepared.splits.test
     summaries = {}
     for name, cases in splits.items():

@@ -1,6 +1,6 @@
 """Every method at three weights of its unlabelled images, with its own ramp and with that of CGS.
 
-python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/weights.py \\
+python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/weights.py \
     --workdir runs/weights --seeds 1 --config.test=False --config.data.root=FOLDER
 
 The best row of a method on the validation cases says at which weight it is to be compared.
