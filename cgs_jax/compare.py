@@ -23,7 +23,7 @@ def compare(workdirs: list[pathlib.Path]) -> str:
         if all(organ in each["organs"] for each in scored)
     }
     rows["mean"] = [each["mean"]["dice"] for each in scored]
-    head = [workdir.name for workdir in workdirs] + ["gain"] * (len(scored) > 1)
+    head = names(workdirs) + ["gain"] * (len(scored) > 1)
     width = max(11, *(len(name) + 2 for name in head))
     label = max(map(len, rows))
     lines = [" " * label + "".join(f"{name:>{width}}" for name in head)]
@@ -34,6 +34,16 @@ def compare(workdirs: list[pathlib.Path]) -> str:
         cells += [f"{v:>+{width}.2f}" for v in numbers[len(scored) :]]
         lines.append(f"{organ:<{label}}" + "".join(cells))
     return f"{summaries.SPLITS[split]} Dice %, best validation checkpoint\n" + "\n".join(lines)
+
+
+def names(workdirs: list[pathlib.Path]) -> list[str]:
+    """As many of the last folders of each as tell them apart: 'seed0', or 'cgs/seed0'."""
+    paths = [workdir.absolute().parts for workdir in workdirs]
+    for count in range(1, max(map(len, paths))):
+        short = ["/".join(parts[-count:]) for parts in paths]
+        if len(set(short)) == len(set(paths)):
+            break
+    return short
 
 
 if __name__ == "__main__":

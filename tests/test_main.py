@@ -56,6 +56,9 @@ def test_outputs_of_a_run(trained):
     assert "esophagus" in printed
     assert "Dice %" in printed
     assert compare.compare([workdir, workdir]).count("+0.00") == 5
+    assert compare.names([workdir, workdir]) == [workdir.name] * 2
+    runs = [workdir / row / "seed0" for row in ("a", "b")]
+    assert compare.names(runs) == ["a/seed0", "b/seed0"]
 
 
 def test_evaluation_reproduces_the_scores(trained, tmp_path):
