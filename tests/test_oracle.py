@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cgs_jax.methods import augment, base, cgs, losses, pseudo_labels
+from cgs_jax.methods import augment, base, batches, cgs, losses, pseudo_labels
 from cgs_jax.models import torch_weights
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.scoring import metrics
@@ -181,7 +181,7 @@ def test_pseudo_labels_and_unsupervised_terms(oracle):
         for name in ("ema_weak", "ema_mix", "strong")
     )
     tau = float(data["conf_thresh"])
-    pseudo = base.cutmix(
+    pseudo = batches.cutmix(
         data["img_mask"][n:] == 1,
         pseudo_labels.from_teacher(own, tau),
         pseudo_labels.from_teacher(partner, tau),
@@ -272,7 +272,7 @@ def test_three_full_iterations(oracle):
         views["labelled"]["label"] = step["in/label_batch"][:n]
         views["keep"] = step["in/img_mask"][n:] == 1
         strong = [v["unlabelled"]["strong"] for v in (views, views["partner"])]
-        mixed = base.cutmix(views["keep"], *strong)
+        mixed = batches.cutmix(views["keep"], *strong)
         np.testing.assert_allclose(nchw(mixed), step["strong_mixed"][n:], atol=1e-6)
 
         state, metrics = iterate(state, views)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from steps import tiny, tiny_batch
 
-from cgs_jax.methods import base, pseudo_labels, versemi
+from cgs_jax.methods import base, batches, pseudo_labels, versemi
 from cgs_jax.models.network import Outputs
 from cgs_jax.models.prompted import merge
 from cgs_jax.runtime.devices import make_mesh
@@ -146,8 +146,8 @@ def test_what_a_step_asks(known):
     views, seen = jax.tree.map(jnp.asarray, views), []
 
     def student(params, model_state, both, unlabelled, key):
-        seen.extend([*base.split(both, 3), unlabelled])
-        both = base.join(prompts_of(plain), prompts_of(mixed))
+        seen.extend([*batches.split(both, 3), unlabelled])
+        both = batches.join(prompts_of(plain), prompts_of(mixed))
         return Outputs(both, None, None, both), Outputs(boxed, None, None, prompts_of(boxed)), {}
 
     method.student = student

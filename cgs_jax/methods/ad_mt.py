@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cgs_jax.methods import augment, base
+from cgs_jax.methods import augment, base, batches
 from cgs_jax.models.network import Outputs
 
 
@@ -42,7 +42,7 @@ class Method(base.Method):
         weak, strong = views["unlabelled"]["weak"], views["unlabelled"]["strong"]
         second = jnp.asarray(self.second)[state.step]
         keep = views["keep"] | ~second
-        strong = jnp.where(second, base.cutmix(keep, weak, base.rolled(weak)), strong)
+        strong = jnp.where(second, batches.cutmix(keep, weak, batches.rolled(weak)), strong)
 
         first, other = state.extra["teachers"]
         pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(second, b, a), a, b)  # noqa: E731
@@ -52,11 +52,11 @@ class Method(base.Method):
             self.network.apply({"params": idle["params"], **idle["model_state"]}, weak),
         ]
         labelled, unlabelled, model_state = self.student(
-            params, state.model_state, image, base.join(weak, strong), k_student
+            params, state.model_state, image, batches.join(weak, strong), k_student
         )
-        own, student = base.split(unlabelled, len(weak))
+        own, student = batches.split(unlabelled, len(weak))
         teacher = jax.lax.stop_gradient(together(*teachers, own))
-        teacher = base.cutmix(keep, teacher, base.rolled(teacher))
+        teacher = batches.cutmix(keep, teacher, batches.rolled(teacher))
         pair = base.Pair(student, teacher)
         return base.Passes([base.labelled(labelled, views)], [pair], model_state, state.extra)
 

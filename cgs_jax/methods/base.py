@@ -5,7 +5,6 @@ against what teaches it there (`unsupervised`). The rest is shared. CGS can be l
 with unlabelled images (`cgs.Over`), since all that it needs is in the passes.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from cgs_jax.data import tasks
 from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import NO_LABEL
-from cgs_jax.methods import augment, losses, pseudo_labels
+from cgs_jax.methods import augment, batches, losses, pseudo_labels
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.train_state import TrainState
@@ -205,8 +204,10 @@ class Method:
         self, params: Any, model_state: Any, labelled: jax.Array, unlabelled: jax.Array, key: Any
     ) -> tuple[Outputs, Outputs, Any]:
         """One pass over both: outputs of `labelled`, of `unlabelled`, and model_state."""
-        outputs, model_state = self.forward(params, model_state, join(labelled, unlabelled), key)
-        return *split(outputs, len(labelled)), model_state
+        outputs, model_state = self.forward(
+            params, model_state, batches.join(labelled, unlabelled), key
+        )
+        return *batches.split(outputs, len(labelled)), model_state
 
 
 class WithTeacher(Method):
@@ -274,44 +275,6 @@ def steps_of(config: ConfigDict, field: str) -> int:
     if not 0 <= share <= 1:
         raise UserError(f"method.{field}={share}: it is a share of total_steps, between 0 and 1")
     return round(share * config.total_steps)
-
-
-def join(labelled: Any, unlabelled: Any) -> Any:
-    """Both batches as one, dealt in turn: so each device's rows of both stay on that device."""
-
-    def both(a, b):
-        groups = math.gcd(len(a), len(b))
-        parts = [x.reshape(groups, -1, *x.shape[1:]) for x in (a, b)]
-        return jnp.concatenate(parts, 1).reshape(-1, *a.shape[1:])
-
-    return jax.tree.map(both, labelled, unlabelled)
-
-
-def split(outputs: Any, labelled: int) -> tuple[Any, Any]:
-    """What was made of `join`ed batches, apart again."""
-
-    def parts(x):
-        groups = math.gcd(labelled, len(x) - labelled)
-        dealt = jnp.split(x.reshape(groups, -1, *x.shape[1:]), [labelled // groups], axis=1)
-        return [part.reshape(-1, *x.shape[1:]) for part in dealt]
-
-    leaves, shape = jax.tree.flatten(outputs)
-    return tuple(map(shape.unflatten, zip(*map(parts, leaves), strict=True)))
-
-
-def cutmix(keep: jax.Array, own: Any, partner: Any) -> Any:
-    """Images, labels, masks or outputs, [B, *S, ...] each: `own` where `keep` [B, *S] is true, else
-    `partner`."""
-
-    def mix(a, b):
-        return jnp.where(keep.reshape(*keep.shape, *[1] * (a.ndim - keep.ndim)), a, b)
-
-    return jax.tree.map(mix, own, partner)
-
-
-def rolled(tree: Any) -> Any:
-    """Of each image what belongs to its neighbour in the batch."""
-    return jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), tree)
 
 
 def scales(outputs: Outputs) -> jax.Array:

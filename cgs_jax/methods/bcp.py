@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cgs_jax.methods import augment, base, losses, pseudo_labels
+from cgs_jax.methods import augment, base, batches, losses, pseudo_labels
 from cgs_jax.runtime.errors import UserError
 
 
@@ -49,11 +49,11 @@ class Method(base.WithTeacher):
         keep = jnp.where(even | pretrains, views["keep"], ~views["keep"])
         pasted = jnp.where(pretrains, _neighbour(image), weak)
         student, model_state = self.forward(
-            params, state.model_state, base.cutmix(keep, image, pasted), k_student
+            params, state.model_state, batches.cutmix(keep, image, pasted), k_student
         )
         own = base.labelled(student, views)
         truth = own.label, own.annotated
-        label, annotated = base.cutmix(keep, truth, jax.tree.map(_neighbour, truth))
+        label, annotated = batches.cutmix(keep, truth, jax.tree.map(_neighbour, truth))
         labelled = base.Labelled(student, label, keep | pretrains, annotated)
         pair = base.Pair(student, teacher, ~(keep | pretrains))
         return base.Passes([labelled], [pair], model_state, extra)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from cgs_jax.methods import augment, base, losses, pseudo_labels
+from cgs_jax.methods import augment, base, batches, losses, pseudo_labels
 from cgs_jax.methods.pseudo_labels import PseudoLabels
 from cgs_jax.models.network import Outputs
 from cgs_jax.runtime.errors import UserError
@@ -91,12 +91,12 @@ class Method(base.WithTeacher):
         image, unlabelled = views["labelled"]["image"], views["unlabelled"]
         teacher, extra = self.teacher(state, unlabelled["weak"], k_teacher)
         own = unlabelled["strong"], pseudo_labels.from_teacher(teacher, self.config.method.tau)
-        partner = base.rolled(own)
+        partner = batches.rolled(own)
         if self.config.method.copy_paste:
             pasted = views["labelled"]
             truth = self._truth(base.labelled(None, views))
-            partner = base.cutmix(views["unpasted"], partner, (pasted["strong"], truth))
-        strong, pseudo = base.cutmix(views["keep"], own, partner)
+            partner = batches.cutmix(views["unpasted"], partner, (pasted["strong"], truth))
+        strong, pseudo = batches.cutmix(views["keep"], own, partner)
         labelled, mixed, model_state = self.student(
             params, state.model_state, image, strong, k_student
         )
@@ -119,16 +119,16 @@ class Method(base.WithTeacher):
         partner, extra = self.teacher(state, _all_weak(partner_views), k_partner)
         own, extra = self.teacher(state.replace(extra=extra), _all_weak(views), k_own)
         own, partner = (
-            pseudo_labels.from_teacher(base.split(x, count)[1], tau) for x in (own, partner)
+            pseudo_labels.from_teacher(batches.split(x, count)[1], tau) for x in (own, partner)
         )
 
         weak, model_state = self.forward(params, state.model_state, _all_weak(views), k_weak)
         strong, strong_partner = (v["unlabelled"]["strong"] for v in (views, partner_views))
-        strong, pseudo = base.cutmix(keep, (strong, own), (strong_partner, partner))
+        strong, pseudo = batches.cutmix(keep, (strong, own), (strong_partner, partner))
         _, mixed, model_state = self.student(
             params, model_state, views["labelled"]["strong"], strong, k_strong
         )
-        return base.split(weak, count)[0], mixed, pseudo, model_state, extra
+        return batches.split(weak, count)[0], mixed, pseudo, model_state, extra
 
 
 class Over:
@@ -229,4 +229,4 @@ def consistency_losses(
 
 
 def _all_weak(views):
-    return base.join(views["labelled"]["image"], views["unlabelled"]["weak"])
+    return batches.join(views["labelled"]["image"], views["unlabelled"]["weak"])

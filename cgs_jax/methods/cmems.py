@@ -27,7 +27,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data import tasks
-from cgs_jax.methods import augment, base, cps, pseudo_labels, synthesis
+from cgs_jax.methods import augment, base, batches, cps, pseudo_labels, synthesis
 from cgs_jax.methods.cps import NAMES
 from cgs_jax.runtime.errors import UserError
 
@@ -79,13 +79,13 @@ class Method(cps.Method):
 
     def views(self, batch, key):
         """As the base class, but of the labelled images all but `exemplars` have become synthetic;
-        `base.split` tells both apart. Of these, 'certain' [B, *S] is True where the label is, and
-        'counts' where it may count at all."""
+        `batches.split` tells both apart. Of these, 'certain' [B, *S] is True where the label is,
+        and 'counts' where it may count at all."""
         k_base, k_where, k_paste, k_jitter = jax.random.split(key, 4)
         views = super().views(batch, k_base)
         if not self.synthetic:
             return views
-        exemplar, source = base.split(views["labelled"], self.exemplars)
+        exemplar, source = batches.split(views["labelled"], self.exemplars)
         pixels = tuple(range(1, source["label"].ndim))
         ones = (len(source["label"]), *[1] * len(pixels))
         own = jax.random.bernoulli(k_where, self.paste.exemplar_backgrounds, ones)
@@ -107,9 +107,9 @@ class Method(cps.Method):
         everywhere = jnp.ones_like(exemplar["label"], bool)
         left = own & (source["label"] > 0) & ~pasted
         counts = empty | (~left & (own | near(pasted, self.config.method.rim)))
-        views["labelled"] = base.join(exemplar, source | {"image": image, "label": label})
-        views["certain"] = base.join(everywhere, empty | own | pasted)
-        views["counts"] = base.join(everywhere, counts)
+        views["labelled"] = batches.join(exemplar, source | {"image": image, "label": label})
+        views["certain"] = batches.join(everywhere, empty | own | pasted)
+        views["counts"] = batches.join(everywhere, counts)
         return views
 
     def passes(self, params, state, views, key):
@@ -141,9 +141,9 @@ class Method(cps.Method):
         """Both networks on exemplars and on synthetic images, the latter where they are valid."""
         if not self.synthetic:
             return [base.labelled(x, views) for x in outputs]
-        truths = base.split(views["labelled"], self.exemplars)
+        truths = batches.split(views["labelled"], self.exemplars)
         masks = (views["certain"], views["counts"])
-        _, (certain, counts) = base.split(masks, self.exemplars)
+        _, (certain, counts) = batches.split(masks, self.exemplars)
         backgrounds = [x.generalist[self.backgrounds] for x in clean]
         masks = None, counts & valid(certain, backgrounds, self.config.method.tau)
         taken = slice(None) if "exemplar" in self.config.method.terms else slice(1, None)
@@ -151,7 +151,7 @@ class Method(cps.Method):
             base.labelled(part, {"labelled": truth})._replace(where=where)
             for both in outputs
             for part, truth, where in list(
-                zip(base.split(both, self.exemplars), truths, masks, strict=True)
+                zip(batches.split(both, self.exemplars), truths, masks, strict=True)
             )[taken]
         ]
 

@@ -7,7 +7,7 @@ the teacher says of either. As in SSL4MIS, but for the partners: each image with
 import jax
 import jax.numpy as jnp
 
-from cgs_jax.methods import base, mean_teacher
+from cgs_jax.methods import base, batches, mean_teacher
 
 
 class Method(base.WithTeacher):
@@ -37,4 +37,4 @@ class Method(base.WithTeacher):
 
 def _blend(share, own):
     share = share.reshape(-1, *[1] * (own.ndim - 1))
-    return share * own + (1 - share) * base.rolled(own)
+    return share * own + (1 - share) * batches.rolled(own)

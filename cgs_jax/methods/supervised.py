@@ -7,7 +7,7 @@ semi-supervised methods, too: what they gain beyond that comes from the unlabell
 import jax
 from ml_collections import ConfigDict
 
-from cgs_jax.methods import augment, base
+from cgs_jax.methods import augment, base, batches
 
 
 class Method(base.Method):
@@ -29,7 +29,7 @@ class Method(base.Method):
         if self.config.method.cutmix:
             shape = labelled["label"].shape
             keep = augment.cutmix_keep(k_keep, shape, self.config.method.cutmix)
-            labelled = base.cutmix(keep, labelled, base.rolled(labelled))
+            labelled = batches.cutmix(keep, labelled, batches.rolled(labelled))
         return {"labelled": labelled}
 
     def passes(self, params, state, views, key):

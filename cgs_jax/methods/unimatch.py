@@ -7,7 +7,7 @@ are the rolled batch instead of a second one, labelled in the same pass.
 
 import jax
 
-from cgs_jax.methods import augment, base
+from cgs_jax.methods import augment, base, batches
 
 SHARES = (0.25, 0.25, 0.5)  # of both strong views and of the perturbed stream
 
@@ -32,19 +32,19 @@ class Method(base.Method):
         k_weak, k_strong = jax.random.split(key)
         image = views["labelled"]["image"]
         unlabelled, keep = views["unlabelled"], views["keep"]
-        images = base.join(image, unlabelled["weak"])
+        images = batches.join(image, unlabelled["weak"])
         outputs, model_state = self.forward(params, state.model_state, images, k_weak, perturb=True)
         clean, perturbed = (
             jax.tree.map(lambda x, part=part: x[part], outputs)
             for part in (slice(None, len(images)), slice(len(images), None))
         )
-        labelled, own = base.split(clean, len(image))
+        labelled, own = batches.split(clean, len(image))
         own = jax.lax.stop_gradient(own)
-        _, perturbed = base.split(perturbed, len(image))
-        strong = (unlabelled["strong"], map(base.rolled, unlabelled["strong"]))
-        strong = map(base.cutmix, keep, *strong)
+        _, perturbed = batches.split(perturbed, len(image))
+        strong = (unlabelled["strong"], map(batches.rolled, unlabelled["strong"]))
+        strong = map(batches.cutmix, keep, *strong)
         first, second, model_state = self.student(params, model_state, *strong, k_strong)
-        mixed = [base.cutmix(k, own, base.rolled(own)) for k in keep]
+        mixed = [batches.cutmix(k, own, batches.rolled(own)) for k in keep]
         students, teachers = (first, second, perturbed), (*mixed, own)
         pairs = list(map(base.Pair, students, teachers, [None] * 3, SHARES))
         return base.Passes([base.labelled(labelled, views)], pairs, model_state, state.extra)

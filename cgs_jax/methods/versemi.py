@@ -37,7 +37,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cgs_jax.methods import augment, base
+from cgs_jax.methods import augment, base, batches
 from cgs_jax.models.network import build
 from cgs_jax.runtime.errors import UserError
 
@@ -98,12 +98,12 @@ class Method(base.Method):
         truth, unlabelled = views["labelled"], views["unlabelled"]
         image, task, annotated = truth["image"], truth["task"], truth.get("annotated")
         weak, outside = unlabelled["weak"], unlabelled["keep"]
-        mixed = base.cutmix(truth["keep"], image, base.rolled(image))
-        boxed = base.cutmix(outside, weak, _repeated(image, len(weak)))
+        mixed = batches.cutmix(truth["keep"], image, batches.rolled(image))
+        boxed = batches.cutmix(outside, weak, _repeated(image, len(weak)))
         both, boxed, model_state = self.student(
-            params, state.model_state, base.join(image, mixed), boxed, key
+            params, state.model_state, batches.join(image, mixed), boxed, key
         )
-        plain, mixed = base.split(both, len(image))
+        plain, mixed = batches.split(both, len(image))
         hidden, unmarked = None, None
         if annotated is not None:
             unmarked = truth.get("member", True) & ~annotated
@@ -111,11 +111,11 @@ class Method(base.Method):
             hidden = doubt(plain.prompts, truth["label"], annotated, least)
             hidden |= ~jnp.any(annotated, -1, keepdims=True)
         known = truth["label"], hidden, unmarked
-        label_of_mix, *hidden_in_mix = base.cutmix(truth["keep"], known, base.rolled(known))
+        label_of_mix, *hidden_in_mix = batches.cutmix(truth["keep"], known, batches.rolled(known))
         label_of_box, hidden_in_box, _ = _repeated(known, len(weak))
         asked = [
             Asked(base.labelled(plain, views), (task,)),
-            Asked(base.Labelled(mixed, label_of_mix), (task, base.rolled(task)), *hidden_in_mix),
+            Asked(base.Labelled(mixed, label_of_mix), (task, batches.rolled(task)), *hidden_in_mix),
             Asked(base.Labelled(boxed, label_of_box, ~outside), doubt=hidden_in_box),
         ]
         pair = base.Pair(boxed, jax.lax.stop_gradient(boxed), outside)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from cgs_jax.methods import base
+from cgs_jax.methods import batches
 from cgs_jax.methods.base import Method
 from cgs_jax.models import unet
 from cgs_jax.runtime import devices
@@ -36,7 +36,7 @@ def make_precise(config: ConfigDict, method: Method, dataset: grain.MapDataset, 
         views = make_views(method, mesh, batch, k_views)
         image = views["labelled"]["image"]
         if "unlabelled" in views:
-            image = base.join(image, views["unlabelled"]["weak"])
+            image = batches.join(image, views["unlabelled"]["weak"])
         params, before = method.inference_variables(state)
         after = plain.statistics(params, before, image, k_views)
         return jax.tree.map(lambda a, b: b + (a - b) / unet.MOMENTUM, after, before)
