@@ -139,7 +139,7 @@ def test_a_folder_is_taken_as_it_is_without_an_option(tmp_path):
 def test_arrays_tell_no_voxel_size(tmp_path):
     config = acdc.get_config()
     case = tasks.tasks(config.data)[""].data
-    with pytest.raises(UserError, match="NIfTI files only"):
+    with pytest.raises(UserError, match="files of scans only"):
         fingerprint.of_cases([fingerprint.Case("a", (tmp_path / "a.h5",), None)], case)
 
 

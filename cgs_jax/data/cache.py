@@ -308,7 +308,7 @@ def _read(module: ModuleType, case: Case, data: ConfigDict) -> Volume:
             f"{case.image[0]} has {len(image)} channel(s); give --config.data.channels={len(image)}"
         )
     if label is not None:
-        label = check_label(label, image, case.label[0], data)
+        label = check_label(label, image, case.label[0], data.classes, data.numbers, data.ignore)
     return Volume(quantise(image), label, spacing)
 
 

@@ -85,7 +85,7 @@ def _in_classes(label, image, case, data):
     module = tasks.layout(data)
     if hasattr(module, "to_classes"):
         label = module.to_classes(label, image, case)
-    return check_label(label, image, case.label[0], data)
+    return check_label(label, image, case.label[0], data.classes, data.numbers, data.ignore)
 
 
 def median_pixel(facts: Mapping[str, Facts]) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 from scipy import ndimage
 
 from cgs_jax.runtime.errors import UserError
@@ -60,10 +59,16 @@ def _check_numbers(array, path, what):
 
 
 def check_label(
-    label: np.ndarray, image: np.ndarray, path: pathlib.Path, data: ConfigDict
+    label: np.ndarray,
+    image: np.ndarray,
+    path: pathlib.Path,
+    classes: Sequence[str],
+    numbers: Sequence[int] = (),
+    ignore: int = 0,
 ) -> np.ndarray:
     """Returns the label map [D, H, W] of an image [C, D, H, W] as uint8: 1 for the first of
-    `data.classes`, which is `data.numbers[0]` in the file, and so on; NO_LABEL for `data.ignore`.
+    `classes`, which is `numbers[0]` in the file, or 1 if there are none, and so on; NO_LABEL for
+    what is `ignore` in the file, where that is not 0.
 
     Raises:
       UserError: its shape is not that of the image, it does not hold one number a voxel, or it has
@@ -73,11 +78,11 @@ def check_label(
         shape = image.shape[1:]
         raise UserError(f"{path} has shape {label.shape}, its image {shape} (slices first)")
     _check_numbers(label, path, "label")
-    stored = (0, *(data.numbers or range(1, 1 + len(data.classes))))
-    names = dict(zip(stored, ("background", *data.classes), strict=True))
+    stored = (0, *(numbers or range(1, 1 + len(classes))))
+    names = dict(zip(stored, ("background", *classes), strict=True))
     own = dict(zip(stored, range(len(stored)), strict=True))
-    if data.ignore:
-        names[data.ignore], own[data.ignore] = "not annotated", NO_LABEL
+    if ignore:
+        names[ignore], own[ignore] = "not annotated", NO_LABEL
     table = np.full(max(own) + 2, -1, np.int16)  # its last place is for what is no class
     for value, number in own.items():
         table[value] = number
