@@ -70,12 +70,8 @@ def _mesh(data, space, devices):
 
 # Where the compiler's own choice is slower, by platform; measured by `cgs_jax.benchmark`.
 COMPILER_OPTIONS = {
-    # Large convolutions of YNNPACK run on one core: 8.1 s a step against 4.6 with Eigen's. Level 3,
-    # the default, compiles a step in 50 s of processor time, level 2 in 30; both run as fast.
-    "cpu": {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
-        "xla_backend_optimization_level": 2,
-    },
+    # Large convolutions of YNNPACK run on one core: 8.1 s a step against 4.6 with Eigen's.
+    "cpu": {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"},
     # Packed maps fill the tiles; moving columns to the batch would only copy them.
     "tpu": {
         "xla_tpu_run_space_to_batch": False,
