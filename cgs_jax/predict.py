@@ -82,9 +82,8 @@ def find(
     if not source.exists():
         raise UserError(f"no such file or folder: {source}")
     files = sorted(source.iterdir()) if source.is_dir() else [source]
-    files = [path for path in files if ending_of(path)]
     skipped = re.compile(r"\..*|.*\.seg\.nrrd")  # hidden files, and what 3D Slicer has segmented
-    files = [path for path in files if not skipped.fullmatch(path.name)]
+    files = [path for path in files if ending_of(path) and not skipped.fullmatch(path.name)]
     if not files:
         raise UserError(f"no scan in {source}: {', '.join(ENDINGS)}")
     if output.exists() and not output.is_dir():

@@ -21,6 +21,14 @@ def parse(arg: str | None, **defaults: str) -> dict[str, str]:
     return options
 
 
+def labelled_only(config: ConfigDict, strong: bool = False) -> dict[str, object]:
+    """Fields of a row of a sweep with labelled slices alone, as many a step as `config` has of both
+    kinds; `strong`: with the augmentation of the semi-supervised methods."""
+    slices = config.batch.labelled + config.batch.unlabelled
+    augmented = {"method.jitter": True, "method.cutmix": 1.0} if strong else {}
+    return {"batch.labelled": slices, "batch.unlabelled": 0} | augmented
+
+
 def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     """Common fields with those of configs/models/<model>.py and configs/methods/<method>.py laid
     over.

@@ -55,10 +55,17 @@ part() { # NAME COMMAND ...: once, as long as there is time; a failure does not 
   fi
 }
 
-dtypes=(bfloat16 float32) small=() runs=() step=(--seconds 15) pairs=(--rounds 2 --seconds 10 --steps 20)
+dtypes=(bfloat16 float32) scans=${acdc:-none}
+step=(--seconds 15) pairs=(--rounds 2 --seconds 10 --steps 20)
+unet=() transunet=(--config.data.size=224) runs=() # options of each
 if [ -n "$tiny" ]; then
-  small=(--config.data.size=32 --config.batch.labelled=2 --config.batch.unlabelled=2)
-  runs=("${small[@]}" '--config.model.channels=(4,4,4,4,8)' --config.total_steps=4)
+  scans=none
+  unet=(--config.data.size=32 --config.batch.labelled=2 --config.batch.unlabelled=2)
+  transunet=("${unet[@]}" '--config.model.units=(1,1,1)' --config.model.width=.125)
+  transunet+=(--config.model.groups=4 --config.model.hidden=8 --config.model.mlp=12)
+  transunet+=(--config.model.heads=2 --config.model.layers=1 '--config.model.decoder=(8,8,8,4,4)')
+  unet+=('--config.model.channels=(4,4,4,4,8)')
+  runs=("${unet[@]}" --config.total_steps=4)
   dtypes=(float32) # others compile for minutes on a CPU
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=0"
   step=(--seconds 1 --stages "step,specialists,loop")
@@ -67,22 +74,10 @@ fi
 if nvidia-smi -L >/dev/null 2>&1; then pairs+=(--gpu); fi
 for dtype in "${dtypes[@]}"; do
   for model in unet transunet; do
-    shapes=("${small[@]}") scans=${acdc:-none}
-    if [ -n "$tiny" ]; then scans=none; fi
-    if [ "$model" = transunet ]; then
-      shapes+=(--config.data.size=224)
-      if [ -n "$tiny" ]; then
-        shapes=("${small[@]}" '--config.model.units=(1,1,1)' --config.model.width=.125)
-        shapes+=(--config.model.groups=4 --config.model.hidden=8 --config.model.mlp=12)
-        shapes+=(--config.model.heads=2 --config.model.layers=1)
-        shapes+=('--config.model.decoder=(8,8,8,4,4)')
-      fi
-    elif [ -n "$tiny" ]; then
-      shapes+=('--config.model.channels=(4,4,4,4,8)')
-    fi
+    declare -n options=$model
     part "step_${model}_$dtype" "$JAX_PYTHON" -m cgs_jax.benchmark \
       --config "configs/acdc.py:method=cgs,model=$model" --config.data.root="$scans" \
-      --config.model.dtype="$dtype" "${shapes[@]}" "${step[@]}" \
+      --config.model.dtype="$dtype" "${options[@]}" "${step[@]}" \
       --output "$out/step_${model}_$dtype.json"
   done
 done

@@ -6,7 +6,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from cgs_jax.data import fingerprint, proposal, tasks
-from cgs_jax.data.volume import NO_LABEL
+from cgs_jax.data.volume import NO_LABEL, stored_labels
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.logs import say
 
@@ -29,11 +29,9 @@ def complete(
     """
     if data.name != tasks.COLLECTION:
         module = tasks.layout(data)
-        for fields in (("classes", "numbers", "ignore", "regions"), ("channels", "partial")):
-            for field in fields:
-                if not data[field] and hasattr(module, field):
-                    data[field] = getattr(module, field)(data)
-            _check_labels(data)
+        _fill(data, module, "classes", "numbers", "ignore", "regions")
+        _check_labels(data)
+        _fill(data, module, "channels", "partial")
         data.partial |= data.ignore > 0  # where nobody annotated, no organ is annotated
         facts = functools.cache(lambda: fingerprint.of_training(data))  # looked up if needed
         _complete_grid(data, saved, facts, stride, poolings)
@@ -62,9 +60,16 @@ def complete(
     data.channels = next(iter(counts.values()))
 
 
+def _fill(data, module, *fields):
+    """What is empty by what the layout's `module` finds in the files."""
+    for field in fields:
+        if not data[field] and hasattr(module, field):
+            data[field] = getattr(module, field)(data)
+
+
 def _check_labels(data):
     """Raises UserError where names and numbers of labels can not be."""
-    classes, numbers = data.classes, data.numbers or range(1, 1 + len(data.classes))
+    classes, (_, *numbers) = data.classes, stored_labels(data.classes, data.numbers)
     if len(numbers) != len(classes):
         raise UserError(
             f"data.classes has {len(classes)} names, and label files {len(numbers)} numbers of "
@@ -75,7 +80,7 @@ def _check_labels(data):
     if len(set(classes)) < len(classes):
         raise UserError(f"data.classes has a name twice: {', '.join(classes)}")
     if len(set(numbers)) < len(numbers) or min(numbers, default=1) < 1:
-        raise UserError(f"data.numbers={numbers}: organs have numbers of their own, from 1 on")
+        raise UserError(f"data.numbers={data.numbers}: organs have numbers of their own, from 1 on")
     if data.ignore < 0 or data.ignore in numbers:
         raise UserError(f"data.ignore={data.ignore}: a number that no organ has, or 0 for none")
     for region in data.regions:

@@ -58,6 +58,11 @@ def _check_numbers(array, path, what):
         raise UserError(f"{path} holds {array.dtype} values; one {what} a voxel is read")
 
 
+def stored_labels(classes: Sequence[str], numbers: Sequence[int] = ()) -> tuple[int, ...]:
+    """What label files have for background and `classes`: 0, and `numbers`, or 1, 2, ..."""
+    return (0, *(numbers or range(1, 1 + len(classes))))
+
+
 def check_label(
     label: np.ndarray,
     image: np.ndarray,
@@ -78,7 +83,7 @@ def check_label(
         shape = image.shape[1:]
         raise UserError(f"{path} has shape {label.shape}, its image {shape} (slices first)")
     _check_numbers(label, path, "label")
-    stored = (0, *(numbers or range(1, 1 + len(classes))))
+    stored = stored_labels(classes, numbers)
     names = dict(zip(stored, ("background", *classes), strict=True))
     own = dict(zip(stored, range(len(stored)), strict=True))
     if ignore:

@@ -87,9 +87,11 @@ COMPILER_OPTIONS_ONCE = {"cpu": {"xla_backend_optimization_level": 0}}
 def jit(function: Callable, mesh: Mesh, once: bool = False, **options: Any) -> Any:
     """`jax.jit` with the compiler options of the mesh's platform, but for those that XLA_FLAGS has;
     of what runs `once`, with those that compile quickly."""
-    platform, flags = mesh.devices.flat[0].platform, os.environ.get("XLA_FLAGS", "")
-    chosen = {k: v for k, v in COMPILER_OPTIONS.get(platform, {}).items() if k not in flags}
-    chosen = COMPILER_OPTIONS_ONCE.get(platform) if once else chosen
+    known = COMPILER_OPTIONS_ONCE if once else COMPILER_OPTIONS
+    chosen = known.get(mesh.devices.flat[0].platform, {})
+    if not once:
+        flags = os.environ.get("XLA_FLAGS", "")
+        chosen = {name: value for name, value in chosen.items() if name not in flags}
     return jax.jit(function, compiler_options=chosen, **options)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from cgs_jax.data import tasks
+from cgs_jax.data.volume import stored_labels
 from cgs_jax.scoring import summaries
 
 
@@ -19,8 +20,7 @@ def of(results: summaries.Results, data: ConfigDict) -> dict[str, Any]:
       organ. Files are told by the names of the cases, and true negatives are left out. (A region
       that is given as a list of one number is '(4,)' there; here it is '4', as without a list.)
     """
-    numbers = (0, *(data.numbers or range(1, 1 + len(data.classes))))
-    keys = {}
+    numbers, keys = stored_labels(data.classes, data.numbers), {}
     for name, own in tasks.find(data, "").scored().items():
         of_files = tuple(numbers[i] for i in own)
         keys[name] = str(of_files if data.regions and len(of_files) > 1 else of_files[0])

@@ -4,6 +4,8 @@ python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/swee
     --workdir runs/ablation --seeds 3 --config.data.root=FOLDER
 """
 
+from configs import common
+
 OTHERS = (
     "mean_teacher",
     "ua_mt",
@@ -23,8 +25,7 @@ def get_sweep(config):
 
     `config` is that of the command line.
     """
-    slices = config.batch.labelled + config.batch.unlabelled  # as many a step for all
-    labelled_only = {"batch.labelled": slices, "batch.unlabelled": 0}
+    labelled_only = common.labelled_only(config)
     few = {"batch.labelled": config.batch.labelled, "batch.unlabelled": 0}
     return {
         "supervised": ("method=supervised", labelled_only),

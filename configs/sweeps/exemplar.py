@@ -5,15 +5,14 @@ python -m cgs_jax.sweep --config configs/acdc.py:labelled=1,recipe=patches \
     --config.data.root=FOLDER --config.data.exemplar=auto
 """
 
+from configs import common
+
 
 def get_sweep(config):
     """Row -> (arguments of the config file, fields that differ); all are held against the first."""
-    slices = config.batch.labelled + config.batch.unlabelled  # as many a step for all
-    labelled_only = {"batch.labelled": slices, "batch.unlabelled": 0}
-    strong = {"method.jitter": True, "method.cutmix": 1.0}
     return {
-        "supervised": ("method=supervised", labelled_only),
-        "supervised_strong": ("method=supervised", labelled_only | strong),
+        "supervised": ("method=supervised", common.labelled_only(config)),
+        "supervised_strong": ("method=supervised", common.labelled_only(config, strong=True)),
         "cps": ("method=cps", {}),
         "cgs": ("method=cgs", {}),
         "cmems": ("method=cmems", {}),

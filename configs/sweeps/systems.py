@@ -4,6 +4,8 @@ python -m cgs_jax.sweep --config configs/collection.py:members=acdc+brain@nnunet
     --sweep configs/sweeps/systems.py --workdir runs/systems --seeds 3 --config.data.root=FOLDER
 """
 
+from configs import common
+
 
 def get_sweep(config):
     """Row -> (arguments of the config file, fields that differ); every member has a table, in
@@ -11,12 +13,7 @@ def get_sweep(config):
 
     All rows have as many steps and slices a step.
     """
-    slices = config.batch.labelled + config.batch.unlabelled
-    methods = {
-        "versemi": {},
-        "cgs": {},
-        "supervised": {"batch.labelled": slices, "batch.unlabelled": 0},
-    }
+    methods = {"versemi": {}, "cgs": {}, "supervised": common.labelled_only(config)}
     rows = {method: (f"method={method}", fields) for method, fields in methods.items()}
     for name, own in config.data.members.items():
         for method, fields in methods.items():

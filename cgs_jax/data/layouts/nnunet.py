@@ -56,11 +56,12 @@ def partial(data: ConfigDict) -> bool:
 
 def _partial_labels(data):
     """Annotated organs by case, of the cases that are listed."""
-    path, organs = pathlib.Path(data.root) / PARTIAL, tuple(data.classes) or classes(data)
-    parts = {organ: (organ,) for organ in organs}  # a region stands for all its classes
-    parts |= {name: tuple(organs[i - 1] for i in of) for name, of in regions(data)}
+    path = pathlib.Path(data.root) / PARTIAL
     if not path.exists():
         return {}
+    organs = tuple(data.classes) or classes(data)
+    parts = {organ: (organ,) for organ in organs}  # a region stands for all its classes
+    parts |= {name: tuple(organs[i - 1] for i in of) for name, of in regions(data)}
     try:
         listed = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError:
@@ -85,34 +86,42 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
     What regions share, or one has beside the others, is named after the smallest of those that it
     belongs to, and its number: 'whole tumour 1'.
     """
-    named = []
-    for number in numbers(data):
-        of = {name: parts for name, parts in _labels(data).items() if number in parts}
-        name = min(of, key=lambda name: len(of[name]))
+    of, named = _labels(data), []
+    for number in _numbers(of):
+        name = min((name for name in of if number in of[name]), key=lambda name: len(of[name]))
         named.append(name if len(of[name]) == 1 else f"{name} {number}")
     return tuple(named)
 
 
 def numbers(data: ConfigDict) -> tuple[int, ...]:
     """The numbers of label files that stand for organs."""
-    return tuple(sorted(set().union(*_labels(data).values())))
+    return _numbers(_labels(data))
 
 
 def regions(data: ConfigDict) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """What is scored where some name has several numbers: each name, and which of `classes` it
     consists of, counted from 1. () where each name has one number."""
-    known, of = numbers(data), _labels(data)
+    of = _labels(data)
     if all(len(parts) == 1 for parts in of.values()):
         return ()
+    known = _numbers(of)
     return tuple((name, tuple(1 + known.index(n) for n in parts)) for name, parts in of.items())
 
 
 def ignore(data: ConfigDict) -> int:
     """The number of voxels that nobody annotated; 0 where there is none."""
-    found = _all_labels(data).get("ignore", (0,))
+    return _ignored(_all_labels(data), data)
+
+
+def _ignored(named, data):
+    found = named.get("ignore", (0,))
     if len(found) > 1:
         raise UserError(f"{pathlib.Path(data.root) / 'dataset.json'}: ignore must be one number")
     return found[0]
+
+
+def _numbers(of):
+    return tuple(sorted(set().union(*of.values())))
 
 
 def _labels(data):
@@ -120,9 +129,9 @@ def _labels(data):
     named = _all_labels(data)
     background = [name for name, parts in named.items() if parts == (0,)]
     organs = {k: v for k, v in named.items() if k not in (*background, "ignore")}
-    given = [number for parts in organs.values() for number in parts]
+    given = _numbers(organs)
     twice = len(set(map(frozenset, organs.values()))) < len(organs)
-    if len(background) != 1 or not organs or twice or 0 in given or ignore(data) in given:
+    if len(background) != 1 or not organs or twice or {0, _ignored(named, data)} & set(given):
         raise UserError(
             f"{pathlib.Path(data.root) / 'dataset.json'}: labels must be background 0, and organs "
             f"with other numbers than it, ignore and each other; got {named}"
