@@ -1,7 +1,8 @@
 """Feature maps whose neighbouring pixels of a row share the channel axis.
 
 With pack p, a map [B, H, W, C] is stored as [B, H, W / p, p * C]. A tile of a TPU is 128 channels
-wide: 16 would leave 7/8 of it, and of the memory traffic, empty. Pack 1 is the plain map.
+wide: 16 would leave 7/8 of it, and of the memory traffic, empty. Tiles of GPUs are 64 or 128 wide.
+Pack 1 is the plain map.
 
 Inside a pack the pixels stand in bit-reversed order, even ones in the first half of the channels
 and odd ones in the second, at every depth. So pooling is a maximum of two halves, upsampling puts

@@ -7,4 +7,5 @@ def update(config: ConfigDict) -> None:
     """Lays the options of the UNet over `config`."""
     config.model.channels = (16, 32, 64, 128, 256)  # of each level, finest first
     config.model.dropout = (0.05, 0.1, 0.2, 0.3, 0.5)  # of each level of the encoder
-    config.model.lanes = 0  # pixels share channels until they are this wide; 0: 128 on TPUs, else 1
+    # pixels share channels until they are this wide; 0: 128 on TPUs, 64 on GPUs, else 1
+    config.model.lanes = 0
