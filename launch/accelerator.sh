@@ -35,27 +35,41 @@ if [ -z "${JAX_PYTHON:-}" ]; then
   JAX_PYTHON=.venv/bin/python
 fi
 "$JAX_PYTHON" -c 'import jax' || fail "$JAX_PYTHON has no jax"
-parts=()
+names=() begun=() pids=() # of all parts; of those that run now
 
-part() { # NAME COMMAND ...: once, as long as there is time; a failure does not keep the rest back
+begin() { # NAME COMMAND ...: starts a part that is not done, if there is time
   local name=$1 left=$((end - $(date +%s)))
   shift
+  names+=("$name")
   [ ! -e "$out/$name.done" ] || return 0
   if [ "$left" -le 0 ]; then
     echo "== $name: no time left" | tee -a "$out/log.txt"
     return 0
   fi
   echo "== $name: $*" | tee -a "$out/log.txt"
-  # SIGTERM: runs save, and go on when they are started again; --foreground: Ctrl-C reaches them.
-  if timeout --foreground --kill-after=60 "$left" "$@" 2>&1 | tee -a "$out/log.txt"; then
-    touch "$out/$name.done"
-  else
-    echo "== $name did not finish" | tee -a "$out/log.txt"
-  fi
+  timeout --kill-after=60 "$left" "$@" > >(tee -ai "$out/log.txt") 2>&1 &
+  begun+=("$name") pids+=($!)
 }
 
+finish() { # waits for what runs; a failure does not keep the rest back
+  local i
+  for i in "${!pids[@]}"; do
+    if wait "${pids[i]}"; then
+      touch "$out/${begun[i]}.done"
+    else
+      echo "== ${begun[i]} did not finish" | tee -a "$out/log.txt"
+    fi
+  done
+  begun=() pids=()
+}
+
+# SIGTERM: runs save, and go on when they are started again.
+trap '[ ${#pids[@]} -eq 0 ] || kill "${pids[@]}"; wait; exit 130' INT TERM
+
 dtypes=(bfloat16 float32) scans=${acdc:-none}
-step=(--seconds 15) pairs=(--rounds 2 --seconds 10 --steps 20)
+step=(--seconds 15)
+# Both programs are compiled anew for every row, in 1 to 2 minutes each.
+pairs=(--rounds 1 --seconds 10 --steps 20 --pairs "lean:lean,lean:authors")
 unet=() transunet=(--config.data.size=224) runs=() # options of each
 if [ -n "$tiny" ]; then
   scans=none
@@ -70,36 +84,38 @@ if [ -n "$tiny" ]; then
   step=(--seconds 1 --stages "step,specialists,loop")
   pairs=(--rounds 1 --seconds 1 --steps 1 --size 32 --batch 4 --pairs lean:lean)
 fi
-if nvidia-smi -L >/dev/null 2>&1; then pairs+=(--gpu); fi
+gpu=''
+if nvidia-smi -L >/dev/null 2>&1; then gpu=yes pairs+=(--gpu); fi
 
 time_step() { # MODEL DTYPE
   local -n options=$1
-  parts+=("step_$1_$2")
-  part "step_$1_$2" "$JAX_PYTHON" -m cgs_jax.benchmark \
+  begin "step_$1_$2" "$JAX_PYTHON" -m cgs_jax.benchmark \
     --config "configs/acdc.py:method=cgs,model=$1" --config.data.root="$scans" \
     --config.model.dtype="$2" "${options[@]}" "${step[@]}" --output "$out/step_$1_$2.json"
+  finish
 }
 
 time_step unet "${dtypes[0]}"
 if "$JAX_PYTHON" -c 'import torch' 2>/dev/null; then
-  parts+=(pytorch)
-  part pytorch "$JAX_PYTHON" benchmarks/compare.py "${pairs[@]}"
+  begin pytorch "$JAX_PYTHON" benchmarks/compare.py "${pairs[@]}"
+  finish
 fi
 if [ -n "$acdc" ]; then
-  for labelled in 7 3; do # while one compiles, validates or scores, the other trains
-    parts+=("acdc_$labelled")
-    part "acdc_$labelled" env XLA_PYTHON_CLIENT_PREALLOCATE=false "$JAX_PYTHON" -m cgs_jax.sweep \
+  for labelled in 7 3; do
+    begin "acdc_$labelled" env XLA_PYTHON_CLIENT_PREALLOCATE=false "$JAX_PYTHON" -m cgs_jax.sweep \
       --config "configs/acdc.py:labelled=$labelled" --sweep configs/sweeps/paper.py --rows=cgs \
       --workdir "$out/acdc_$labelled" --seeds 3 --config.data.root="$acdc" \
       --config.model.dtype="${dtypes[0]}" --config.eval_every=3000 --config.pseudo_slices=0 \
-      "${runs[@]}" &
+      "${runs[@]}"
+    # On a GPU both train at once: one computes while the other compiles, validates or scores.
+    [ -n "$gpu" ] || finish
   done
-  wait
+  finish
 fi
-for dtype in "${dtypes[@]}"; do
-  for model in transunet unet; do
-    time_step $model "$dtype"
-  done
+time_step transunet "${dtypes[0]}"
+for dtype in "${dtypes[@]:1}"; do
+  time_step unet "$dtype"
+  time_step transunet "$dtype"
 done
 echo "log: $out/log.txt"
-for name in "${parts[@]}"; do [ -e "$out/$name.done" ] || exit 1; done
+for name in "${names[@]}"; do [ -e "$out/$name.done" ] || exit 1; done

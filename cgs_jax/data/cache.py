@@ -330,7 +330,10 @@ def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
         about = {"shape": image.shape, "label": label is not None, "spacing": spacing}
         (unfinished / "case.json").write_text(json.dumps(about))
         os.chmod(unfinished, 0o755)
-        if not folder.exists():  # another process may have been faster
+        try:
             unfinished.rename(folder)
+        except OSError:
+            if not folder.exists():  # another process was faster
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
