@@ -3,6 +3,7 @@
 import gzip
 import pathlib
 import sys
+import time
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +19,7 @@ from cgs_jax.data.layouts import segthor as segthor_layout
 from cgs_jax.data.nifti import read_nifti
 from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import NO_LABEL, normalise
+from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError
 from configs import nnunet, segthor
 
@@ -135,11 +137,10 @@ def test_one_more_scan_prepares_only_that_one(tmp_path, reads):
 
 def test_broken_off_preparation_is_not_taken_for_whole(thorax, monkeypatch, reads):
     config, root = thorax
-    rename, renamed = cache.pathlib.Path.rename, []
+    rename = cache.pathlib.Path.rename
 
     def breaks(*paths):
-        renamed.append(paths)
-        if len(renamed) == 3:
+        if paths[1].name.startswith("Patient_03"):
             raise KeyboardInterrupt
         return rename(*paths)
 
@@ -147,9 +148,10 @@ def test_broken_off_preparation_is_not_taken_for_whole(thorax, monkeypatch, read
         patched.setattr(cache.pathlib.Path, "rename", breaks)
         with pytest.raises(KeyboardInterrupt):
             cache.prepare(config)
-    assert len(list((root / "cgs_cache").iterdir())) == 2
+    folders = {folder.name.rpartition("_")[0] for folder in (root / "cgs_cache").iterdir()}
+    assert {"Patient_01", "Patient_02"} <= folders <= {f"Patient_0{i}" for i in (1, 2, 4, 5)}
     assert everything(cache.prepare(config))[0].shape == (18, 16, 16, 1)
-    assert reads == [f"Patient_0{i}" for i in (1, 2, 3, 3, 4, 5)]
+    assert sorted(reads) == [f"Patient_0{i}" for i in (1, 2, 3, 3, 4, 5)]
 
 
 def test_many_cases_share_few_open_files(thorax, monkeypatch):
@@ -276,3 +278,20 @@ def test_intensities_are_chosen_on_the_command_line_and_in_python(value, expecte
         else:
             config.data.normalise = value
         assert config.data.normalise == expected, name
+
+
+def test_threads_keep_the_order_and_end_with_the_first_error():
+    begun = []
+
+    def half(number):
+        begun.append(number)
+        time.sleep(0.01 * (number % 3))
+        if number == 5:
+            raise UserError("five is odd")
+        return number / 2
+
+    assert threads.each(half, range(5), "halving") == [0, 0.5, 1, 1.5, 2]
+    begun.clear()
+    with pytest.raises(UserError, match="five is odd"):
+        threads.each(half, range(1000), "halving")
+    assert len(begun) < 100

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cgs_jax.data import case_lists, exemplar, patches, tasks
 from cgs_jax.data.grid import Grid
 from cgs_jax.data.tasks import Task
 from cgs_jax.data.volume import NO_LABEL, Case, Volume, check_label
+from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError
 
 VERSION = 2  # of the cache layout
@@ -275,9 +275,12 @@ def _prepare_task(task, splits):
     names = [*splits.train, *splits.val, *splits.test]
     folders = {name: cache / f"{name}_{digest(cases[name], options)}" for name in names}
     new = [name for name, folder in folders.items() if not folder.exists()]
+
+    def make(name):
+        write(folders[name], _read(module, cases[name], data), Grid.of(data))
+
     try:
-        for name in tqdm(new, "preparing scans", unit="scan", disable=None if new else True):
-            write(folders[name], _read(module, cases[name], data), Grid.of(data))
+        threads.each(make, new, "preparing scans")
     except OSError as error:
         raise UserError(
             f"can not write to {cache} ({error.strerror}); choose a folder with --config.data.cache"

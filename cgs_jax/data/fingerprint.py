@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cgs_jax.data import cache, case_lists, nifti, tasks
 from cgs_jax.data.volume import Case, check_label, finite
+from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import write_text
 
@@ -46,22 +46,25 @@ def of_cases(cases: Iterable[Case], data: ConfigDict) -> dict[str, Facts]:
     cases = list(cases)
     if not all(nifti.ending_of(path) for case in cases for path in case.image):
         raise UserError("voxel sizes and intensities are looked up in files of scans only")
+    found = threads.each(lambda case: _facts(case, data), cases, "looking at scans")
+    return {case.name: facts for case, facts in zip(cases, found, strict=True)}
+
+
+def _facts(case, data):
+    fields = ("slicing", "classes", "numbers", "ignore", "trust_shapes")
+    options = [*(data[field] for field in fields), case.annotated]
     folder = cache.folder_of(data)
-    found = {}
-    for case in tqdm(cases, "looking at scans", unit="scan", leave=False, disable=None):
-        fields = ("slicing", "classes", "numbers", "ignore", "trust_shapes")
-        options = [*(data[field] for field in fields), case.annotated]
-        path = folder / f"facts_{case.name}_{cache.digest(case, options)}.json"
-        try:
-            found[case.name] = Facts(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            found[case.name] = _look(case, data)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_text(path, json.dumps(found[case.name]._asdict()))
-            except OSError:
-                pass  # it is looked up again
-    return found
+    path = folder / f"facts_{case.name}_{cache.digest(case, options)}.json"
+    try:
+        return Facts(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        facts = _look(case, data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(facts._asdict()))
+    except OSError:
+        pass  # it is looked up again
+    return facts
 
 
 def _look(case, data):
