@@ -68,7 +68,7 @@ def _facts(case, data):
 
 
 def _look(case, data):
-    scans = nifti.read_scans(case.image, data.slicing)
+    scans = nifti.read_scans(case.image, data.slicing, values=bool(case.label))
     first, voxels, intensities = scans[0], None, []
     if case.label:
         label = nifti.read_label(case.label[0], case.image[0], first, data)

@@ -50,7 +50,7 @@ class Scan(NamedTuple):
         return self._replace(array=array).stored().reshape(self.nifti.shape)
 
 
-def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
+def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
     """Reads a 3D NIfTI file as a stack of slices.
 
     Args:
@@ -58,6 +58,8 @@ def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
       slicing: 'axial', 'coronal' or 'sagittal' cut the scan in RAS orientation, 'coarsest' across
         the axis of largest spacing in RAS orientation, 'stored' along the file's third axis without
         regard to its orientation (what SimpleITK's arrays are).
+      values: False leaves the values out, zeros stand for them; of NIfTI files then only the header
+        is read.
 
     Raises:
       UserError: not readable, damaged, not 3D, or without a usable place; names the file.
@@ -65,8 +67,8 @@ def read_nifti(path: pathlib.Path, slicing: str) -> Scan:
     if slicing not in SLICINGS:
         raise UserError(f"unknown data.slicing {slicing!r}; there are: {', '.join(SLICINGS)}")
     try:
-        nifti = _load(path)
-        array = np.asanyarray(nifti.dataobj)
+        nifti = _load(path) if values or path.name.endswith(itk.ENDINGS) else nib.load(path)
+        array = np.asanyarray(nifti.dataobj) if values else np.broadcast_to(np.int8(0), nifti.shape)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except PermissionError:
@@ -203,13 +205,13 @@ def read_channels(paths: Sequence[pathlib.Path], data: Any) -> tuple[np.ndarray,
     return np.stack([normalise(array, data.normalise) for array in arrays]), scans[0]
 
 
-def read_scans(paths: Sequence[pathlib.Path], slicing: str) -> list[Scan]:
-    """The channels of a case, as stored.
+def read_scans(paths: Sequence[pathlib.Path], slicing: str, values: bool = True) -> list[Scan]:
+    """The channels of a case, as stored; `values` as of `read_nifti`.
 
     Raises:
       UserError: one has not the shape or the place of the first.
     """
-    scans = [read_nifti(path, slicing) for path in paths]
+    scans = [read_nifti(path, slicing, values) for path in paths]
     first = scans[0]
     for path, scan in zip(paths, scans, strict=True):
         if scan.array.shape != first.array.shape:
