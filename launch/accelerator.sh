@@ -47,7 +47,9 @@ begin() { # NAME COMMAND ...: starts a part that is not done, if there is time
     return 0
   fi
   echo "== $name: $*" | tee -a "$out/log.txt"
-  timeout --kill-after=60 "$left" "$@" > >(tee -ai "$out/log.txt") 2>&1 &
+  # 180 s: a run that compiles hears of it late.
+  timeout --kill-after=180 "$left" "$@" \
+    > >(trap "" INT; sed -u "s/^/$name: /" | tee -ai "$out/log.txt") 2>&1 &
   begun+=("$name") pids+=($!)
 }
 
@@ -63,8 +65,9 @@ finish() { # waits for what runs; a failure does not keep the rest back
   begun=() pids=()
 }
 
-# SIGTERM: runs save, and go on when they are started again.
-trap '[ ${#pids[@]} -eq 0 ] || kill "${pids[@]}"; wait; exit 130' INT TERM
+# However this ends, what runs gets SIGTERM: runs save, and go on when they are started again.
+trap '[ ${#pids[@]} -eq 0 ] || kill "${pids[@]}" 2>/dev/null || true; wait' EXIT
+trap 'exit 130' INT TERM HUP
 
 dtypes=(bfloat16 float32) scans=${acdc:-none}
 step=(--seconds 15)

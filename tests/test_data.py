@@ -48,6 +48,25 @@ def test_orientation_round_trip(tmp_path):
     assert read_nifti(tmp_path / "sagittal.nii", "coarsest").array.shape == (4, 6, 5)
 
 
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_a_header_tells_what_the_whole_file_tells(name, tmp_path):
+    path = tmp_path / name
+    affine = np.array([[0, -2.0, 0, 5], [1.5, 0, 0, -7], [0, 0, -3, 2], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(np.ones((4, 5, 6, 1), np.int16), affine), path)
+    whole, header = (read_nifti(path, "axial", values) for values in (True, False))
+    assert whole.array.shape == header.array.shape
+    assert whole[1:4] == header[1:4]
+    np.testing.assert_array_equal(whole.corners(), header.corners())
+    assert not header.array.any()
+    raw = path.read_bytes()
+    raw = gzip.decompress(raw) if name.endswith(".gz") else raw
+    huge = raw[:42] + np.int16(30000).tobytes() + raw[44:]  # its first side
+    path.write_bytes(gzip.compress(huge) if name.endswith(".gz") else huge)
+    for values in (True, False):
+        with pytest.raises(UserError, match=f"{name} is not a whole scan.*header says"):
+            read_nifti(path, "axial", values)
+
+
 def test_normalise():
     image = np.array([-1000.0, -400, 0, 400, 3000], np.float32)
     np.testing.assert_allclose(normalise(image, (-400, 400)), [0, 0, 0.5, 1, 1])

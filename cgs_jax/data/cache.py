@@ -277,14 +277,15 @@ def _prepare_task(task, splits):
     new = [name for name, folder in folders.items() if not folder.exists()]
 
     def make(name):
+        if folders[name].exists():  # another process was faster
+            return
         write(folders[name], _read(module, cases[name], data), Grid.of(data))
 
     try:
         threads.each(make, new, "preparing scans")
     except OSError as error:
-        raise UserError(
-            f"can not write to {cache} ({error.strerror}); choose a folder with --config.data.cache"
-        ) from error
+        problem = f"can not write to {cache} ({error.strerror or error})"
+        raise UserError(f"{problem}; choose a folder with --config.data.cache") from error
     annotated = {name: cases[name].annotated for name in names}
     return {name: Entry(folders[name], task, annotated[name]) for name in names}, splits
 

@@ -41,7 +41,8 @@ def of_cases(cases: Iterable[Case], data: ConfigDict) -> dict[str, Facts]:
     """Facts by name of cases.
 
     Raises:
-      UserError: they are not stored as scans, or a file is damaged.
+      UserError: they are not stored as scans, or a file is damaged. Of a case without label the
+        header alone is read.
     """
     cases = list(cases)
     if not all(nifti.ending_of(path) for case in cases for path in case.image):

@@ -5,6 +5,7 @@ They are NIfTI files, or such as SimpleITK reads, which become the same in memor
 
 import gzip
 import math
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -58,8 +59,8 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
       slicing: 'axial', 'coronal' or 'sagittal' cut the scan in RAS orientation, 'coarsest' across
         the axis of largest spacing in RAS orientation, 'stored' along the file's third axis without
         regard to its orientation (what SimpleITK's arrays are).
-      values: False leaves the values out, zeros stand for them; of NIfTI files then only the header
-        is read.
+      values: False leaves the values out, zeros stand for them. Of a NIfTI file then only the
+        header is read, and damage of its values is not found.
 
     Raises:
       UserError: not readable, damaged, not 3D, or without a usable place; names the file.
@@ -67,7 +68,7 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
     if slicing not in SLICINGS:
         raise UserError(f"unknown data.slicing {slicing!r}; there are: {', '.join(SLICINGS)}")
     try:
-        nifti = _load(path) if values or path.name.endswith(itk.ENDINGS) else nib.load(path)
+        nifti = _load(path) if values else _header(path)
         array = np.asanyarray(nifti.dataobj) if values else np.broadcast_to(np.int8(0), nifti.shape)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
@@ -112,6 +113,24 @@ def _load(path):
     if len(data) < nifti.dataobj.offset + needed:  # before memory is asked for
         raise ValueError(f"{len(data)} bytes, but its header says {needed}")
     return nifti
+
+
+def _header(path):
+    """The image with its values left in the file, where its header goes with the file's size; else
+    the whole file, which says what is wrong."""
+    try:
+        nifti = nib.load(path)
+        needed = nifti.dataobj.offset + math.prod(nifti.shape) * nifti.get_data_dtype().itemsize
+        with path.open("rb") as file:
+            size = file.seek(-4, os.SEEK_END) + 4
+            if packed := path.name.endswith(".gz"):  # it ends with the unpacked size modulo 2 ** 32
+                size = int.from_bytes(file.read(4), "little")
+        whole = size == needed % 2**32 if packed else size >= needed
+        if whole and isinstance(nifti, (nib.Nifti1Image, nib.Nifti2Image)):
+            return nifti
+    except Exception:
+        pass
+    return _load(path)
 
 
 def _orientation(path, nifti, slicing):

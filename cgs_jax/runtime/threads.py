@@ -7,16 +7,24 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Unpacking and numpy leave Python's lock while they work. A scan of 512 x 512 x 300 voxels takes
-# two gigabytes while it is read, so large machines do not get a thread a core.
-THREADS = min(4, os.cpu_count() or 1)
+MOST = 4
+MEMORY = 6e9  # bytes of the machine for each thread: a large CT takes 4 while it is prepared
+
+
+def count() -> int:
+    """How many scans are worked on at once: unpacking and numpy leave Python's lock meanwhile."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(MOST, cores or 1, int(memory / MEMORY)))
 
 
 def each(function: Callable[[Any], Any], items: Iterable[Any], what: str) -> list[Any]:
-    """`function` of all items, in their order, with a progress bar that says `what` scans are
-    done. The first error ends it; what has begun is waited for."""
+    """`function` of all items, in their order, in threads, with a progress bar titled `what`.
+
+    The first error ends it; what has begun is waited for.
+    """
     items = list(items)
-    pool = ThreadPoolExecutor(THREADS)
+    pool = ThreadPoolExecutor(count())
     try:
         results = pool.map(function, items)
         quiet = None if items else True
