@@ -1,7 +1,7 @@
 """Trains a list of configurations over several seeds, and compares them.
 
 python -m cgs_jax.sweep --config configs/acdc.py --sweep configs/sweeps/ablation.py \
-    --workdir runs/ablation --seeds 3 [--shard 1/4] --config.data.root=FOLDER
+    --workdir runs/ablation --seeds 3 [--at_once 2] [--shard 1/4] --config.data.root=FOLDER
 
 The same command goes on with what is not finished. Each run is a `cgs_jax.main` of its own, in
 WORKDIR/ROW/seedN; its output is in log.txt there.
@@ -9,6 +9,7 @@ WORKDIR/ROW/seedN; its output is in log.txt there.
 
 import importlib
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -17,6 +18,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import pandas as pd
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -156,8 +158,8 @@ def _config(path, arguments, overrides, fields, row):
     return config, plain
 
 
-def train_all(runs: list[Run]) -> None:
-    """Trains what is not finished, one run after the other.
+def train_all(runs: list[Run], at_once: int = 1) -> None:
+    """Trains what is not finished, `at_once` runs side by side, each on its share of the cores.
 
     Raises:
       UserError: runs failed; the others have been trained.
@@ -165,49 +167,87 @@ def train_all(runs: list[Run]) -> None:
     todo = [run for run in runs if not run.finished()]
     total, failed = sum(run.config.total_steps for run in runs), []
     done = sum(run.config.total_steps for run in runs if run.finished())
+    free, training = _shares(at_once), []
+    numbered = list(enumerate(todo, len(runs) - len(todo) + 1))
     with tqdm(total=total, initial=done, unit="step", disable=None) as bar:
-        for i, run in enumerate(todo, len(runs) - len(todo) + 1):
-            bar.set_description(f"{i}/{len(runs)} {run.name}")
-            error = _train(run, bar)
-            if error:
-                failed.append(f"{run.name} ({error})")
-                say(f"{i}/{len(runs)} {run.name}  {error}")
-                continue
-            minutes, _ = time_spent(run.workdir)
-            summary = summaries.read_summary(run.workdir)
-            split = summaries.final_split(summary)
-            dice = 100 * tables.number(summary[split]["mean"]["dice"])
-            name = summaries.SPLITS[split]
-            say(f"{i}/{len(runs)} {run.name}  {name} Dice {dice:.2f}  {minutes:.1f} min")
+        try:
+            while numbered or training:
+                while numbered and free:
+                    i, run = numbered.pop(0)
+                    training.append(_Training(f"{i}/{len(runs)} {run.name}", run, free.pop()))
+                bar.set_description(", ".join(each.name for each in training))
+                time.sleep(1)
+                for each in list(training):
+                    bar.update(each.progress())
+                    if each.process.poll() is None:
+                        continue
+                    training.remove(each)
+                    free.append(each.cores)
+                    error = each.error()
+                    bar.update(each.rest())
+                    say(f"{each.name}  {error or _score(each.run)}")
+                    if error:
+                        failed.append(f"{each.run.name} ({error})")
+        finally:  # interrupted: they save their state first
+            for each in training:
+                each.process.terminate()
+            for each in training:
+                each.process.wait()
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed: " + "; ".join(failed))
 
 
-def _train(run, bar):
-    """Runs it to its end; returns what went wrong, '' if nothing."""
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    path = run.workdir / "log.txt"
-    begun = path.stat().st_size if path.exists() else 0
-    seen = 0
-    with path.open("ab") as log:
-        process = subprocess.Popen(run.command, stdout=log, stderr=log, start_new_session=True)
-        try:
-            while process.poll() is None:
-                time.sleep(1)
-                now = run.step()
-                bar.update(max(now - seen, 0))
-                seen = max(now, seen)
-        finally:
-            if process.poll() is None:  # interrupted: it saves its state first
-                process.terminate()
-                process.wait()
-    bar.update(run.config.total_steps - seen if run.finished() else -seen)
-    if run.finished() and process.returncode == 0:
-        return ""
-    if process.returncode < 0:
-        return f"killed by signal {-process.returncode}; see {path}"
-    lines = path.read_bytes()[begun:].decode(errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'no output'}; see {path}"
+def _shares(count):
+    """The cores of this process in `count` shares, empty where a run may use all of them."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if count == 1 or count > len(cores):
+        return [set()] * count
+    return [set(share.tolist()) for share in np.array_split(cores, count)]
+
+
+def _score(run):
+    """Its Dice and the time that it took, as words."""
+    minutes, _ = time_spent(run.workdir)
+    summary = summaries.read_summary(run.workdir)
+    split = summaries.final_split(summary)
+    dice = 100 * tables.number(summary[split]["mean"]["dice"])
+    return f"{summaries.SPLITS[split]} Dice {dice:.2f}  {minutes:.1f} min"
+
+
+class _Training:
+    """A process that trains a run, on these cores if some are given."""
+
+    def __init__(self, name, run, cores):
+        self.name, self.run, self.cores, self._seen = name, run, cores, 0
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        self._log = run.workdir / "log.txt"
+        self._begun = self._log.stat().st_size if self._log.exists() else 0
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                run.command, stdout=log, stderr=log, start_new_session=True
+            )
+        if cores:  # before the compiler counts them
+            os.sched_setaffinity(self.process.pid, cores)
+
+    def progress(self):
+        """Its steps since this was last asked."""
+        before, self._seen = self._seen, max(self.run.step(), self._seen)
+        return self._seen - before
+
+    def rest(self):
+        """What is to be added to its progress: all steps if it has finished, else none count."""
+        return self.run.config.total_steps - self._seen if self.run.finished() else -self._seen
+
+    def error(self):
+        """What went wrong, '' if nothing."""
+        code = self.process.returncode
+        if self.run.finished() and code == 0:
+            return ""
+        if code < 0:
+            return f"killed by signal {-code}; see {self._log}"
+        text = self._log.read_bytes()[self._begun :].decode(errors="replace")
+        lines = text.strip().splitlines()
+        return f"{lines[-1] if lines else 'no output'}; see {self._log}"
 
 
 def write_tables(workdir: pathlib.Path) -> str:
@@ -256,11 +296,16 @@ if __name__ == "__main__":
     _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the runs")
     _SEEDS = flags.DEFINE_integer("seeds", 3, "seeds of each row", lower_bound=1)
     _ROWS = flags.DEFINE_list("rows", [], "train these only; the table has all that are finished")
+    _AT_ONCE = flags.DEFINE_integer(
+        "at_once", 1, "runs side by side on this machine", lower_bound=1
+    )
     _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: the i-th of n machines takes its share")
     flags.mark_flags_as_required(["config", "sweep", "workdir"])
 
     def _main(_):
         jax.config.update("jax_platforms", "cpu")  # the accelerators are for the runs
+        if _AT_ONCE.value > 1:  # else the first takes the memory of the GPU
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         flag, workdir = flags.FLAGS["config"], pathlib.Path(_WORKDIR.value)
         if is_remote(_WORKDIR.value):
             raise UserError("--workdir of a sweep is a local or mounted folder")
@@ -270,7 +315,7 @@ if __name__ == "__main__":
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "sweep.json", to_json({"rows": rows}) + "\n")
         try:
-            train_all(mine)
+            train_all(mine, _AT_ONCE.value)
         finally:
             finished = sum(run.finished() for run in runs)
             if finished:

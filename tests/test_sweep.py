@@ -1,7 +1,13 @@
 """A sweep as a user starts it, and the notebook that reads it."""
 
+import ast
+import os
 import pathlib
 import shutil
+import signal
+import sys
+import threading
+import time
 
 import nbformat
 import pandas as pd
@@ -68,13 +74,70 @@ def test_sweep_goes_on(swept, scans, tmp_path):
     (workdir / "fixmatch" / "seed3" / "checkpoints").write_text("in the way")
     kept = (workdir / "supervised" / "seed3" / "summary.json").stat().st_mtime_ns
     rows = ["--rows", "supervised,fixmatch,cgs", "--seeds", "1", "--config.seed=3"]
-    done = start(line(scans, workdir, *rows))
+    done = start(line(scans, workdir, *rows, "--at_once", "2"))
     assert done.returncode == 1
     assert done.stderr.startswith("error: 1 of 3 runs failed: fixmatch seed 3 (error: ")
     assert done.stderr.count("\n") == 1
     assert str(workdir / "fixmatch" / "seed3" / "log.txt") in done.stderr
     assert "3/3 cgs seed 3  test Dice" in done.stdout
     assert (workdir / "supervised" / "seed3" / "summary.json").stat().st_mtime_ns == kept
+
+
+RUN = """
+import os, pathlib, shutil, signal, sys, time
+begun = time.time()
+finished, run = map(pathlib.Path, sys.argv[1:])
+seconds = 60 if "long" in run.name else 2
+cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+try:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    (run / "ready").touch()
+    time.sleep(seconds)
+    shutil.copytree(finished, run, dirs_exist_ok=True)
+finally:
+    (run / "seen.txt").write_text(repr((begun, time.time(), cores)))
+"""
+
+
+def runs_of(swept, workdir, *names):
+    """Runs that sleep, and then have the results of one that was trained."""
+    finished = swept[0] / "supervised" / "seed3"
+    config = run_folder.load(finished)[0]
+    return [
+        sweep.Run(name, run, config, [sys.executable, "-c", RUN, str(finished), str(run)])
+        for name, run in ((name, workdir / name) for name in names)
+    ]
+
+
+def test_runs_side_by_side(swept, tmp_path, capsys):
+    runs = runs_of(swept, tmp_path, "a", "b", "c", "d")
+    sweep.train_all(runs, at_once=2)
+    seen = [ast.literal_eval((run.workdir / "seen.txt").read_text()) for run in runs]
+    together = [sum(a <= b < end for a, end, _ in seen) for b, _, _ in seen]
+    assert max(together) == 2
+    assert sorted(line[:5] for line in capsys.readouterr().out.splitlines()) == [
+        "1/4 a", "2/4 b", "3/4 c", "4/4 d",
+    ]  # fmt: skip
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) > 1:  # each has its half
+        assert sorted(seen[0][2] + seen[1][2]) == cores
+
+
+def test_interruption_ends_all_runs(swept, tmp_path):
+    runs = runs_of(swept, tmp_path, "long_1", "long_2", "long_3")
+
+    def interrupt():
+        while not all((run.workdir / "ready").exists() for run in runs[:2]):
+            time.sleep(0.1)
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.train_all(runs, at_once=2)
+    thread.join()
+    assert [(run.workdir / "seen.txt").exists() for run in runs] == [True, True, False]
+    assert not any(run.finished() for run in runs)
 
 
 def test_bad_sweeps(scans, tmp_path, capsys):
