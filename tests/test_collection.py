@@ -222,9 +222,17 @@ def test_partly_annotated_cases_as_unlabelled_ones(tmp_path, labelled):
     listed = {"mine_001": ["head"], "mine_002": ["tail"], "mine_004": ["head", "tail"]}
     (root / "partial_labels.json").write_text(json.dumps(listed))
     config.data.labelled = labelled
-    with_them = cache.prepare(resolve(config)).splits
+    data = cache.prepare(resolve(config))
+    with_them = data.splits
+    ((labelled,), (unlabelled,)) = data.source("labelled"), data.source("unlabelled")
+    assert labelled.tolist() == data.rows(with_them.labelled).tolist()
+    whole = {case for case in with_them.labelled if data.organs(case) == ("head", "tail")}
+    assert whole
+    assert unlabelled.tolist() == data.rows(set(with_them.train) - whole).tolist()
     config.data.partly_labelled = False
-    without = cache.prepare(resolve(config)).splits
+    data = cache.prepare(resolve(config))
+    without = data.splits
+    assert data.source("unlabelled")[0].tolist() == unlabelled.tolist()
     assert without[:3] == with_them[:3]
     partly = {"mine_001", "mine_002"}
     assert without.labelled == [case for case in with_them.labelled if case not in partly]

@@ -94,7 +94,8 @@ class Prepared:
     def source(self, name: str) -> list[np.ndarray]:
         """Rows of the 'labelled' or the 'unlabelled' training examples of each task that has any.
 
-        Where every example of a task is labelled, they serve as unlabelled ones, too.
+        What is labelled for some organs only serves as unlabelled, too: there the others are
+        learned. So does everything where no other example of a task is left.
         """
         found = []
         for cases in self.by_task(self.splits.train).values():
@@ -104,7 +105,8 @@ class Prepared:
                 labelled = labelled[np.fromiter((where.any() for where in marked), bool)]
             for case in set(cases) & set(self._exemplars):
                 labelled = self.rows([case])[[self._exemplars[case]]]
-            rest = np.setdiff1d(self.rows(cases), labelled)
+            whole = self.rows(case for case in cases if self._entries[case].annotated is None)
+            rest = np.setdiff1d(self.rows(cases), np.intersect1d(labelled, whole))
             rows = labelled if name == "labelled" else rest if len(rest) else labelled
             found += [rows] * (len(rows) > 0)
         if not found:
