@@ -6,8 +6,6 @@ cd "$(dirname "$0")/.."
 out=${1:-runs/demo}
 source launch/venv.sh -r requirements.txt
 python=.venv/bin/python
-# In so short runs it pays to compile quickly.
-export XLA_FLAGS="${XLA_FLAGS:-} --xla_backend_optimization_level=2"
 
 $python -m cgs_jax.data.phantom --out "$out/scans"
 # 64 x 64 pixels and 1,200 steps are what 2 cores do in 5 minutes. lambda_max is 0.5 instead of 2.0

@@ -52,8 +52,9 @@ def command(scans, workdir, *options, program="main", processes=0):
 
 
 def environment(devices):
-    """CPU devices for each process."""
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    """CPU devices for each process, which compiles for more steps than a test runs itself."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=1"
+    flags += f" --xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": flags, "PYTHON": sys.executable}
 
 

@@ -123,7 +123,15 @@ def test_runs_side_by_side(swept, tmp_path, capsys):
         assert sorted(seen[0][2] + seen[1][2]) == cores
 
 
-def test_interruption_ends_all_runs(swept, tmp_path):
+@pytest.fixture
+def default_interrupt():
+    """Tests that a shell started in the background would ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interruption_ends_all_runs(swept, tmp_path, default_interrupt):
     runs = runs_of(swept, tmp_path, "long_1", "long_2", "long_3")
 
     def interrupt():
