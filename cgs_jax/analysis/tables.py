@@ -31,7 +31,7 @@ class Sweep(NamedTuple):
       cases: a line an organ of a case: row, seed, split ('val', 'test', 'val_literature',
         'test_literature' of the best checkpoint, with 'last_' before it of the last), member (of a
         collection, else ''), case, patient, organ, voxels (true size), dice, jaccard, hd95, asd.
-      first: the row that others are held against, finished or not.
+      first: the row that others are held against, the first that has a finished run.
     """
 
     runs: pd.DataFrame
@@ -49,7 +49,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
     folder = pathlib.Path(folder)
     found = sorted(path.parent for path in folder.rglob("summary.json"))
     name = lambda workdir: str(workdir.relative_to(folder))  # noqa: E731
-    rows, order = [name(workdir) for workdir in found], folder / "sweep.json"
+    order = folder / "sweep.json"
     if order.exists():
         name = lambda workdir: str(workdir.parent.relative_to(folder))  # noqa: E731
         rows = json.loads(order.read_text())["rows"]
@@ -84,7 +84,7 @@ def load(folder: pathlib.Path | str) -> Sweep:
                     organ = organ.removeprefix(f"{member}/")
                     values = {k: number(v) * (100 if k in SHARES else 1) for k, v in scores.items()}
                     cases.append(key | who | {"member": member, "organ": organ} | values)
-    return Sweep(*map(pd.DataFrame, (runs, curves, cases)), rows[0])
+    return Sweep(*map(pd.DataFrame, (runs, curves, cases)), name(found[0]))
 
 
 def number(value: float | None) -> float:
