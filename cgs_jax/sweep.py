@@ -7,6 +7,7 @@ The same command goes on with what is not finished. Each run is a `cgs_jax.main`
 WORKDIR/ROW/seedN; its output is in log.txt there.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import os
@@ -18,14 +19,13 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import pandas as pd
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from cgs_jax.analysis import tables
-from cgs_jax.runtime import run_folder
+from cgs_jax.runtime import run_folder, threads
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text
@@ -167,14 +167,18 @@ def train_all(runs: list[Run], at_once: int = 1) -> None:
     todo = [run for run in runs if not run.finished()]
     total, failed = sum(run.config.total_steps for run in runs), []
     done = sum(run.config.total_steps for run in runs if run.finished())
-    free, training = _shares(at_once), []
+    free, training = _shares(max(min(at_once, len(runs)), 1)), []
     numbered = list(enumerate(todo, len(runs) - len(todo) + 1))
     with tqdm(total=total, initial=done, unit="step", disable=None) as bar:
         try:
             while numbered or training:
                 while numbered and free:
                     i, run = numbered.pop(0)
-                    training.append(_Training(f"{i}/{len(runs)} {run.name}", run, free.pop()))
+                    try:
+                        training.append(_Training(f"{i}/{len(runs)} {run.name}", run, free[-1]))
+                        free.pop()
+                    except OSError as error:
+                        failed.append(f"{run.name} ({error.strerror}: {error.filename})")
                 bar.set_description(", ".join(each.name for each in training))
                 time.sleep(1)
                 for each in list(training):
@@ -183,8 +187,8 @@ def train_all(runs: list[Run], at_once: int = 1) -> None:
                         continue
                     training.remove(each)
                     free.append(each.cores)
-                    error = each.error()
-                    bar.update(each.rest())
+                    rest, error = each.end()
+                    bar.update(rest)
                     say(f"{each.name}  {error or _score(each.run)}")
                     if error:
                         failed.append(f"{each.run.name} ({error})")
@@ -198,11 +202,25 @@ def train_all(runs: list[Run], at_once: int = 1) -> None:
 
 
 def _shares(count):
-    """The cores of this process in `count` shares, empty where a run may use all of them."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if count == 1 or count > len(cores):
-        return [set()] * count
-    return [set(share.tolist()) for share in np.array_split(cores, count)]
+    """Cores of this process in `count` equal shares, empty where there are fewer cores: a run that
+    goes on has as many as before, on which its rounding depends."""
+    cores = threads.cores()
+    size = len(cores) // count
+    return [set(cores[i * size : (i + 1) * size]) for i in range(count)]
+
+
+@contextlib.contextmanager
+def _kept_to(cores):
+    """Processes that are started in here stay on these cores, if there are any to stay on."""
+    if not cores or not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _score(run):
@@ -215,39 +233,35 @@ def _score(run):
 
 
 class _Training:
-    """A process that trains a run, on these cores if some are given."""
+    """A process that trains a run."""
 
     def __init__(self, name, run, cores):
         self.name, self.run, self.cores, self._seen = name, run, cores, 0
         run.workdir.mkdir(parents=True, exist_ok=True)
         self._log = run.workdir / "log.txt"
         self._begun = self._log.stat().st_size if self._log.exists() else 0
-        with self._log.open("ab") as log:
+        with self._log.open("ab") as log, _kept_to(cores):
             self.process = subprocess.Popen(
                 run.command, stdout=log, stderr=log, start_new_session=True
             )
-        if cores:  # before the compiler counts them
-            os.sched_setaffinity(self.process.pid, cores)
 
     def progress(self):
         """Its steps since this was last asked."""
         before, self._seen = self._seen, max(self.run.step(), self._seen)
         return self._seen - before
 
-    def rest(self):
-        """What is to be added to its progress: all steps if it has finished, else none count."""
-        return self.run.config.total_steps - self._seen if self.run.finished() else -self._seen
-
-    def error(self):
-        """What went wrong, '' if nothing."""
-        code = self.process.returncode
-        if self.run.finished() and code == 0:
-            return ""
+    def end(self):
+        """What is left to be added to its progress, of which nothing counts where it failed; and
+        what went wrong, '' if nothing."""
+        code, finished = self.process.returncode, self.run.finished()
+        rest = self.run.config.total_steps - self._seen if finished else -self._seen
+        if finished and code == 0:
+            return rest, ""
         if code < 0:
-            return f"killed by signal {-code}; see {self._log}"
+            return rest, f"killed by signal {-code}; see {self._log}"
         text = self._log.read_bytes()[self._begun :].decode(errors="replace")
         lines = text.strip().splitlines()
-        return f"{lines[-1] if lines else 'no output'}; see {self._log}"
+        return rest, f"{lines[-1] if lines else 'no output'}; see {self._log}"
 
 
 def write_tables(workdir: pathlib.Path) -> str:
@@ -297,7 +311,7 @@ if __name__ == "__main__":
     _SEEDS = flags.DEFINE_integer("seeds", 3, "seeds of each row", lower_bound=1)
     _ROWS = flags.DEFINE_list("rows", [], "train these only; the table has all that are finished")
     _AT_ONCE = flags.DEFINE_integer(
-        "at_once", 1, "runs side by side on this machine", lower_bound=1
+        "at_once", 1, "runs side by side, each on its share of the cores", lower_bound=1
     )
     _SHARD = flags.DEFINE_string("shard", "1/1", "i/n: the i-th of n machines takes its share")
     flags.mark_flags_as_required(["config", "sweep", "workdir"])

@@ -126,7 +126,7 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.data.grow_to = ()  # the windows are so wide, such as (160, 0)
     # one slice alone is labelled: 'CASE:SLICE', counted from 0, or 'auto', see docs/own_data.md
     config.data.exemplar = ""
-    # False: cases that are annotated for some organs only train as unlabelled ones
+    # False: cases that are annotated for some organs only train without their labels
     config.data.partly_labelled = True
     config.data.splits = ""  # folder of train.txt, val.txt, test.txt; '': published, else random
     config.data.fold = -1  # of nnU-Net's splits_final.json in the root; -1: not by folds

@@ -16,6 +16,7 @@ from cgs_jax import aot, benchmark
 from cgs_jax.methods import base, cgs, pseudo_labels
 from cgs_jax.models import torch_weights
 from cgs_jax.models.network import Outputs, build
+from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import train_step
 from cgs_jax.training.resolve import resolve
@@ -194,3 +195,9 @@ def test_what_specialists_cost():
 def test_unknown_topology(topology):
     with pytest.raises(UserError, match="--topology|topology v5e"):
         aot.compile_step(tiny(), topology)
+
+
+def test_the_compiler_knows_our_options(monkeypatch):
+    """Those that XLA_FLAGS names, as it does in tests, are left out otherwise."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert devices.jit(lambda x: x + 1, devices.local_mesh())(1.0) == 2

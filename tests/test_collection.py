@@ -224,8 +224,8 @@ def test_partly_annotated_cases_as_unlabelled_ones(tmp_path, labelled):
     config.data.labelled = labelled
     data = cache.prepare(resolve(config))
     with_them = data.splits
-    ((labelled,), (unlabelled,)) = data.source("labelled"), data.source("unlabelled")
-    assert labelled.tolist() == data.rows(with_them.labelled).tolist()
+    (rows,), (unlabelled,) = data.source("labelled"), data.source("unlabelled")
+    assert rows.tolist() == data.rows(with_them.labelled).tolist()
     whole = {case for case in with_them.labelled if data.organs(case) == ("head", "tail")}
     assert whole
     assert unlabelled.tolist() == data.rows(set(with_them.train) - whole).tolist()
@@ -237,6 +237,18 @@ def test_partly_annotated_cases_as_unlabelled_ones(tmp_path, labelled):
     partly = {"mine_001", "mine_002"}
     assert without.labelled == [case for case in with_them.labelled if case not in partly]
     assert set(with_them.labelled) & partly
+
+
+def test_where_all_cases_are_labelled_all_are_unlabelled_too(tmp_path):
+    """Not only the one that is annotated for some organs."""
+    config, root = nnunet_folder(tmp_path)
+    for image in (root / "imagesTr").iterdir():
+        if not (root / "labelsTr" / image.name.replace("_0000", "")).exists():
+            image.unlink()
+    (root / "partial_labels.json").write_text(json.dumps({"mine_001": ["head"]}))
+    data = cache.prepare(resolve(config))
+    assert "mine_001" in data.splits.labelled
+    assert data.source("unlabelled")[0].tolist() == data.source("labelled")[0].tolist()
 
 
 def test_an_exemplar_shows_annotated_organs(tmp_path, capsys):

@@ -17,7 +17,7 @@ from runs import REPOSITORY, TINY, command, start
 
 from cgs_jax import sweep
 from cgs_jax.analysis import tables
-from cgs_jax.runtime import run_folder
+from cgs_jax.runtime import run_folder, threads
 from cgs_jax.runtime.errors import UserError
 
 ROWS = ("supervised", "cgs")  # dealt in turn to two shards
@@ -81,6 +81,8 @@ def test_sweep_goes_on(swept, scans, tmp_path):
     assert str(workdir / "fixmatch" / "seed3" / "log.txt") in done.stderr
     assert "3/3 cgs seed 3  test Dice" in done.stdout
     assert (workdir / "supervised" / "seed3" / "summary.json").stat().st_mtime_ns == kept
+    (workdir / "supervised" / "seed3" / "summary.json").unlink()
+    assert tables.load(workdir).first == "cgs"  # the first that has finished
 
 
 RUN = """
@@ -110,22 +112,42 @@ def runs_of(swept, workdir, *names):
 
 
 def test_runs_side_by_side(swept, tmp_path, capsys):
-    runs = runs_of(swept, tmp_path, "a", "b", "c", "d")
-    sweep.train_all(runs, at_once=2)
+    """One that can not even start does not keep the others back."""
+    before, runs = threads.cores(), runs_of(swept, tmp_path, "a", "b", "c", "d")
+    failing = runs_of(swept, tmp_path, "in_the_way")
+    failing[0].workdir.write_text("")
+    with pytest.raises(UserError, match=r"1 of 5 runs failed: in_the_way \(File exists: .*way\)"):
+        sweep.train_all([runs[0], *failing, *runs[1:]], at_once=2)
     seen = [ast.literal_eval((run.workdir / "seen.txt").read_text()) for run in runs]
     together = [sum(a <= b < end for a, end, _ in seen) for b, _, _ in seen]
     assert max(together) == 2
     assert sorted(line[:5] for line in capsys.readouterr().out.splitlines()) == [
-        "1/4 a", "2/4 b", "3/4 c", "4/4 d",
+        "1/5 a", "3/5 b", "4/5 c", "5/5 d",
     ]  # fmt: skip
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) > 1:  # each has its half
-        assert sorted(seen[0][2] + seen[1][2]) == cores
+        assert len(seen[0][2]) == len(seen[1][2]) == len(cores) // 2
+        assert not set(seen[0][2]) & set(seen[1][2])
+    assert threads.cores() == before
+
+
+@pytest.mark.parametrize(
+    ("cores", "count", "expected"),
+    [
+        ([2, 3, 5, 7], 1, [{2, 3, 5, 7}]),
+        ([2, 3, 5, 7], 2, [{2, 3}, {5, 7}]),
+        ([2, 3, 5], 2, [{2}, {3}]),
+        ([2, 3], 3, [set()] * 3),
+    ],
+)
+def test_shares_of_cores(monkeypatch, cores, count, expected):
+    monkeypatch.setattr(threads, "cores", lambda: cores)
+    assert sweep._shares(count) == expected
 
 
 @pytest.fixture
 def default_interrupt():
-    """Tests that a shell started in the background would ignore Ctrl-C."""
+    """A shell that starts tests in the background makes them ignore Ctrl-C; this undoes it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -135,15 +157,16 @@ def test_interruption_ends_all_runs(swept, tmp_path, default_interrupt):
     runs = runs_of(swept, tmp_path, "long_1", "long_2", "long_3")
 
     def interrupt():
+        deadline = time.time() + 60
         while not all((run.workdir / "ready").exists() for run in runs[:2]):
+            if time.time() > deadline:
+                return
             time.sleep(0.1)
         signal.raise_signal(signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
-    thread.start()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         sweep.train_all(runs, at_once=2)
-    thread.join()
     assert [(run.workdir / "seen.txt").exists() for run in runs] == [True, True, False]
     assert not any(run.finished() for run in runs)
 

@@ -94,8 +94,9 @@ class Prepared:
     def source(self, name: str) -> list[np.ndarray]:
         """Rows of the 'labelled' or the 'unlabelled' training examples of each task that has any.
 
-        What is labelled for some organs only serves as unlabelled, too: there the others are
-        learned. So does everything where no other example of a task is left.
+        Beside unlabelled ones those that are labelled for some organs only serve as unlabelled,
+        too, because nothing else teaches the other organs there. Where every example of a task is
+        labelled, all of them do.
         """
         found = []
         for cases in self.by_task(self.splits.train).values():
@@ -106,8 +107,9 @@ class Prepared:
             for case in set(cases) & set(self._exemplars):
                 labelled = self.rows([case])[[self._exemplars[case]]]
             whole = self.rows(case for case in cases if self._entries[case].annotated is None)
-            rest = np.setdiff1d(self.rows(cases), np.intersect1d(labelled, whole))
-            rows = labelled if name == "labelled" else rest if len(rest) else labelled
+            rest = np.setdiff1d(self.rows(cases), labelled)
+            rest = np.union1d(rest, np.setdiff1d(labelled, whole)) if len(rest) else labelled
+            rows = labelled if name == "labelled" else rest
             found += [rows] * (len(rows) > 0)
         if not found:
             raise UserError("no pixel of a labelled training case is annotated: see data.ignore")

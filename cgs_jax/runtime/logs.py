@@ -2,7 +2,6 @@
 
 import errno
 import math
-import os
 import pathlib
 import platform
 import re
@@ -15,7 +14,7 @@ import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from cgs_jax.runtime import processes
+from cgs_jax.runtime import processes, threads
 from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text
 
 
@@ -51,7 +50,7 @@ def hardware() -> str:
     if device.platform == "cpu":
         info = pathlib.Path("/proc/cpuinfo")
         found = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
-        about = f" ({found[1] if found else platform.machine()}, {os.cpu_count()} cores)"
+        about = f" ({found[1] if found else platform.machine()}, {len(threads.cores())} cores)"
     return f"{jax.device_count()} x {device.device_kind}{about}"
 
 

@@ -11,11 +11,17 @@ MOST = 4
 MEMORY = 6e9  # bytes of the machine for each thread: a large CT takes 4 while it is prepared
 
 
+def cores() -> list[int]:
+    """Numbers of the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def count() -> int:
     """How many scans are worked on at once: unpacking and numpy leave Python's lock meanwhile."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(MOST, cores or 1, int(memory / MEMORY)))
+    return max(1, min(MOST, len(cores()), int(memory / MEMORY)))
 
 
 def each(function: Callable[[Any], Any], items: Iterable[Any], what: str) -> list[Any]:

@@ -1,9 +1,12 @@
-"""What the labels of partly annotated cases are worth: as they are, and used as images only.
+"""What the labels of partly annotated cases are worth to CGS and to labelled slices alone: rows
+`..._partly` use them, rows `..._whole` have the labels of wholly annotated cases alone.
 
 python -m cgs_jax.sweep --config configs/nnunet.py --sweep configs/sweeps/partly.py \
     --workdir runs/partly --seeds 3 --config.data.root=FOLDER
 
-FOLDER has `partial_labels.json` (docs/own_data.md); the other cases are annotated for all organs.
+FOLDER has `partial_labels.json` (docs/own_data.md); labelled cases that it does not list are wholly
+annotated. The table holds all rows against the first; train two rows alone (`--rows
+supervised_whole,supervised_partly`) to have them held against each other.
 """
 
 from configs import common
