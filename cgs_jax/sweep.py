@@ -10,6 +10,7 @@ WORKDIR/ROW/seedN; its output is in log.txt there.
 import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import pathlib
 import re
@@ -85,7 +86,7 @@ def plan(
     """
     path, _, arguments = config_file.partition(":")
     default, _ = _config(path, arguments, overrides, {}, "the command line")
-    rows, runs = _rows(sweep_file, default), []
+    rows, runs, said = _rows(sweep_file, default), [], set()
     for row, (_, fields) in rows.items():
         for name, value in fields.items():
             if value != overrides.get(name, value):
@@ -103,7 +104,12 @@ def plan(
                 if value != plain[name]
             ]
             saved = run_folder.load(run)[0] if (run / "config.json").exists() else None
-            config = resolve(config, saved)
+            with contextlib.redirect_stdout(io.StringIO()) as told:
+                config = resolve(config, saved)
+            for text in told.getvalue().splitlines():
+                if text not in said:  # most runs tell the same
+                    say(text)
+                    said.add(text)
             if saved:
                 run_folder.check_same(saved, config, run)
             runs.append(Run(f"{row} seed {seed}", run, config, command))

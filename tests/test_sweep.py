@@ -17,7 +17,7 @@ from runs import REPOSITORY, TINY, command, start
 
 from cgs_jax import sweep
 from cgs_jax.analysis import tables
-from cgs_jax.runtime import run_folder, threads
+from cgs_jax.runtime import logs, run_folder, threads
 from cgs_jax.runtime.errors import UserError
 
 ROWS = ("supervised", "cgs")  # dealt in turn to two shards
@@ -207,6 +207,16 @@ def test_bad_sweeps(scans, tmp_path, capsys):
     assert "configs/segthor.py:method=cgs" in run.command
     with pytest.raises(UserError, match="--shard 0/2: write 1/4 to 4/4"):
         sweep.shard("0/2", [run])
+
+
+def test_what_all_runs_tell_is_told_once(monkeypatch, tmp_path, capsys):
+    def resolve(config, saved):
+        logs.say("grid: size 64")
+        return config
+
+    monkeypatch.setattr(sweep, "resolve", resolve)
+    sweep.plan("configs/acdc.py", {}, "configs/sweeps/paper.py", tmp_path, 2)
+    assert capsys.readouterr().out == "grid: size 64\n"
 
 
 @pytest.mark.parametrize("name", ["ablation", "plugin", "paper", "weights", "partly"])
