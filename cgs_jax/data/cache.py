@@ -106,9 +106,9 @@ class Prepared:
                 labelled = labelled[np.fromiter((where.any() for where in marked), bool)]
             for case in set(cases) & set(self._exemplars):
                 labelled = self.rows([case])[[self._exemplars[case]]]
-            whole = self.rows(case for case in cases if self._entries[case].annotated is None)
+            partly = self.rows(case for case in cases if self._entries[case].annotated is not None)
             rest = np.setdiff1d(self.rows(cases), labelled)
-            rest = np.union1d(rest, np.setdiff1d(labelled, whole)) if len(rest) else labelled
+            rest = np.union1d(rest, partly) if len(rest) else labelled
             rows = labelled if name == "labelled" else rest
             found += [rows] * (len(rows) > 0)
         if not found:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from cgs_jax.data import tasks
 from cgs_jax.data.cache import Prepared
 from cgs_jax.data.volume import NO_LABEL, Volume
 from cgs_jax.inference.predictor import LITERATURE, Predictor, Scoring
-from cgs_jax.runtime import processes
+from cgs_jax.runtime import processes, threads
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import metrics
 
@@ -55,7 +54,7 @@ def evaluate(
     futures = {}
     # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
     # at most, for each takes 45 bytes a voxel of the box around its organ.
-    pool = ThreadPoolExecutor(min(8, os.cpu_count()))
+    pool = ThreadPoolExecutor(min(8, len(threads.cores())))
     try:
         for case, by_scoring in labels:
             truth, spacing = np.asarray(volumes[case].label), volumes[case].spacing
