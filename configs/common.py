@@ -29,6 +29,17 @@ def labelled_only(config: ConfigDict, strong: bool = False) -> dict[str, object]
     return {"batch.labelled": slices, "batch.unlabelled": 0} | augmented
 
 
+def without_specialists(config: ConfigDict) -> dict[str, object]:
+    """Fields of a row of a sweep with CGS without specialists: its generalist learns from the
+    teacher by one term instead of three, so by three times the weight, and unlabelled images weigh
+    as much against labelled ones as in CGS."""
+    return {
+        "method.specialists": False,
+        "method.terms": ("G_from_g",),
+        "method.lambda_max": 3 * config.method.lambda_max,
+    }
+
+
 def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     """Common fields with those of configs/models/<model>.py and configs/methods/<method>.py laid
     over.
