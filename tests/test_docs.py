@@ -28,7 +28,7 @@ def test_what_documents_name_exists(path):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
     for script in re.findall(r"(?:bash |python |`)((?:launch|benchmarks)/\w+\.\w+)", text):
         assert (ROOT / script).exists(), script
-    members = collection.get_config("members=acdc+brain@nnunet+heart@acdc").to_dict()
+    members = collection.get_config("members=acdc+brain@nnunet+heart@acdc+neck@nnunet").to_dict()
     fields = {"data.members", *flatten_dict(members, sep=".")}
     fields |= {*flatten_dict(nnunet.get_config().to_dict(), sep=".")}
     for method in (ROOT / "configs/methods").glob("*.py"):
