@@ -4,6 +4,8 @@ validation cases.
 python -m cgs_jax.sweep --config configs/acdc.py:labelled=7,recipe=patches \
     --sweep configs/sweeps/windows.py --workdir runs/windows --seeds 2 --config.test=False \
     --config.total_steps=3000 --config.data.root=FOLDER
+
+What has nothing to do with windows is in configs/sweeps/recipe.py.
 """
 
 from configs import common
@@ -23,8 +25,6 @@ def get_sweep(config):
         "anywhere": {"data.patch_anywhere": 0.5},
         "lr_0.01": {"optimizer.lr": 0.01},
         "lambda_2": {"method.lambda_max": 2.0},
-        "copy_paste": {"method.copy_paste": 0.5},
-        "width_32": {"model.channels": (32, 64, 128, 256, 512)},
         "without_specialists": common.without_specialists(config),
     }
     return {name: ("method=cgs", fields) for name, fields in changes.items()}
