@@ -6,11 +6,11 @@ import pathlib
 import jax
 import numpy as np
 import pytest
-import runs
-from layouts import lists
 
+import runs
 from cgs_jax.data.phantom import write as write_phantoms
 from configs import segthor
+from layouts import lists
 
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # for the programs that tests start

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import tiny, tiny_batch
 
 from cgs_jax.inference import predictor
 from cgs_jax.methods import augment, base, cgs, pseudo_labels
@@ -13,6 +12,7 @@ from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import resolve, train_step
 from cgs_jax.training.train_state import TrainState
+from steps import tiny, tiny_batch
 
 
 def test_binary_specialists_by_hand():

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 import pytest
-from runs import REPOSITORY
-from steps import tiny, tiny_batch
 
 from cgs_jax.analysis import organ_shares, pseudo_label_quality, tables
 from cgs_jax.methods import augment, base
 from cgs_jax.models.network import Outputs
 from cgs_jax.training import train_step
 from cgs_jax.training.train_state import TrainState
+from runs import REPOSITORY
+from steps import tiny, tiny_batch
 
 
 def cases(values):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import tiny
 
 from cgs_jax.methods import augment
+from steps import tiny
 
 
 def test_image_and_label_move_together():

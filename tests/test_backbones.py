@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from steps import tiny
 
 from cgs_jax import sweep
 from cgs_jax.models import network
 from cgs_jax.runtime.errors import UserError
 from configs import acdc
+from steps import tiny
 
 
 def test_each_backbone_has_its_own_options():

@@ -4,13 +4,13 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts import lists, nnunet_folder, save
 
 from cgs_jax.data import cache, completion
 from cgs_jax.data.layouts import acdc as acdc_layout
 from cgs_jax.data.phantom import write as write_phantoms
 from cgs_jax.runtime.errors import UserError
 from configs import acdc, nnunet, segthor, synapse
+from layouts import lists, nnunet_folder, save
 
 
 def test_bad_nnunet_descriptions(tmp_path):

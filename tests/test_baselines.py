@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import ndimage
-from steps import tiny, tiny_batch
 
 from cgs_jax.methods import ad_mt, augment, base, cgs, pseudo_labels
 from cgs_jax.models import unet
@@ -13,6 +12,7 @@ from cgs_jax.models.heads import Pyramid
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.training import train_step
 from cgs_jax.training.train_state import TrainState
+from steps import tiny, tiny_batch
 
 
 def logits_of(probs):

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import tiny, tiny_batch
 
 from cgs_jax.methods import augment, base, cmems
 from cgs_jax.models.network import Outputs
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import train_step
 from cgs_jax.training.train_state import TrainState
+from steps import tiny, tiny_batch
 
 
 def test_valid_pixels_by_hand():

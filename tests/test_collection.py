@@ -6,9 +6,8 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
-import runs
-from layouts import nnunet_folder
 
+import runs
 from cgs_jax.data import cache, streams, tasks
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.methods.base import Method
@@ -18,6 +17,7 @@ from cgs_jax.scoring import summaries
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.resolve import resolve
 from configs import collection, nnunet
+from layouts import nnunet_folder
 
 NET = {
     "model.channels": (4, 4, 8),

@@ -9,7 +9,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from absl import flags
-from layouts import STREAMS, everything, lists, nnunet_folder, save
 from ml_collections import config_flags
 
 from cgs_jax.data import cache, completion, streams
@@ -22,6 +21,7 @@ from cgs_jax.data.volume import NO_LABEL, normalise
 from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError
 from configs import nnunet, segthor
+from layouts import STREAMS, everything, lists, nnunet_folder, save
 
 
 def test_orientation_round_trip(tmp_path):

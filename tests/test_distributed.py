@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+
 from runs import before_the_end, begin, command, config_of, processes_with, saved_state, start
 
 

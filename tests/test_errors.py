@@ -8,7 +8,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from runs import command, config_of, start
 
 from cgs_jax import evaluate, main, predict
 from cgs_jax.inference.predictor import Predictor
@@ -18,6 +17,7 @@ from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.checkpoints import Checkpoints
 from configs import segthor
+from runs import command, config_of, start
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts import nnunet_folder
 from ml_collections import ConfigDict
 
 from cgs_jax import predict
@@ -17,6 +16,7 @@ from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
+from layouts import nnunet_folder
 
 
 def nifti(rng, shape=(12, 10, 4), dtype=np.int16, affine=None):

@@ -3,9 +3,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts import nnunet_folder, save
 from scipy.spatial.transform import Rotation
-from steps import tiny
 
 from cgs_jax import predict
 from cgs_jax.data import cache, nifti, streams
@@ -16,6 +14,8 @@ from cgs_jax.inference.predictor import Predictor, Scoring
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
 from configs import acdc
+from layouts import nnunet_folder, save
+from steps import tiny
 
 LINEAR = Scoring("linear", False)
 

@@ -6,11 +6,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from layouts import nnunet_folder
 
 from cgs_jax import predict
 from cgs_jax.data import cache, completion, fingerprint, nifti
 from cgs_jax.runtime.errors import UserError
+from layouts import nnunet_folder
 
 
 @pytest.fixture(params=[".mha", ".nrrd"])

@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts import nnunet_folder, save
-from steps import tiny, tiny_batch
 
 from cgs_jax import predict
 from cgs_jax.data import cache, completion, patches, tasks
@@ -22,6 +20,8 @@ from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import nnunet_summary, summaries
 from cgs_jax.training import optimizers, train_step
+from layouts import nnunet_folder, save
+from steps import tiny, tiny_batch
 
 GAPS = {"background": 0, "head": 300, "tail": 7, "ignore": 9}
 REGIONS = {"background": 0, "whole": [1, 2, 4], "core": [2, 4], "active": 4}

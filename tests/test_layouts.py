@@ -6,7 +6,6 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts import STREAMS, everything, nnunet_folder, save
 
 from cgs_jax.data import cache, completion, streams
 from cgs_jax.data.grid import resize
@@ -15,6 +14,7 @@ from cgs_jax.data.layouts import synapse as synapse_layout
 from cgs_jax.data.volume import normalise
 from cgs_jax.runtime.errors import UserError
 from configs import acdc, synapse
+from layouts import STREAMS, everything, nnunet_folder, save
 
 
 def test_acdc_layouts_agree(tmp_path):

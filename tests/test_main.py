@@ -8,8 +8,6 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts import nnunet_folder, save
-from runs import TINY, before_the_end, command, config_of, start
 
 from cgs_jax import compare, evaluate, main, predict, sweep
 from cgs_jax.analysis import tables
@@ -19,6 +17,8 @@ from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import to_json
 from configs import nnunet
+from layouts import nnunet_folder, save
+from runs import TINY, before_the_end, command, config_of, start
 
 NEW = "new.nii.gz"
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import tiny, tiny_batch
 
 from cgs_jax.methods import cgs, losses, pseudo_labels
 from cgs_jax.models import packed, torch_weights, unet
@@ -16,6 +15,7 @@ from cgs_jax.runtime.devices import make_mesh
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.train_state import TrainState
+from steps import tiny, tiny_batch
 
 
 def heads_first(x):

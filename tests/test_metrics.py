@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from scipy import ndimage
-from steps import tiny
 
 from cgs_jax.data.grid import resize, upsampled_labels
 from cgs_jax.data.volume import Volume, keep_largest
 from cgs_jax.inference import predictor
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.scoring import metrics, summaries
+from steps import tiny
 
 
 def cube(at, shape=(12, 12, 12), edge=4):

@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import tiny
 
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.train_state import TrainState
+from steps import tiny
 
 
 def test_adamw_by_hand():

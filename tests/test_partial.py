@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import tiny, tiny_batch
 
 from cgs_jax.methods import base, losses, pseudo_labels
 from cgs_jax.models.network import Outputs
 from cgs_jax.runtime import devices
 from cgs_jax.training import optimizers, train_step
+from steps import tiny, tiny_batch
 
 ALL = jnp.ones((1, 1, 1, 2), bool)
 FIRST = jnp.array([True, False]).reshape(1, 1, 1, 2)

@@ -5,8 +5,6 @@ import zlib
 import jax
 import numpy as np
 import pytest
-from runs import config_of, saved_state
-from steps import tiny
 
 from cgs_jax import main
 from cgs_jax.data import cache, case_lists, patches, streams, tasks
@@ -15,6 +13,8 @@ from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import NO_LABEL, Volume
 from cgs_jax.runtime import devices, processes
 from cgs_jax.training import batch_norm, loop, optimizers, train_step
+from runs import config_of, saved_state
+from steps import tiny
 
 STREAMS = {"labelled": Stream("labelled", True, 4), "unlabelled": Stream("unlabelled", False, 3)}
 

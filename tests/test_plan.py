@@ -3,15 +3,15 @@
 import nibabel as nib
 import numpy as np
 import pytest
-import runs
-from layouts import lists, nnunet_folder, save
 
+import runs
 from cgs_jax import plan
 from cgs_jax.data import completion, fingerprint, proposal, tasks
 from cgs_jax.data.fingerprint import Facts
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
 from configs import acdc, collection, nnunet
+from layouts import lists, nnunet_folder, save
 
 
 def ct(tmp_path, kind="CT"):

@@ -3,14 +3,14 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from layouts import nnunet_folder, save
-from runs import TINY
 
 from cgs_jax import sweep
 from cgs_jax.data import cache, tasks
 from cgs_jax.evaluate import scans
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
+from layouts import nnunet_folder, save
+from runs import TINY
 
 
 def test_a_completed_copy_that_nobody_changes(tmp_path):

@@ -13,11 +13,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from runs import before_the_end, begin, command, config_of, saved_state, start
 
 from cgs_jax.runtime import devices, files, logs
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.checkpoints import Checkpoints
+from runs import before_the_end, begin, command, config_of, saved_state, start
 
 
 def assert_identical(workdir, trained, scans):

@@ -4,12 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from layouts import lists, nnunet_folder, save
 
 from cgs_jax.data import cache, case_lists
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
 from configs import acdc, nnunet, segthor, synapse
+from layouts import lists, nnunet_folder, save
 
 
 def test_published_splits():

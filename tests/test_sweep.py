@@ -13,12 +13,12 @@ import nbformat
 import pandas as pd
 import pytest
 from nbclient import NotebookClient
-from runs import REPOSITORY, TINY, command, start
 
 from cgs_jax import sweep
 from cgs_jax.analysis import tables
 from cgs_jax.runtime import logs, run_folder, threads
 from cgs_jax.runtime.errors import UserError
+from runs import REPOSITORY, TINY, command, start
 
 ROWS = ("supervised", "cgs")  # dealt in turn to two shards
 STEPS = {"config.total_steps": 10, "config.eval_every": 5}

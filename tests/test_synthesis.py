@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import tiny, tiny_batch
 
 from cgs_jax.methods import augment, cmems, synthesis
 from cgs_jax.training import train_step
+from steps import tiny, tiny_batch
 
 STILL = {"rotation": 0.0, "scale": (1.0, 1.0), "shift": 0.0, "flip": 0.0, "jitter": 0.0}
 SQUARE = np.uint8([[0, 0, 0, 0], [0, 1, 2, 0], [0, 3, 4, 0], [0, 0, 0, 0]])

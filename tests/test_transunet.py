@@ -5,11 +5,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import plain_encoder
 import pytest
 from scipy import ndimage
-from steps import tiny_batch
 
+import plain_encoder
 from cgs_jax.models import network, resnet_vit, transunet, vit_weights
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
@@ -18,6 +17,7 @@ from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.resolve import check
 from cgs_jax.training.train_state import TrainState
 from configs import acdc, common
+from steps import tiny_batch
 
 TINY = {
     "model.units": (1, 1, 1),

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import tiny, tiny_batch
 
 from cgs_jax.methods import base, batches, pseudo_labels, versemi
 from cgs_jax.models.network import Outputs
@@ -13,6 +12,7 @@ from cgs_jax.runtime.devices import make_mesh
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.train_state import TrainState
+from steps import tiny, tiny_batch
 
 
 def prompts_of(probs):

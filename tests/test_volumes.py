@@ -8,7 +8,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
-from steps import tiny
 
 from cgs_jax import main, predict
 from cgs_jax.data import cache, case_lists, streams, tasks
@@ -23,6 +22,7 @@ from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.resolve import check
 from configs import nnunet
 from configs.models import unet3d as options_of_unet3d
+from steps import tiny
 
 METHODS = "cgs supervised mean_teacher ua_mt ict cps urpc fixmatch unimatch ad_mt bcp versemi cmems"
 METHODS += " cgs:mean_teacher"  # CGS over another
