@@ -57,7 +57,7 @@ def curves(lines: list[dict[str, float]], organs: Sequence[str]) -> Figure | Non
     }
     if not groups:
         return None
-    figure = Figure(figsize=(5 * min(len(groups), 3), 3.6 * -(-len(groups) // 3)))
+    figure = Figure(figsize=(6 * min(len(groups), 3), 3.6 * -(-len(groups) // 3)))
     figure.set_layout_engine("constrained")
     for i, (title, names) in enumerate(groups.items(), 1):
         axes = figure.add_subplot(-(-len(groups) // 3), min(len(groups), 3), i)
@@ -68,7 +68,7 @@ def curves(lines: list[dict[str, float]], organs: Sequence[str]) -> Figure | Non
                 axes.plot(*zip(*points, strict=True), ".-", label=name, **style)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")  # it would hide lines
     return figure
 
 
