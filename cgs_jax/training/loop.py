@@ -71,6 +71,7 @@ def train(
     train_step = make_train_step(method, optimizer, config, mesh)
     predictor = make_predictor(method)
     measure = pseudo_label_quality.make_measure(config, method, prepared)
+    norm = jax.jit(optax.tree.norm)
     organs, zero_before = tasks.scored(config.data), set()
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
@@ -87,7 +88,7 @@ def train(
             validates = _validates(step, config)
             if not (validates or stop.now):
                 continue
-            if not np.isfinite(optax.tree.norm(state.params)):
+            if not np.isfinite(norm(state.params)):
                 raise _diverged("a parameter is not finite", step, checkpoints)
             if not validates:
                 writer.publish(step)
