@@ -40,6 +40,4 @@ def patches(config: ConfigDict) -> None:
     config.data.normalise = "percentile"
     config.precise_bn = 50
     config.optimizer.lr *= 2
-    for section in (config.method, config.get("cgs")):
-        if section and "terms" in section:
-            section.lambda_max = 1.0
+    common.weigh_pseudo_labels(config, 1.0)

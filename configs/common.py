@@ -40,6 +40,13 @@ def without_specialists(config: ConfigDict) -> dict[str, object]:
     }
 
 
+def weigh_pseudo_labels(config: ConfigDict, weight: float) -> None:
+    """Sets `lambda_max` of what specialists and generalist learn from each other, if they do."""
+    for section in (config.method, config.get("cgs")):
+        if section and "terms" in section:
+            section.lambda_max = weight
+
+
 def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     """Common fields with those of configs/models/<model>.py and configs/methods/<method>.py laid
     over.
