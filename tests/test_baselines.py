@@ -12,6 +12,7 @@ from cgs_jax.models.heads import Pyramid
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.training import train_step
 from cgs_jax.training.train_state import TrainState
+from configs import acdc, nnunet
 from steps import tiny, tiny_batch
 
 
@@ -322,6 +323,14 @@ def test_shares_of_pixels_stay_shares():
     _, two = cgs.consistency([base.Pair(outputs, outputs)] * 2, options)
     for name, value in one.items():
         np.testing.assert_allclose(two[name], value, rtol=1e-6)
+
+
+def test_recipes_weigh_only_what_cgs_adds():
+    own_data = nnunet.get_config("method=cgs,base=unimatch")
+    assert (own_data.cgs.lambda_max, own_data.method.lambda_max) == (0.5, 2.0)
+    assert nnunet.get_config("method=supervised").method.get("lambda_max") is None
+    weights = [acdc.get_config(f"recipe={name}").method.lambda_max for name in ("paper", "patches")]
+    assert weights == [2.0, 1.0]
 
 
 def test_cgs_adds_its_terms_to_those_of_the_method_below():
