@@ -158,6 +158,7 @@ def test_damaged_scans(trained, damaged, tmp_path, monkeypatch, resampled):
 JSONS = [
     "",
     "{",
+    "[" * 100_000,
     "[]",
     "null",
     "3",

@@ -99,3 +99,7 @@ def test_folds_of_nnunet(tmp_path):
     config.data.fold = 2
     with pytest.raises(UserError, match=r"data.fold=2: .*splits_final.json has no such fold"):
         cache.prepare(resolve(config))
+    (root / "splits_final.json").write_text('[{"train": [1, 2], "val": [3]}]')
+    config.data.fold = 0
+    with pytest.raises(UserError, match="cases are not in .*, such as 3;|such as 1;"):
+        cache.prepare(resolve(config))

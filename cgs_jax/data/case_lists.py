@@ -77,8 +77,8 @@ def _of_fold(cases, data, seed):
     path = pathlib.Path(data.root) / "splits_final.json"
     try:
         fold = json.loads(path.read_text())[data.fold]
-        train, held_out = list(fold["train"]), list(fold["val"])
-    except (OSError, ValueError, LookupError, TypeError):
+        train, held_out = ([str(case) for case in fold[part]] for part in ("train", "val"))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"data.fold={data.fold}: {path} has no such fold") from None
     val, test = held_out, [name for name, case in cases.items() if case.test]
     if not test:

@@ -64,7 +64,7 @@ def _partial_labels(data):
     parts |= {name: tuple(organs[i - 1] for i in of) for name, of in regions(data)}
     try:
         listed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter of brackets in brackets without end
         listed = None
     lists = listed.values() if isinstance(listed, dict) else [None]
     if not all(isinstance(x, list) and all(isinstance(o, str) for o in x) for x in lists):
@@ -181,7 +181,7 @@ def _description(data):
             f"no {path}: --config.data.root must hold dataset.json, imagesTr/CASE_0000.nii.gz and "
             "labelsTr/CASE.nii.gz (nnU-Net's raw layout)"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(description, dict):
         raise UserError(f"{path} must be an object with labels and file_ending")
