@@ -1,7 +1,9 @@
 """Fixtures. Tests that need real data take its folder from CGS_TEST_DATA and skip without it."""
 
+import fcntl
 import os
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -53,15 +55,36 @@ def oracle(request):
 
 
 @pytest.fixture(scope="session")
-def scans(tmp_path_factory):
+def once(tmp_path_factory):
+    """once(name, make): a folder of that name, filled by the first of pytest's processes that needs
+    it; the others wait."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def folder_of(name, make):
+        with open(base / f"{name}.lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.fstat(lock.fileno()).st_size:
+                (base / name).mkdir()
+                make(base / name)
+                lock.write("made")
+        return base / name
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def scans(once):
     """Phantoms and lists: two labelled, one image-only, one whose label is withheld, one for
     validation, two for testing."""
-    folder = tmp_path_factory.mktemp("scans")
-    patients = {f"Patient_{i:02d}": i != 3 for i in range(1, 8)}
-    write_phantoms(folder / "scans", patients, size=20, depth=5, seed=0)
-    names = list(patients)
-    lists(folder / "lists", train=names[:4], val=names[4:5], test=names[5:])
-    return folder
+
+    def write(folder):
+        patients = {f"Patient_{i:02d}": i != 3 for i in range(1, 8)}
+        write_phantoms(folder / "scans", patients, size=20, depth=5, seed=0)
+        names = list(patients)
+        lists(folder / "lists", train=names[:4], val=names[4:5], test=names[5:])
+
+    return once("scans", write)
 
 
 @pytest.fixture
@@ -83,9 +106,14 @@ def thorax(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def trained(scans, tmp_path_factory):
+def trained(scans, once, tmp_path_factory):
     """A finished run of the command line, and what it printed."""
-    workdir = tmp_path_factory.mktemp("runs") / "trained"
-    done = runs.start(runs.command(scans, workdir))
-    assert done.returncode == 0, done.stderr
-    return workdir, done.stdout
+
+    def train(folder):
+        done = runs.start(runs.command(scans, folder / "trained"))
+        assert done.returncode == 0, done.stderr
+        (folder / "printed").write_text(done.stdout)
+
+    folder = once("trained", train)
+    workdir = tmp_path_factory.mktemp("runs") / "trained"  # a copy, for tests write in it
+    return shutil.copytree(folder / "trained", workdir), (folder / "printed").read_text()
