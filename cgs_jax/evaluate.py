@@ -1,8 +1,8 @@
 """Scores a trained run on its validation and test cases, or several runs that predict together.
 
 python -m cgs_jax.evaluate --workdir RUN [--workdir RUN ...] [--inference both] [--combine vote] \
-    [--mirroring] [--upsample nearest] [--largest_component] [--window 128] [--root FOLDER] \
-    [--cache FOLDER] [--output FILE.json]
+    [--upsample nearest] [--largest_component] [--window 128] [--root FOLDER] [--cache FOLDER] \
+    [--output FILE.json]
 
 A finished run that predicts by its own options gets its summary, report and pictures anew.
 """
@@ -152,9 +152,6 @@ def define_flags() -> Callable[[], dict[str, Any]]:
     }.items():
         flags.DEFINE_enum(name, None, predictor.CHOICES[name], what + default)
     flags.DEFINE_integer("window", None, "pixels a side of overlapping windows; 0: none" + default)
-    flags.DEFINE_boolean(
-        "mirroring", None, "predict mirror images, too, and combine them" + default
-    )
     flags.DEFINE_boolean(
         "largest_component", None, "keep only the largest piece of an organ" + default
     )

@@ -105,7 +105,6 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.inference = "generalist"  # or 'specialists': their merged scores; or 'both'
     # of a method with a teacher: 'student' or 'teacher'; '': whom the method's authors let predict
     config.predict_with = ""
-    config.mirroring = False  # predict mirror images, too, and combine them: 3 times the work
     config.combine = "average"  # of several predictions; or 'confidence', the surest, or 'vote'
     # windows of so many pixels a side decide together where slices are larger; 0: whole slices
     config.window = 0

@@ -168,28 +168,6 @@ def test_several_methods_predict_together():
     np.testing.assert_allclose(predict(slices)[2, 3, 4], [0.3, 0.45, 0.25], rtol=1e-6)
 
 
-@pytest.mark.parametrize("axes", [3, 4])
-def test_mirror_images_predict_together(axes):
-    """What follows the image stays where it is; what follows the place is averaged."""
-
-    class Says:
-        config, asked = tiny(mirroring=True), False
-
-        def predict(self, state, image):
-            image = image[..., 0]
-            row, column = jnp.indices(image.shape[-2:])
-            places = [jnp.broadcast_to(x, image.shape) for x in (row, column)]
-            return jnp.stack([image, *places], -1)[None]
-
-    shape = (2, 3, 4, 5)[-axes:]
-    slices = np.random.default_rng(0).integers(0, 65536, (*shape, 1)).astype(np.uint16)
-    image, row, column = np.moveaxis(predictor.make_predictor(Says())(()).predict(slices), -1, 0)
-    np.testing.assert_allclose(image, slices[..., 0] / 65535, rtol=1e-5)
-    for found, there in ((row, np.arange(4.0)[:, None]), (column, np.arange(5.0))):
-        expected = np.broadcast_to((2 * there + np.flip(there)) / 3, shape)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
 def test_both_kinds_of_heads_predict():
     method = train_step.make_method(tiny(inference="both"))
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))

@@ -90,7 +90,6 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         ({"precise_bn": -1}, "precise_bn must be at least 0"),
         ({"total_steps": 0}, "total_steps must be at least 1"),
         ({"window": 18}, "window=18 does not divide by 4"),
-        ({"mirroring": True, "augment.flip": 0.0}, "mirroring=True: with augment.flip=0"),
         ({"combine": "sum"}, "unknown combine 'sum'; there are: average, confidence, vote"),
         ({"method.specialists": False}, "specialists=False goes with method.terms"),
         ({"batch.unlabelled": 0}, "batch.unlabelled must be at least 1"),

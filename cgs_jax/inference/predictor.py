@@ -39,8 +39,6 @@ CHOICES = {
     "combine": ("average", "confidence", "vote"),
     "upsample": ("linear", "nearest"),
 }
-# Axes of [..., H, W, channels]. As in training, an image is not mirrored along both.
-MIRRORS = ((), (-3,), (-2,))
 
 
 class Scoring(NamedTuple):
@@ -291,11 +289,8 @@ def make_predictor(*methods: Method) -> Callable[..., Predictor]:
     mesh, config = devices.local_mesh(), methods[0].config
 
     def predict(states, slices):
-        image, probs = to_image(slices), []
-        for axes in MIRRORS if config.mirroring else ((),):
-            for method, state in zip(methods, states, strict=True):
-                mirrored = method.predict(state, jnp.flip(image, axes))
-                probs.append(jnp.flip(mirrored, axes))
+        image = to_image(slices)
+        probs = [m.predict(state, image) for m, state in zip(methods, states, strict=True)]
         return combine(jnp.concatenate(probs), config.combine)
 
     compiled = devices.jit(predict, mesh)
@@ -343,8 +338,6 @@ def check(config: ConfigDict, method: Method) -> None:
         raise UserError(f"inference={config.inference}: {config.method.name} trains no specialists")
     if config.predict_with and not method.has_teacher:
         raise UserError(f"predict_with={config.predict_with}: {config.method.name} has no teacher")
-    if config.mirroring and not config.augment.flip:
-        raise UserError("mirroring=True: with augment.flip=0 no mirror images are seen in training")
     stride = network.stride(config)
     if config.window < 0 or config.window % stride:
         raise UserError(f"window={config.window} does not divide by {stride}; 0: whole slices")

@@ -18,17 +18,8 @@ from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import is_remote, to_json, write_text
 
 # How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
-PREDICTION = (
-    "inference",
-    "predict_with",
-    "mirroring",
-    "combine",
-    "window",
-    "upsample",
-    "largest_component",
-)
-# Fields that runs of earlier versions lack.
-NEWEST = {"depth", "numbers", "predict_with", "mirroring"}
+PREDICTION = ("inference", "predict_with", "combine", "window", "upsample", "largest_component")
+NEWEST = {"depth", "numbers", "predict_with"}  # fields that runs of earlier versions lack
 # What may differ between two starts of one run: places, devices, and how to look at it. Not
 # eval_every: it decides which checkpoint is the best.
 FREE = (
