@@ -57,6 +57,16 @@ def test_slices_of_a_case():
     np.testing.assert_array_equal(turned, overlay[::-1, ::-1])
 
 
+def test_pictures_show_the_body():
+    """The least rows and columns that hold all that is seen in any picture, and 3 pixels more."""
+    pictures = np.zeros((2, 100, 60, 3), np.uint8)
+    assert pictures[:, *plots.body(pictures)].shape == pictures.shape
+    pictures[0, 40:50, 1:20] = 90
+    pictures[1, 70, 30, 2] = 255
+    pictures[1, 90] = 5  # noise in the air
+    assert plots.body(pictures) == (slice(37, 74), slice(0, 34))
+
+
 @pytest.mark.skipif(not BROWSER, reason="needs chromium")
 def test_report_in_a_browser(trained, tmp_path):
     """No errors; the slider changes the picture and the heading sorts."""
