@@ -115,5 +115,11 @@ def trained(scans, once, tmp_path_factory):
         (folder / "printed").write_text(done.stdout)
 
     folder = once("trained", train)
-    workdir = tmp_path_factory.mktemp("runs") / "trained"  # a copy, for tests write in it
-    return shutil.copytree(folder / "trained", workdir), (folder / "printed").read_text()
+    workdir = tmp_path_factory.mktemp("runs") / "trained"
+    shutil.copytree(folder / "trained", workdir)  # for tests write in it
+    report, printed = workdir / "report.html", (folder / "printed").read_text()
+    text, printed = (
+        x.replace(str(folder / "trained"), str(workdir)) for x in (report.read_text(), printed)
+    )
+    report.write_text(text)
+    return workdir, printed

@@ -65,7 +65,7 @@ def test_evaluation_reproduces_the_scores(trained, tmp_path):
     """And what is written of them; of a run that is not finished, nothing is."""
     workdir, _ = trained
     before = {name: (workdir / name).read_bytes() for name in ("summary.json", "overlays.png")}
-    facts = re.sub(r"/[^<\"]*/trained\b", str(workdir), (workdir / "report.html").read_text())
+    facts = (workdir / "report.html").read_text()
     for name in (*before, "report.html"):
         (workdir / name).unlink()
     summary = evaluate.evaluate([workdir])
