@@ -115,11 +115,9 @@ def trained(scans, once, tmp_path_factory):
         (folder / "printed").write_text(done.stdout)
 
     folder = once("trained", train)
+    run, printed = folder / "trained", (folder / "printed").read_text()
     workdir = tmp_path_factory.mktemp("runs") / "trained"
-    shutil.copytree(folder / "trained", workdir)  # for tests write in it
-    report, printed = workdir / "report.html", (folder / "printed").read_text()
-    text, printed = (
-        x.replace(str(folder / "trained"), str(workdir)) for x in (report.read_text(), printed)
-    )
-    report.write_text(text)
-    return workdir, printed
+    shutil.copytree(run, workdir)  # for tests write in it
+    report = workdir / "report.html"
+    report.write_text(report.read_text().replace(str(run), str(workdir)))
+    return workdir, printed.replace(str(run), str(workdir))

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from scipy import ndimage
 
 from cgs_jax.data.cache import Prepared
 from cgs_jax.data.volume import NO_LABEL
@@ -135,11 +136,11 @@ def body(pictures: np.ndarray) -> tuple[slice, slice]:
     """Rows and columns outside of which all RGB [N, H, W, 3] are nearly black, and a little more:
     around a neck there may be three times as much air."""
     seen = np.any(pictures > 12, (0, -1))
-    lines = [np.flatnonzero(seen.any(axis)) for axis in (1, 0)]
-    if not seen.any():
+    box = ndimage.find_objects(seen.view(np.uint8))
+    if not box:
         return slice(None), slice(None)
     more = 1 + max(seen.shape) // 50
-    return tuple(slice(max(x[0] - more, 0), x[-1] + 1 + more) for x in lines)
+    return tuple(slice(max(x.start - more, 0), x.stop + more) for x in box[0])
 
 
 def overlays(cases: list[Shown], organs: Sequence[str]) -> Figure:

@@ -4,7 +4,6 @@ A folder of lists holds `train.txt`, `val.txt`, `test.txt` and `labelled_N.txt` 
 patients; those of the published protocols are in `published/<data set>`.
 """
 
-import json
 import pathlib
 import re
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from cgs_jax.data import tasks
 from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import read_json
 from cgs_jax.runtime.logs import say
 
 
@@ -76,9 +76,9 @@ def _of_fold(cases, data, seed):
     validation cases test, for they are what it reports, and others validate."""
     path = pathlib.Path(data.root) / "splits_final.json"
     try:
-        fold = json.loads(path.read_text())[data.fold]
+        fold = read_json(path)[data.fold]
         train, held_out = ([str(case) for case in fold[part]] for part in ("train", "val"))
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"data.fold={data.fold}: {path} has no such fold") from None
     val, test = held_out, [name for name, case in cases.items() if case.test]
     if not test:

@@ -54,6 +54,19 @@ def write_text(path: pathlib.Path, text: str) -> None:
     unfinished.replace(path)
 
 
+def read_json(path: pathlib.Path) -> Any:
+    """What a JSON file that the user wrote holds; it may begin with a byte order mark.
+
+    Raises:
+      OSError: it can not be read.
+      ValueError: it is not JSON, or nested too deeply to be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+
+
 def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl or times.jsonl; one that a kill broke off is left out."""
     lines = []

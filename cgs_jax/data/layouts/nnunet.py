@@ -7,7 +7,6 @@ marks some of the organs only. Numbers of labels may leave gaps, `ignore` marks 
 annotated, and an organ with a list of numbers is a region, see `regions`.
 """
 
-import json
 import pathlib
 
 from ml_collections import ConfigDict
@@ -15,6 +14,7 @@ from ml_collections import ConfigDict
 from cgs_jax.data.nifti import ENDINGS, channels_of, read_nifti_case
 from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.files import read_json
 
 read = read_nifti_case
 PARTIAL = "partial_labels.json"
@@ -63,8 +63,8 @@ def _partial_labels(data):
     parts = {organ: (organ,) for organ in organs}  # a region stands for all its classes
     parts |= {name: tuple(organs[i - 1] for i in of) for name, of in regions(data)}
     try:
-        listed = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError):  # the latter of brackets in brackets without end
+        listed = read_json(path)
+    except ValueError:
         listed = None
     lists = listed.values() if isinstance(listed, dict) else [None]
     if not all(isinstance(x, list) and all(isinstance(o, str) for o in x) for x in lists):
@@ -175,13 +175,13 @@ def channel_kinds(data: ConfigDict) -> list[str]:
 def _description(data):
     path = pathlib.Path(data.root) / "dataset.json"
     try:
-        description = json.loads(path.read_text(encoding="utf-8-sig"))
+        description = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"no {path}: --config.data.root must hold dataset.json, imagesTr/CASE_0000.nii.gz and "
             "labelsTr/CASE.nii.gz (nnU-Net's raw layout)"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(description, dict):
         raise UserError(f"{path} must be an object with labels and file_ending")
