@@ -19,13 +19,13 @@ TINY = {
     "data.size": 32,
     "model.channels": (8, 16, 16),
     "model.dropout": (0.1, 0.1, 0.1),
-    "batch.labelled": 8,
-    "batch.unlabelled": 8,
-    "total_steps": 200,
+    "batch.labelled": 4,
+    "batch.unlabelled": 4,
+    "total_steps": 100,
     "eval_every": 20,
     "log_every": 5,
     "eval_batch": 8,
-    "optimizer.lr": 0.05,  # 200 steps have to do
+    "optimizer.lr": 0.05,  # 100 steps have to do
 }
 
 
@@ -52,8 +52,10 @@ def command(scans, workdir, *options, program="main", processes=0):
 
 
 def environment(devices):
-    """CPU devices for each process. Programs take hundreds of steps, so level 0 would be slower."""
-    flags = os.environ["XLA_FLAGS"].replace("level=0", "level=1")
+    """CPU devices for each process. On one, programs take so many steps that level 0 is slower."""
+    flags = os.environ["XLA_FLAGS"]
+    if devices == 1:
+        flags = flags.replace("level=0", "level=1")
     flags += f" --xla_force_host_platform_device_count={devices}"
     return os.environ | {"XLA_FLAGS": flags, "PYTHON": sys.executable}
 
@@ -102,6 +104,6 @@ def saved_state(workdir, config, step=TINY["total_steps"]):
 def before_the_end(trained, workdir):
     """A copy of the finished run, of which the last 20 steps and the results are taken back."""
     shutil.copytree(trained[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / "200")
+    shutil.rmtree(workdir / "checkpoints" / "100")
     (workdir / "summary.json").unlink()
     return workdir

@@ -264,10 +264,10 @@ def test_without_specialists_the_generalist_teaches_alone():
     heads = jnp.asarray(rng.normal(size=(2, 8, 8, 2, 3)), jnp.float32)
     alone = base.Pair(*(Outputs(x, None) for x in logits))
     among = base.Pair(*(Outputs(x, heads) for x in logits))
-    terms, cover = train_step.make_method(config).unsupervised([alone], 0)
-    expected, more = train_step.make_method(whole).unsupervised([among], 0)
+    method = train_step.make_method(config)
+    terms, cover = jax.jit(method.unsupervised)([alone], 0)
+    expected, more = jax.jit(train_step.make_method(whole).unsupervised)([among], 0)
     assert terms == expected
     assert cover == {"cover/g": more["cover/g"]}
     assert 0 < cover["cover/g"] < 1
-    method = train_step.make_method(config)
     assert "specialists" not in method.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))[0]

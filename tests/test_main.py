@@ -45,14 +45,14 @@ def test_outputs_of_a_run(trained):
     }
     assert "undefined" in summary["test"]["organs"]["trachea"]["dice"]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == list(range(5, 201, 5))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(5, 101, 5))
     validation = {line["step"]: line["val/dice"] for line in lines if "val/dice" in line}
-    assert list(validation) == list(range(20, 201, 20))
-    assert summary["last"]["step"] == 200
+    assert list(validation) == list(range(20, 101, 20))
+    assert summary["last"]["step"] == 100
     assert set(summary["last"]["test"]["cases"]) == {"Patient_06", "Patient_07"}
     assert summary["step"] in [s for s, v in validation.items() if v == max(validation.values())]
     kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
-    assert kept == {180, 200, summary["step"]}  # the latest two and the best
+    assert kept == {80, 100, summary["step"]}  # the latest two and the best
     assert "esophagus" in printed
     assert "Dice %" in printed
     assert compare.compare([workdir, workdir]).count("+0.00") == 5
@@ -75,7 +75,7 @@ def test_evaluation_reproduces_the_scores(trained, tmp_path):
         'data:image[^"]*', "", facts
     )
     begun = before_the_end(trained, tmp_path / "begun")
-    assert evaluate.evaluate([begun])["last"]["step"] == 180
+    assert evaluate.evaluate([begun])["last"]["step"] == 80
     assert not (begun / "summary.json").exists()
 
 

@@ -50,13 +50,13 @@ SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIG
 def test_stop_by_signal_saves(trained, scans, tmp_path, name):
     workdir = before_the_end(trained, tmp_path / "stopped")
     line = command(scans, workdir)
-    process = begin(line, "step 185/")
+    process = begin(line, "step 85/")
     process.send_signal(getattr(signal, name))
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, printed
     assert printed.endswith(f"stopped and saved; the same command goes on from there: {workdir}\n")
     saved = max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
-    assert 185 <= saved < 200
+    assert 85 <= saved < 100
     assert not (workdir / "summary.json").exists()
     done = start(line)
     assert f"resuming {workdir} at step {saved}" in done.stdout
@@ -65,7 +65,7 @@ def test_stop_by_signal_saves(trained, scans, tmp_path, name):
 
 def copy_with_damage(trained, workdir, damage):
     """Copies of a run, in each of which another file of the newest checkpoint is damaged."""
-    newest = trained[0] / "checkpoints" / "200"
+    newest = trained[0] / "checkpoints" / "100"
     for i, path in enumerate(sorted(p for p in newest.rglob("*") if p.is_file())):
         copy = shutil.copytree(trained[0], workdir / str(i))
         path = copy / path.relative_to(trained[0])
@@ -96,13 +96,13 @@ def test_damaged_checkpoint_is_skipped(trained, scans, tmp_path, capsys, damage)
         checkpoints = Checkpoints(copy)
         state = checkpoints.restore_latest(like)
         checkpoints.close()
-        if state.step == 200:
+        if state.step == 100:
             jax.tree.map(np.testing.assert_array_equal, state, expected)
             continue
         skipped += 1
-        assert state.step == 180, path
-        assert "checkpoints/200 is damaged" in capsys.readouterr().out
-        assert list((copy / "checkpoints").glob("damaged_200_*"))
+        assert state.step == 80, path
+        assert "checkpoints/100 is damaged" in capsys.readouterr().out
+        assert list((copy / "checkpoints").glob("damaged_100_*"))
     assert skipped
 
 
@@ -140,11 +140,11 @@ def test_full_and_read_only_disk(trained, scans, small_disk):
         assert done.returncode == 1
         assert done.stderr.startswith(message)
         assert done.stderr.count("\n") == 1
-        assert (workdir / "checkpoints" / "180").exists()
-        assert not (workdir / "checkpoints" / "200").exists()
+        assert (workdir / "checkpoints" / "80").exists()
+        assert not (workdir / "checkpoints" / "100").exists()
     leave(10_000)
     done = start(line)
-    assert "at step 180" in done.stdout
+    assert "at step 80" in done.stdout
     assert_identical(workdir, trained, scans)
 
 

@@ -62,7 +62,7 @@ def test_sweep_shards_and_table(swept, scans):
     assert (workdir / "table.md").read_text().split("Jaccard")[0].strip() in printed[1].stdout
     assert "against supervised" in (workdir / "table.tex").read_text()
     config = run_folder.load(workdir / "supervised" / "seed3")[0]
-    assert (config.batch.labelled, config.batch.unlabelled, config.seed) == (16, 0, 3)
+    assert (config.batch.labelled, config.batch.unlabelled, config.seed) == (8, 0, 3)
 
 
 def test_sweep_goes_on(swept, scans, tmp_path):

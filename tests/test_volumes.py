@@ -1,6 +1,7 @@
 """Volumes: the same methods, streams and predictions with one axis more."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -75,18 +76,19 @@ def test_all_slices_of_a_volume_move_alike():
     image = np.random.default_rng(0).random((6, 1, 16, 16, 1), np.float32)
     label = (image[..., 0] > 0.5).astype(np.uint8)
     stack = np.repeat(image, 3, 1)
-    moved, own = augment.weak(jax.random.key(1), stack, np.repeat(label, 3, 1), config)
-    flat, of_slice = augment.weak(jax.random.key(1), image[:, 0], label[:, 0], config)
-    assert (np.asarray(flat) != image[:, 0]).any()
+    weak = jax.jit(partial(augment.weak, config=config))
+    moved, own = jax.device_get(weak(jax.random.key(1), stack, np.repeat(label, 3, 1)))
+    flat, of_slice = jax.device_get(weak(jax.random.key(1), image[:, 0], label[:, 0]))
+    assert (flat != image[:, 0]).any()
     for i in range(3):
         np.testing.assert_array_equal(moved[:, i], flat)
         np.testing.assert_array_equal(own[:, i], of_slice)
-    jitter = tiny(**{"augment.jitter": 1.0}).augment
-    assert (np.asarray(augment.strong(jax.random.key(0), stack, jitter)) != stack).any()
+    strong = jax.jit(partial(augment.strong, config=tiny(**{"augment.jitter": 1.0}).augment))
+    assert (np.asarray(strong(jax.random.key(0), stack)) != stack).any()
 
 
 def test_boxes_of_volumes():
-    keep = augment.cutmix_keep(jax.random.key(0), (300, 12, 32, 32))
+    keep = jax.jit(augment.cutmix_keep, static_argnums=1)(jax.random.key(0), (300, 12, 32, 32))
     inside = ~np.asarray(keep)
     shares, extents = inside.mean((1, 2, 3)), []
     assert 0.01 < shares.min() < 0.04
@@ -97,7 +99,7 @@ def test_boxes_of_volumes():
     assert set(extents[0]) == set(range(7, 13))  # more than half of the slices
     for axes in ((2, 3), (1, 3), (1, 2)):
         assert inside.any((0, *axes)).all()  # up to every side of the volume
-    keep = versemi.boxes(jax.random.key(0), (40, 6, 12, 12), (0.5, 0.5))
+    keep = jax.jit(lambda key: versemi.boxes(key, (40, 6, 12, 12), (0.5, 0.5)))(jax.random.key(0))
     assert set((~np.asarray(keep)).sum((1, 2, 3)).tolist()) == {3 * 6 * 6}
 
 
@@ -117,9 +119,10 @@ def test_organs_are_pasted_in_all_slices_alike():
     image[:] = image[:, :1]
     label = np.zeros(shape, np.uint8)
     label[..., 4:9, 5:11] = 1
-    found = synthesis.copy_paste(key, image, label, np.zeros_like(image), 1, options)
-    flat = (image[:, 0], label[:, 0], np.zeros_like(image[:, 0]))
-    for own, of_slice in zip(found, synthesis.copy_paste(key, *flat, 1, options), strict=True):
+    paste = jax.jit(lambda key, *images: synthesis.copy_paste(key, *images, 1, options))
+    found = jax.device_get(paste(key, image, label, np.zeros_like(image)))
+    flat = jax.device_get(paste(key, image[:, 0], label[:, 0], np.zeros_like(image[:, 0])))
+    for own, of_slice in zip(found, flat, strict=True):
         assert np.any(own)
         for i in range(3):
             np.testing.assert_allclose(own[:, i], of_slice, atol=1e-6)
