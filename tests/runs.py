@@ -104,6 +104,6 @@ def saved_state(workdir, config, step=TINY["total_steps"]):
 def before_the_end(trained, workdir):
     """A copy of the finished run, of which the last 20 steps and the results are taken back."""
     shutil.copytree(trained[0], workdir)
-    shutil.rmtree(workdir / "checkpoints" / "100")
+    shutil.rmtree(workdir / "checkpoints" / str(TINY["total_steps"]))
     (workdir / "summary.json").unlink()
     return workdir

@@ -1,7 +1,6 @@
 """Labels as their users number them: gaps, voxels that nobody annotated, and regions."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +255,8 @@ def test_a_step_with_pixels_that_nobody_annotated(name):
     for marks in ("annotated", "member"):
         batch["labelled"][marks] = np.ones((2, 1, 1, 2), bool)
     method, mesh = train_step.make_method(config), devices.local_mesh()
-    views = jax.jit(partial(train_step.make_views, method, mesh))(batch, jax.random.key(0))
+    key = jax.random.key(0)
+    views = jax.jit(lambda batch: train_step.make_views(method, mesh, batch, key))(batch)
     views = jax.device_get(views)
     annotated, label = views["labelled"]["annotated"], views["labelled"]["label"]
     assert annotated.shape == (2, 16, 16, 2)

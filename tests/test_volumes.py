@@ -1,7 +1,6 @@
 """Volumes: the same methods, streams and predictions with one axis more."""
 
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -76,19 +75,20 @@ def test_all_slices_of_a_volume_move_alike():
     image = np.random.default_rng(0).random((6, 1, 16, 16, 1), np.float32)
     label = (image[..., 0] > 0.5).astype(np.uint8)
     stack = np.repeat(image, 3, 1)
-    weak = jax.jit(partial(augment.weak, config=config))
-    moved, own = jax.device_get(weak(jax.random.key(1), stack, np.repeat(label, 3, 1)))
-    flat, of_slice = jax.device_get(weak(jax.random.key(1), image[:, 0], label[:, 0]))
+    weak = jax.jit(lambda *pair: augment.weak(jax.random.key(1), *pair, config))
+    moved, own = jax.device_get(weak(stack, np.repeat(label, 3, 1)))
+    flat, of_slice = jax.device_get(weak(image[:, 0], label[:, 0]))
     assert (flat != image[:, 0]).any()
     for i in range(3):
         np.testing.assert_array_equal(moved[:, i], flat)
         np.testing.assert_array_equal(own[:, i], of_slice)
-    strong = jax.jit(partial(augment.strong, config=tiny(**{"augment.jitter": 1.0}).augment))
-    assert (np.asarray(strong(jax.random.key(0), stack)) != stack).any()
+    jitter = tiny(**{"augment.jitter": 1.0}).augment
+    strong = jax.jit(lambda key: augment.strong(key, stack, jitter))
+    assert (np.asarray(strong(jax.random.key(0))) != stack).any()
 
 
 def test_boxes_of_volumes():
-    keep = jax.jit(augment.cutmix_keep, static_argnums=1)(jax.random.key(0), (300, 12, 32, 32))
+    keep = jax.jit(lambda key: augment.cutmix_keep(key, (300, 12, 32, 32)))(jax.random.key(0))
     inside = ~np.asarray(keep)
     shares, extents = inside.mean((1, 2, 3)), []
     assert 0.01 < shares.min() < 0.04
@@ -119,9 +119,9 @@ def test_organs_are_pasted_in_all_slices_alike():
     image[:] = image[:, :1]
     label = np.zeros(shape, np.uint8)
     label[..., 4:9, 5:11] = 1
-    paste = jax.jit(lambda key, *images: synthesis.copy_paste(key, *images, 1, options))
-    found = jax.device_get(paste(key, image, label, np.zeros_like(image)))
-    flat = jax.device_get(paste(key, image[:, 0], label[:, 0], np.zeros_like(image[:, 0])))
+    paste = jax.jit(lambda *images: synthesis.copy_paste(key, *images, 1, options))
+    found = jax.device_get(paste(image, label, np.zeros_like(image)))
+    flat = jax.device_get(paste(image[:, 0], label[:, 0], np.zeros_like(image[:, 0])))
     for own, of_slice in zip(found, flat, strict=True):
         assert np.any(own)
         for i in range(3):
