@@ -66,7 +66,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
         reason = str(error).splitlines()[0]
         raise UserError(f"no topology {topology} ({reason}); is libtpu installed?") from error
     config = ConfigDict(config.to_dict())
-    network.choose_lanes(config.model, "tpu")
+    network.choose_lowering(config.model, "tpu")
     config = resolve(config)
     method = train_step.make_method(config)
     mesh = devices.make_mesh(config, description.devices)

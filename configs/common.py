@@ -74,6 +74,7 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.model.dtype = "float32"  # of the feature maps; or 'bfloat16'
     config.model.head_classes = 3  # background, organ, remaining; or 2: the organ and all else
     config.model.head_depth = 1  # hidden layers of a specialist
+    config.model.head_group = 0  # specialists that share a convolution; 0: the best of the platform
     config.model.weights = ""  # file to start from, of a kind that the backbone reads
 
     # before each validation the statistics of batch norm are averaged over so many batches, without

@@ -17,6 +17,8 @@ stamp=.venv/installed-$({
 } | sha256sum | cut -c1-12)
 if [ ! -e "$stamp" ]; then
   echo "installing into .venv ..."
-  .venv/bin/pip install --quiet --disable-pip-version-check "${packages[@]}"
+  # Of all that is installed a tenth is imported; the rest needs no bytecode, which takes long to make.
+  .venv/bin/pip install --quiet --disable-pip-version-check --no-compile "${packages[@]}"
+  PYTHONDONTWRITEBYTECODE="" .venv/bin/python -c "import cgs_jax.main"
   touch "$stamp"
 fi

@@ -88,8 +88,8 @@ def test_depth_and_classes_of_the_heads(depth, classes, lanes, train):
     known = stats.get("specialists", {})
     plain = jax.jit(lambda params, stats, x: plain_heads(params, stats, x, depth, train))
     expected, seen = plain(params["specialists"], known, x)
-    assert out.specialists.shape == (2, 16, 16, 5, classes)
-    np.testing.assert_allclose(out.specialists, expected, atol=2e-4)
+    assert [x.shape for x in out.specialists] == [(2, 16, 16, n, classes) for n in (4, 1)]
+    np.testing.assert_allclose(np.concatenate(out.specialists, -2), expected, atol=2e-4)
     for name, (mean, var) in seen.items() if train else ():
         after, before = state["batch_stats"]["specialists"][name], known[name]
         for field, value in (("mean", mean), ("var", var)):
@@ -100,9 +100,9 @@ def test_depth_and_classes_of_the_heads(depth, classes, lanes, train):
 def teacher_and_student():
     shapes = (2, 8, 8, 3), (2, 8, 8, 2, 3)
     keys = jax.random.split(jax.random.key(0), 4)
-    student = Outputs(*(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)))
-    teacher = Outputs(*(3 * jax.random.normal(k, s) for k, s in zip(keys[2:], shapes, strict=True)))
-    return student, teacher
+    own = [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=False)]
+    theirs = [3 * jax.random.normal(k, s) for k, s in zip(keys[2:], shapes, strict=True)]
+    return [Outputs(generalist, (heads,)) for generalist, heads in (own, theirs)]
 
 
 def test_terms_and_ihed_can_be_left_out():
@@ -179,7 +179,7 @@ def test_both_kinds_of_heads_predict():
     variables = {"params": extra["params"], **extra["model_state"]}
     outputs = jax.jit(method.network.apply)(variables, image)
     np.testing.assert_allclose(probs[0], jax.nn.softmax(outputs.generalist), rtol=1e-5)
-    merged = pseudo_labels.merge(jax.nn.softmax(outputs.specialists))
+    merged = pseudo_labels.merge(pseudo_labels.specialist_probs(outputs))
     np.testing.assert_array_equal(jnp.argmax(probs[1], -1), jnp.argmax(merged, -1))
     with pytest.raises(UserError, match="inference=both: fixmatch trains no specialists"):
         resolve.check(tiny("fixmatch", inference="both"))
@@ -263,7 +263,7 @@ def test_without_specialists_the_generalist_teaches_alone():
     logits = jnp.asarray(rng.normal(scale=4, size=(2, 2, 8, 8, 3)), jnp.float32)
     heads = jnp.asarray(rng.normal(size=(2, 8, 8, 2, 3)), jnp.float32)
     alone = base.Pair(*(Outputs(x, None) for x in logits))
-    among = base.Pair(*(Outputs(x, heads) for x in logits))
+    among = base.Pair(*(Outputs(x, (heads,)) for x in logits))
     method = train_step.make_method(config)
     terms, cover = jax.jit(method.unsupervised)([alone], 0)
     expected, more = jax.jit(train_step.make_method(whole).unsupervised)([among], 0)

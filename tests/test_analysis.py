@@ -120,7 +120,7 @@ def test_sources_of_pseudo_labels():
     one = [[0.1, 0.8, 0.1], [0.1, 0.8, 0.1], [0.8, 0.1, 0.1]]
     two = [[0.1, 0.1, 0.8], [0.1, 0.7, 0.2], [0.8, 0.1, 0.1]]
     found = pseudo_label_quality.sources(
-        Outputs(generalist, jnp.stack([logits([[one]]), logits([[two]])], -2)), 0.82
+        Outputs(generalist, (jnp.stack([logits([[one]]), logits([[two]])], -2),)), 0.82
     )
     expected = {
         "generalist": ([1, 2, 0], [True, False, True]),
@@ -165,7 +165,7 @@ def test_quality_is_measured_on_withheld_labels_only():
             jax.debug.callback(lambda x: seen.append(np.asarray(x[:, 0, 0, 0])), image)
             generalist = jnp.broadcast_to(logits([0.01, 0.98, 0.01]), (*image.shape[:3], 3))
             heads = jnp.broadcast_to(logits([0.01, 0.98, 0.01]), (*image.shape[:3], 2, 3))
-            return Outputs(generalist, heads)
+            return Outputs(generalist, (heads,))
 
     method.network = Network()
     empty = TrainState(jnp.asarray(0), {}, {}, None, {"params": {}, "model_state": {}})

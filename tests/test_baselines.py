@@ -167,7 +167,8 @@ def test_every_term_has_a_gradient_where_it_counts(name, pairs):
 
     def outputs(keys):
         shapes = (2, 8, 8, 3), (2, 8, 8, 2, 3), (2, 8, 8, 2, 3)
-        return Outputs(*(jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)))
+        generalist, heads, pyramid = map(jax.random.normal, keys, shapes)
+        return Outputs(generalist, (heads,), pyramid)
 
     students = [outputs(keys[6 * i : 6 * i + 3]) for i in range(pairs)]
     teachers = [outputs(keys[6 * i + 3 : 6 * i + 6]) for i in range(pairs)]
@@ -318,7 +319,8 @@ def test_shares_of_pixels_stay_shares():
     """Two pairs, as of CPS: the mean over both."""
     options = tiny("cgs:cps").cgs
     shapes = (2, 8, 8, 3), (2, 8, 8, 2, 3)
-    outputs = Outputs(*(5 * jax.random.normal(jax.random.key(0), shape) for shape in shapes))
+    generalist, heads = (5 * jax.random.normal(jax.random.key(0), shape) for shape in shapes)
+    outputs = Outputs(generalist, (heads,))
     _, one = cgs.consistency([base.Pair(outputs, outputs)], options)
     _, two = cgs.consistency([base.Pair(outputs, outputs)] * 2, options)
     for name, value in one.items():
@@ -341,8 +343,10 @@ def test_cgs_adds_its_terms_to_those_of_the_method_below():
     assert (method.specialists, alone.specialists) == (True, False)
     key = jax.random.key(0)
     shapes = (2, 8, 8, 3), (2, 8, 8, 2, 3)
-    student = Outputs(*(jax.random.normal(key, shape) for shape in shapes))
-    teacher = Outputs(*(3 * jax.random.normal(jax.random.key(1), shape) for shape in shapes))
+    generalist, heads = (jax.random.normal(key, shape) for shape in shapes)
+    student = Outputs(generalist, (heads,))
+    generalist, heads = (3 * jax.random.normal(jax.random.key(1), shape) for shape in shapes)
+    teacher = Outputs(generalist, (heads,))
     where = jax.random.bernoulli(key, 0.5, (2, 8, 8))
     pairs = [base.Pair(student, teacher, where)]
     below, _ = alone.unsupervised(pairs, 60)

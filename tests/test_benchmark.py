@@ -98,19 +98,19 @@ def test_pytorch_counterpart_computes_the_same_losses():
         variables, image, train=True, mutable=["batch_stats"]
     )
     generalist, specialists = model(torch.tensor(np.moveaxis(np.asarray(image), -1, 1)))
-    theirs = generalist.movedim(1, -1), torch.stack(specialists).permute(1, 3, 4, 0, 2)
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b.detach(), atol=1e-4)
+    theirs = Outputs(
+        generalist.detach().movedim(1, -1),
+        (torch.stack(specialists).detach().permute(1, 3, 4, 0, 2),),
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, theirs)
 
     def to_torch(outputs):
-        generalist, specialists = (torch.tensor(np.asarray(x)) for x in outputs[:2])
+        generalist, specialists = (torch.tensor(np.asarray(x)) for x in jax.tree.leaves(outputs))
         return generalist.movedim(-1, 1), list(specialists.permute(3, 0, 4, 1, 2))
 
     rng = np.random.default_rng(0)
-    student, teacher = (
-        Outputs(*(np.float32(rng.normal(size=x.shape, scale=scale)) for x in ours))
-        for scale in (1, 3)
-    )
+    student = jax.tree.map(lambda x: np.float32(rng.normal(size=x.shape)), ours)
+    teacher = jax.tree.map(lambda x: np.float32(3 * rng.normal(size=x.shape)), ours)
     label = rng.integers(0, 4, (4, 32, 32))
     terms = base.supervised_loss(base.Labelled(student, jnp.asarray(label)))
     loss = counterpart.supervised(*to_torch(student), torch.tensor(label))

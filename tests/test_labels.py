@@ -203,7 +203,7 @@ def test_pixels_that_nobody_annotated_do_not_count():
     division by all."""
     rng = np.random.default_rng(0)
     outputs = Outputs(
-        jnp.asarray(rng.normal(size=(1, 6, 4, 3))), jnp.asarray(rng.normal(size=(1, 6, 4, 2, 3)))
+        jnp.asarray(rng.normal(size=(1, 6, 4, 3))), (jnp.asarray(rng.normal(size=(1, 6, 4, 2, 3))),)
     )
     label = jnp.asarray(rng.integers(0, 3, (1, 6, 4)), jnp.uint8).at[:, 2:].set(0)
     known = jnp.zeros((1, 6, 4, 2), bool).at[:, :2].set(True)
@@ -219,7 +219,7 @@ def test_pixels_that_nobody_annotated_get_no_gradient():
     rng = np.random.default_rng(0)
     outputs = Outputs(
         jnp.asarray(rng.normal(size=(1, 4, 4, 3))),
-        jnp.asarray(rng.normal(size=(1, 4, 4, 2, 3))),
+        (jnp.asarray(rng.normal(size=(1, 4, 4, 2, 3))),),
         prompts=jnp.asarray(rng.normal(size=(1, 4, 4, 3, 2))),
     )
     label = jnp.asarray(rng.integers(0, 3, (1, 4, 4)), jnp.uint8).at[:, 1:3, 1:3].set(0)

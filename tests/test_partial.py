@@ -47,7 +47,7 @@ def test_loss_of_the_specialists_by_hand():
     """Only that of the annotated organ learns; labelled background may be a remaining organ."""
     heads = log([[[[[0.2, 0.5, 0.3], [0.6, 0.2, 0.2]], [[0.1, 0.3, 0.6], [0.5, 0.4, 0.1]]]]])
     label = jnp.array([[[1, 0]]], jnp.uint8)
-    outputs = Outputs(log(np.full((1, 1, 2, 3), 1 / 3)), heads)
+    outputs = Outputs(log(np.full((1, 1, 2, 3), 1 / 3)), (heads[..., :1, :], heads[..., 1:, :]))
     terms = base.supervised_loss(base.Labelled(outputs, label, None, FIRST))
     ce = -np.mean(np.log([0.5, 0.7])) / 2  # mean of both heads, of which the second has none
     np.testing.assert_allclose(terms["sup/specialists_ce"], ce, rtol=1e-5)
@@ -59,7 +59,8 @@ def test_loss_of_the_specialists_by_hand():
 
 def test_all_annotated_is_the_plain_loss():
     rng = np.random.default_rng(0)
-    outputs = Outputs(jnp.asarray(rng.normal(size=(2, 4, 4, 3))), rng.normal(size=(2, 4, 4, 2, 3)))
+    generalist, heads = rng.normal(size=(2, 4, 4, 3)), rng.normal(size=(2, 4, 4, 2, 3))
+    outputs = Outputs(jnp.asarray(generalist), (jnp.asarray(heads),))
     label = jnp.asarray(rng.integers(0, 3, (2, 4, 4)), jnp.uint8)
     plain = base.supervised_loss(base.Labelled(outputs, label))
     marked = base.supervised_loss(base.Labelled(outputs, label, None, jnp.repeat(ALL, 2, 0)))
@@ -75,9 +76,10 @@ def test_what_is_not_annotated_gets_no_gradient():
     def loss(outputs):
         return sum(base.supervised_loss(base.Labelled(outputs, label, None, FIRST)).values())
 
-    grad = jax.grad(loss)(Outputs(jnp.asarray(generalist), jnp.asarray(heads)))
-    assert not grad.specialists[..., 1, :].any()
-    assert grad.specialists[..., 0, :].all()
+    grad = jax.grad(loss)(Outputs(jnp.asarray(generalist), (jnp.asarray(heads),)))
+    (of_heads,) = grad.specialists
+    assert not of_heads[..., 1, :].any()
+    assert of_heads[..., 0, :].all()
     organ = (label == 1)[0]
     assert jnp.isfinite(grad.generalist).all()
     # In the background organ 2 may rise at the cost of organ 1, and does not fall against 0.

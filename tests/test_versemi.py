@@ -317,7 +317,7 @@ def test_cgs_over_it_adds_specialists_on_the_unlabelled_part():
     rng = np.random.default_rng(0)
     prompts = prompts_of(rng.uniform(0.1, 0.9, (2, 4, 4, 3)))
     specialists = jnp.asarray(rng.normal(size=(2, 4, 4, 2, 3)), jnp.float32)
-    student = Outputs(merge(prompts), specialists, None, prompts)
+    student = Outputs(merge(prompts), (specialists,), None, prompts)
     label, task = jnp.asarray(rng.integers(0, 3, (2, 4, 4))), jnp.array([0, 1])
     labelled = base.Labelled(student, label)
     asked = [versemi.Asked(labelled, tasks) for tasks in ((task,), (task, task), ())]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cgs_jax.methods import augment, base, batches
+from cgs_jax.methods import augment, base, batches, pseudo_labels
 from cgs_jax.models.network import Outputs
 
 
@@ -107,7 +107,7 @@ def together(first: Outputs, second: Outputs, student: Outputs) -> Outputs:
     generalist = jnp.log(jnp.where(decides[..., None], own, mean) + 1e-10)
     if first.specialists is None:
         return Outputs(generalist, None)
-    specialists = (x.specialists.astype(jnp.float32) for x in (first, second, student))
-    first, second, own = map(jax.nn.softmax, specialists)
+    first, second, own = map(pseudo_labels.specialist_probs, (first, second, student))
     mean = share[0][..., None] * first + share[1][..., None] * second
-    return Outputs(generalist, jnp.log(jnp.where(decides[..., None, None], own, mean) + 1e-10))
+    merged = jnp.log(jnp.where(decides[..., None, None], own, mean) + 1e-10)
+    return Outputs(generalist, (merged,))

@@ -5,7 +5,7 @@ against what teaches it there (`unsupervised`). The rest is shared. CGS can be l
 with unlabelled images (`cgs.Over`), since all that it needs is in the passes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -166,8 +166,7 @@ class Method:
         if self.config.inference != "specialists":
             heads.append(jax.nn.softmax(outputs.generalist.astype(jnp.float32)))
         if self.config.inference != "generalist":
-            specialists = jax.nn.softmax(outputs.specialists.astype(jnp.float32))
-            merged = pseudo_labels.merge(specialists)
+            merged = pseudo_labels.merge(pseudo_labels.specialist_probs(outputs))
             heads.append(merged / jnp.sum(merged, -1, keepdims=True))
         return jnp.stack(heads)
 
@@ -291,16 +290,20 @@ def add(terms: Iterable[Terms]) -> Terms:
 
 
 def heads_loss(
-    logits: jax.Array, labels: jax.Array, where: jax.Array | None
+    groups: Sequence[jax.Array], labels: jax.Array, where: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """CE and Dice, means over the heads: logits [B, *S, K, C] against labels [B, *S, K], where
-    `where`, [B, *S] or of each head [B, *S, K], is true."""
-    heads = jnp.moveaxis(logits, -2, 0), jnp.moveaxis(labels, -1, 0)  # a plane a head and class
+    """CE and Dice, means over K heads: their logits in groups, [B, *S, n, C] each, against labels
+    [B, *S, K], where `where`, [B, *S] or of each head [B, *S, K], is true."""
     of_heads = where is not None and where.ndim == labels.ndim
-    where = jnp.moveaxis(where, -1, 0) if of_heads else where
-    axes = (0, 0, 0 if of_heads else None)
-    ce, dice = jax.vmap(losses.segmentation_loss, axes)(*heads, where)
-    return jnp.mean(ce), jnp.mean(dice)
+    axes, of_groups, start = (0, 0, 0 if of_heads else None), [], 0
+    for logits in groups:
+        own = slice(start, start + logits.shape[-2])
+        heads = jnp.moveaxis(logits, -2, 0), jnp.moveaxis(labels[..., own], -1, 0)  # planes
+        mask = jnp.moveaxis(where[..., own], -1, 0) if of_heads else where
+        of_groups.append(jax.vmap(losses.segmentation_loss, axes)(*heads, mask))
+        start = own.stop
+    ce, dice = (jnp.mean(jnp.concatenate(each)) for each in zip(*of_groups, strict=True))
+    return ce, dice
 
 
 def confident_loss(
@@ -339,23 +342,23 @@ def supervised_loss(labelled: Labelled) -> Terms:
     if outputs.pyramid is None:
         ce, dice = losses.segmentation_loss(logits, label, where)
     else:
-        ce, dice = heads_loss(logits, jnp.broadcast_to(label[..., None], logits.shape[:-1]), where)
+        labels = jnp.broadcast_to(label[..., None], logits.shape[:-1])
+        ce, dice = heads_loss([logits], labels, where)
     terms = {"sup/generalist_ce": ce, "sup/generalist_dice": dice}
     if outputs.specialists is not None:
-        *_, count, classes = outputs.specialists.shape
-        logits, relabelled = outputs.specialists, pseudo_labels.relabel(label, count, classes)
+        groups, relabelled = outputs.specialists, pseudo_labels.relabel(label, *outputs.heads)
         if annotated is not None:
-            logits = _allowing_for_hidden(logits, relabelled, annotated)
+            groups = [_allowing_for_hidden(x, relabelled, annotated) for x in groups]
             everywhere = True if where is None else where[..., None]
             where = jnp.broadcast_to(annotated & everywhere, relabelled.shape)
-        ce, dice = heads_loss(logits, relabelled, where)
+        ce, dice = heads_loss(groups, relabelled, where)
         terms |= {"sup/specialists_ce": ce, "sup/specialists_dice": dice}
     return terms
 
 
 def _allowing_for_hidden(logits, labels, annotated):
-    """Logits [B, *S, K, 3] of specialists in which labelled background may be any remaining organ
-    where some organ is not annotated; `labels` [B, *S, K] are theirs."""
+    """Logits [B, *S, n, 3] of specialists in which labelled background may be any remaining organ
+    where some organ is not annotated; `labels` and `annotated` [B, *S, K] are of all."""
     if logits.shape[-1] == 2:
         return logits
     known = jnp.all(annotated, -1, keepdims=True) | jnp.any(labels > 0, -1, keepdims=True)

@@ -207,9 +207,8 @@ def consistency_losses(
     # label for the generalist, labels for the specialists, mask of both
     sources = {"g": (pseudo.generalist, None, pseudo.confident)}
     if student.specialists is not None:
-        *_, num_targets, num_classes = student.specialists.shape
         agree = pseudo.generalist == pseudo.specialists
-        from_generalist = pseudo_labels.relabel(pseudo.generalist, num_targets, num_classes)
+        from_generalist = pseudo_labels.relabel(pseudo.generalist, *student.heads)
         sources = {
             "g": (pseudo.generalist, from_generalist, pseudo.confident),
             "s": (pseudo.specialists, pseudo.votes, pseudo.consistent),

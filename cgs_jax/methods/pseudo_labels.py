@@ -68,7 +68,7 @@ def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
     generalist, sure = confident(teacher.generalist, tau)
     if teacher.specialists is None:
         return PseudoLabels(generalist, sure)
-    specialists = jax.nn.softmax(teacher.specialists.astype(jnp.float32))
+    specialists = specialist_probs(teacher)
     votes = _argmax(specialists)
     return PseudoLabels(
         generalist=generalist,
@@ -77,6 +77,11 @@ def from_teacher(teacher: Outputs, tau: float) -> PseudoLabels:
         votes=votes,
         consistent=ihed_mask(votes, specialists.shape[-1]),
     )
+
+
+def specialist_probs(outputs: Outputs) -> jax.Array:
+    """Probabilities of all specialists, [B, *S, K, 3 or 2]."""
+    return jax.nn.softmax(jnp.concatenate(outputs.specialists, -2).astype(jnp.float32))
 
 
 def from_truth(

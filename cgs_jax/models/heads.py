@@ -25,7 +25,8 @@ class Specialists(nn.Module):
     """K heads conv1x1 - batch norm - LeakyReLU - conv3x3, parameters stacked [K, ...].
 
     Specialist k (0-based) separates background, target k + 1, and remaining targets, or with two
-    classes its target and all else: packed features of F channels -> [B, *S, K, num_classes].
+    classes its target and all else: packed features of F channels -> groups of heads, each
+    [B, *S, n, num_classes].
 
     The parameters are those of a `nn.vmap`ped head. Only the lowering differs: `vmap` over both
     features and kernels makes XLA emit a grouped convolution, whose gradient is 40 to 60 times
@@ -33,23 +34,26 @@ class Specialists(nn.Module):
     - the batch statistics of the 1x1 convolutions, linear maps of the features, follow from mean
       and covariance of the features; so batch norm is folded into the kernels, and the hidden maps
       are written once. The features are centred first, or bfloat16 would round mean and all;
-    - what follows is one convolution for up to four heads, with a block-diagonal kernel: hardware
-      that multiplies tiles does the zeros for nothing, and on CPUs four heads a time cost least.
+    - what follows is one convolution for all heads of a group, with a block-diagonal kernel: one is
+      quicker to compile than several, and tiles of GPUs do most of the zeros for nothing. Where a
+      group has its losses by itself, its maps need not outlive them.
 
     Attributes:
       num_targets: K.
       num_classes: 3 or 2.
       depth: hidden layers; the published heads have one.
+      group: heads of a group; the last may have fewer.
     """
 
     num_targets: int
     num_classes: int = 3
     depth: int = 1
+    group: int = 4
 
     @nn.compact
-    def __call__(self, x: jax.Array, pack: int, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, pack: int, train: bool) -> tuple[jax.Array, ...]:
         k, f, c = self.num_targets, x.shape[-1] // pack, self.num_classes
-        parts = [slice(i, i + 4) for i in range(0, k, 4)]
+        parts = [slice(i, i + self.group) for i in range(0, k, self.group)]
         maps = [x] * len(parts)
         if self.depth:
             maps = self._first_layer(x, pack, train, parts)
@@ -64,7 +68,7 @@ class Specialists(nn.Module):
             y = packed.affine(packed.conv(h, wide, pack), None, bias[part].ravel(), pack)
             y = packed.unpack_pixels(y, pack)
             logits.append(y.reshape(*y.shape[:-1], n, c))
-        return jnp.concatenate(logits, -2)
+        return tuple(logits)
 
     def _first_layer(self, x, pack, train, parts):
         k, f, ones = self.num_targets, x.shape[-1] // pack, [1] * (x.ndim - 2)

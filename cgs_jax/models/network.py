@@ -13,7 +13,7 @@ from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
 # Options of `config.model` that do not belong to the backbone.
-SHARED = ("name", "dtype", "head_classes", "head_depth", "weights")
+SHARED = ("name", "dtype", "head_classes", "head_depth", "head_group", "weights")
 CHOICES = {"dtype": ("float32", "bfloat16"), "head_classes": (2, 3)}
 
 
@@ -21,10 +21,16 @@ class Outputs(NamedTuple):
     """Logits of one forward pass, batch first; *S are the spatial axes."""
 
     generalist: jax.Array  # [B, *S, C]
-    specialists: jax.Array | None  # [B, *S, K, 3 or 2]; None without specialists
+    # Groups of specialists, [B, *S, n, 3 or 2] each, K in all; None: there are none.
+    specialists: tuple[jax.Array, ...] | None
     pyramid: jax.Array | None = None  # [B, *S, scales, C] of coarser maps, where there are any
     # [B, *S, K + 1, 2] of prompts, the last the synthetic task's; the generalist is merged of them
     prompts: jax.Array | None = None
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """How many specialists there are, and how many classes each has."""
+        return sum(x.shape[-2] for x in self.specialists), self.specialists[0].shape[-1]
 
 
 class Network(nn.Module):
@@ -73,9 +79,10 @@ def build(
 ) -> Network:
     """Network of `config.model`, with one specialist per organ of `config.data.classes`."""
     module, model = _backbone(config), ConfigDict(config.model.to_dict())
-    choose_lanes(model, jax.default_backend())
+    choose_lowering(model, jax.default_backend())
     options = _own(model)
     heads = {"num_classes": model.head_classes, "depth": model.head_depth}
+    heads["group"] = model.head_group
     heads["num_targets"] = len(config.data.classes)
     return Network(
         backbone=lambda **kw: module.Backbone(**options, **kw),
@@ -90,12 +97,17 @@ def build(
 # How wide packed channels become by default. On an H100 a step of CGS on 24 slices of 256 x 256
 # takes 9.8 ms with 64, and 13.1 with 1, in bfloat16.
 LANES = {"tpu": 128, "gpu": 64}
+# How many specialists share a convolution by default; elsewhere 4. One by one they take a fifth
+# less memory on TPUs, and on CPUs as much time for a step and more to compile it.
+HEAD_GROUP = {"tpu": 1}
 
 
-def choose_lanes(model: ConfigDict, platform: str) -> None:
-    """Puts the best `lanes` for `platform` where a backbone has this option and it is 0."""
+def choose_lowering(model: ConfigDict, platform: str) -> None:
+    """Puts what is best on `platform` where `head_group` is 0, or `lanes`, if there is such."""
     if model.get("lanes") == 0:
         model.lanes = LANES.get(platform, 1)
+    if model.head_group == 0:
+        model.head_group = HEAD_GROUP.get(platform, 4)
 
 
 def levels(config: ConfigDict) -> int:
@@ -152,6 +164,8 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"unknown model.{name} {value!r}; there are: {known}")
     if config.model.head_depth < 0:
         raise UserError("model.head_depth must be at least 0")
+    if config.model.head_group < 0:
+        raise UserError("model.head_group must be at least 1, or 0 for the best of the platform")
 
 
 def _own(model):
