@@ -55,13 +55,14 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     Raises:
       UserError: libtpu or the topology is not there, or the batch does not divide.
     """
-    chip = topology.partition(":")[0]
+    chip, _, shape = topology.partition(":")
     if chip not in CHIPS:
         raise UserError(f"unknown chip in --topology {topology!r}; there are: {', '.join(CHIPS)}")
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) <= set("1x") else {}
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"no topology {topology} ({reason}); is libtpu installed?") from error

@@ -21,4 +21,5 @@ train() {
 train supervised
 train cgs --config.batch.unlabelled=4 --config.method.lambda_max=0.5
 $python -m cgs_jax.compare "$out/supervised" "$out/cgs"
+echo "what of it is augmentation alone: docs/results.md, Phantom thorax CT"
 echo "pictures: $out/{supervised,cgs}/{curves,overlays}.png"
