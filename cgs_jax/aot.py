@@ -61,7 +61,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
-        alone = {"chips_per_host_bounds": (1, 1, 1)} if set(shape) <= set("1x") else {}
+        alone = {"chips_per_host_bounds": (1, 1, 1)} if shape in ("1x1", "1x1x1") else {}
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone)
     except Exception as error:
         reason = str(error).splitlines()[0]
