@@ -11,7 +11,7 @@ import pytest
 
 from cgs_jax import evaluate, main, predict
 from cgs_jax.inference.predictor import Predictor
-from cgs_jax.runtime import devices, logs, processes
+from cgs_jax.runtime import devices, logs, processes, run_folder
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
@@ -252,3 +252,11 @@ def test_programming_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main"])
     with pytest.raises(ZeroDivisionError):
         cli(lambda _: 1 / 0)
+
+
+def test_a_run_of_an_earlier_version_is_named(tmp_path):
+    config = segthor.get_config()
+    run_folder.check_version(config, tmp_path)
+    del config.model.head_group
+    with pytest.raises(UserError, match="is of an earlier version, which had no head_group"):
+        run_folder.check_version(config, tmp_path)
