@@ -17,8 +17,8 @@ stamp=.venv/installed-$({
 } | sha256sum | cut -c1-12)
 if [ ! -e "$stamp" ]; then
   echo "installing into .venv ..."
-  # Of all that is installed a tenth is imported; the rest needs no bytecode, which takes long to make.
+  # Most of what is installed is never imported and needs no bytecode, which takes long to make.
   .venv/bin/pip install --quiet --disable-pip-version-check --no-compile "${packages[@]}"
-  PYTHONDONTWRITEBYTECODE="" .venv/bin/python -c "import cgs_jax.main"
+  PYTHONDONTWRITEBYTECODE="" .venv/bin/python -c "import cgs_jax.main, cgs_jax.sweep"
   touch "$stamp"
 fi

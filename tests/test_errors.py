@@ -257,6 +257,6 @@ def test_programming_errors_keep_their_traceback(monkeypatch):
 def test_a_run_of_an_earlier_version_is_named(tmp_path):
     config = segthor.get_config()
     run_folder.check_version(config, tmp_path)
-    del config.model.head_group
-    with pytest.raises(UserError, match="is of an earlier version, which had no head_group"):
+    del config.data.depth
+    with pytest.raises(UserError, match="is of an earlier version, which had no depth"):
         run_folder.check_version(config, tmp_path)

@@ -106,7 +106,7 @@ def choose_lowering(model: ConfigDict, platform: str) -> None:
     """Puts what is best on `platform` where `head_group` is 0, or `lanes`, if there is such."""
     if model.get("lanes") == 0:
         model.lanes = LANES.get(platform, 1)
-    if model.head_group == 0:
+    if not model.get("head_group"):  # runs of earlier versions lack it
         model.head_group = HEAD_GROUP.get(platform, 4)
 
 
@@ -164,7 +164,7 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"unknown model.{name} {value!r}; there are: {known}")
     if config.model.head_depth < 0:
         raise UserError("model.head_depth must be at least 0")
-    if config.model.head_group < 0:
+    if config.model.get("head_group", 0) < 0:
         raise UserError("model.head_group must be at least 1, or 0 for the best of the platform")
 
 

@@ -19,7 +19,7 @@ from cgs_jax.runtime.files import is_remote, to_json, write_text
 
 # How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
 PREDICTION = ("inference", "predict_with", "combine", "window", "upsample", "largest_component")
-NEWEST = "head_group"  # a field that runs of earlier versions lack
+NEWEST = {"depth", "numbers", "predict_with"}  # fields that runs of earlier versions lack
 # What may differ between two starts of one run: places, devices, and how to look at it. Not
 # eval_every: it decides which checkpoint is the best.
 FREE = (
@@ -30,6 +30,7 @@ FREE = (
     "pseudo_slices",
     "test",
     "model.lanes",
+    "model.head_group",
     "mesh.data",
     "mesh.space",
     "mesh.shard_params",
@@ -94,10 +95,10 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
 
 def check_version(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Raises UserError where the configuration of a run lacks what networks are made by today."""
-    if NEWEST not in {name.rpartition(".")[2] for name in flatten(config)}:
+    if lacking := NEWEST - {name.rpartition(".")[2] for name in flatten(config)}:
         raise UserError(
-            f"{workdir} is of an earlier version, which had no {NEWEST}; use that version, or "
-            "train anew"
+            f"{workdir} is of an earlier version, which had no {min(lacking)}; use that "
+            "version, or train anew"
         )
 
 
