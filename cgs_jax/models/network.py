@@ -107,7 +107,7 @@ def choose_lowering(model: ConfigDict, platform: str) -> None:
     if model.get("lanes") == 0:
         model.lanes = LANES.get(platform, 1)
     if not model.get("head_group"):  # runs of earlier versions lack it
-        model.head_group = HEAD_GROUP.get(platform, 4)
+        model.head_group = HEAD_GROUP.get(platform, Specialists.group)
 
 
 def levels(config: ConfigDict) -> int:
