@@ -106,8 +106,8 @@ fi
 if [ -n "$acdc" ]; then
   for labelled in 7 3; do
     begin "acdc_$labelled" env XLA_PYTHON_CLIENT_PREALLOCATE=false "$JAX_PYTHON" -m cgs_jax.sweep \
-      --config "configs/acdc.py:labelled=$labelled" --sweep configs/sweeps/paper.py --rows=cgs \
-      --workdir "$out/acdc_$labelled" --seeds 3 --config.data.root="$acdc" \
+      --config "configs/acdc.py:labelled=$labelled" --sweep configs/sweeps/ablation.py \
+      --rows=cgs --workdir "$out/acdc_$labelled" --seeds 3 --config.data.root="$acdc" \
       --config.model.dtype="${dtypes[0]}" --config.eval_every=3000 --config.pseudo_slices=0 \
       "${runs[@]}"
     # On a GPU both train at once: one computes while the other compiles, validates or scores.

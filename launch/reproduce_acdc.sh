@@ -36,6 +36,7 @@ cd "$(dirname "$0")/.."
 source launch/venv.sh -r requirements.txt
 workdir=${workdir:-runs/acdc_${labelled}_$recipe}
 config=configs/acdc.py:labelled=$labelled,recipe=$recipe
+rows=supervised,supervised_strong,cgs,cgs_without_specialists
 fields=(--config.data.root="$folder" "${fields[@]}")
 echo "== a run of CGS on this device"
 measured=$(.venv/bin/python -m cgs_jax.benchmark --config "$config" "${fields[@]}" \
@@ -45,4 +46,5 @@ echo "$measured" | awk -v seeds="$seeds" '/^training/ {
   printf "== all rows, %d seeds: about %.3g h of steps;", seeds, seeds * $5 * 10 / 3
   print " compilation, validation and scores come on top" }'
 exec .venv/bin/python -m cgs_jax.sweep --config "$config" "${fields[@]}" \
-  --sweep configs/sweeps/paper.py --workdir "$workdir" --seeds "$seeds" "${options[@]}"
+  --sweep configs/sweeps/ablation.py --rows="$rows" --workdir "$workdir" --seeds "$seeds" \
+  "${options[@]}"

@@ -52,7 +52,7 @@ case $command in
     trap 'rm -f "$archive"' EXIT
     call git archive --format=tar.gz --output="$archive" HEAD
     call gcloud compute tpus tpu-vm scp "$archive" "$NAME:cgs_jax.tar.gz" --zone="$ZONE" --worker=all
-    on_workers all 'mkdir -p cgs_jax && tar xzf cgs_jax.tar.gz -C cgs_jax && cd cgs_jax && source launch/venv.sh -r requirements.txt jax[tpu]'
+    on_workers all 'set -e; mkdir -p cgs_jax && tar xzf cgs_jax.tar.gz -C cgs_jax && cd cgs_jax && source launch/venv.sh -r requirements.txt jax[tpu]'
     ;;
   run | resume)
     arguments=$(printf '%q ' "$@")

@@ -30,7 +30,7 @@ def test_shellcheck():
     ("command", "line"),
     [
         ("create", "tpu-vm create cgs --zone=us-west4-a --accelerator-type=v5litepod-16"),
-        ("install", "--worker=all '--command=mkdir -p cgs_jax && tar xzf"),
+        ("install", "--worker=all '--command=set -e; mkdir -p cgs_jax && tar xzf"),
         ("run", r"cgs_jax.main --multihost --config configs/acdc.py --config.data.root=/a\ b"),
         ("resume", r"cgs_jax.main --multihost --config configs/acdc.py --config.data.root=/a\ b"),
         ("log", "--worker=0 '--command=tail -n 100 -F cgs_jax/train.log'"),
@@ -115,7 +115,7 @@ def test_accelerator_does_what_is_left(tmp_path):
     assert counts == [4, 5]  # two benchmarks and two sweeps; and what had failed
     assert "step_transunet_float32 did not finish" in (tmp_path / "out" / "log.txt").read_text()
     assert "model=transunet" in lines[-1]
-    sweep = f"configs/sweeps/paper.py --rows=cgs --workdir {tmp_path}/out/acdc_7 --seeds 3"
+    sweep = f"configs/sweeps/ablation.py --rows=cgs --workdir {tmp_path}/out/acdc_7 --seeds 3"
     assert sweep in lines[1]
 
 
@@ -154,5 +154,5 @@ def test_reproduce_acdc_asks_for_the_sweep(tmp_path):
     benchmark, sweep = (tmp_path / "asked").read_text().splitlines()
     config = f"acdc.py:labelled=3,recipe=patches --config.data.root={tmp_path} --config.seed=3"
     assert f"cgs_jax.benchmark --config configs/{config} --stages step" in benchmark
-    assert f"cgs_jax.sweep --config configs/{config} --sweep configs/sweeps/paper.py" in sweep
+    assert f"cgs_jax.sweep --config configs/{config} --sweep configs/sweeps/ablation.py" in sweep
     assert sweep.endswith(f"--workdir {tmp_path}/work dir --seeds 2 --rows=cgs")
