@@ -17,8 +17,8 @@ from configs import segthor
 REPOSITORY = pathlib.Path(__file__).parents[1]
 TINY = {
     "data.size": 32,
-    "model.channels": (8, 16, 16),
-    "model.dropout": (0.1, 0.1, 0.1),
+    "model.channels": (8, 16),
+    "model.dropout": (0.1, 0.1),
     "batch.labelled": 4,
     "batch.unlabelled": 4,
     "total_steps": 100,

@@ -9,7 +9,8 @@ def tiny(method="cgs", size=16, **fields):
     """The published configuration, shrunk."""
     config = common.get_config(*method.split(":"))
     config.data.update(name="acdc", classes=("big", "small"), size=size)
-    config.model.update(channels=(4, 4, 8), dropout=(0.1, 0.1, 0.1))
+    channels = (4, 4, 8) if "urpc" in method else (4, 8)  # URPC needs three levels
+    config.model.update(channels=channels, dropout=(0.1,) * len(channels))
     config.batch.update(labelled=2, unlabelled=0 if method == "supervised" else 2)
     config.total_steps = 60
     config.update_from_flattened_dict(fields)

@@ -129,7 +129,7 @@ def test_perturbations_of_the_pyramid():
 
 
 def test_ict_blends_images_and_what_the_teacher_says():
-    config = tiny("ict", **{"model.dropout": (0.0,) * 3})
+    config = tiny("ict", **{"model.dropout": (0.0,) * 2})
     method, seen = train_step.make_method(config), []
     image = jax.random.uniform(jax.random.key(0), (2, 16, 16, 1))
     views = {"labelled": {"image": image, "label": jnp.zeros((2, 16, 16), jnp.uint8)}}

@@ -20,8 +20,8 @@ from configs import collection, nnunet
 from layouts import nnunet_folder
 
 NET = {
-    "model.channels": (4, 4, 8),
-    "model.dropout": (0.0,) * 3,
+    "model.channels": (4, 8),
+    "model.dropout": (0.0,) * 2,
     "batch.labelled": 4,
     "batch.unlabelled": 4,
     "eval_batch": 4,

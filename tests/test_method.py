@@ -156,7 +156,7 @@ def test_packed_network_computes_the_same():
     """Outputs, statistics, losses and gradients, whatever the lanes and the groups of heads."""
     config = tiny(size=32)
     config.data.classes = tuple("abcde")
-    config.model.dropout = (0.0, 0.0, 0.0)
+    config.model.update(channels=(4, 4, 8), dropout=(0.0, 0.0, 0.0))
     image = jax.random.uniform(jax.random.key(0), (2, 32, 32, 1))
     label = jax.random.randint(jax.random.key(2), (2, 32, 32), 0, 6, jnp.uint8)
     results = []
@@ -347,7 +347,7 @@ def test_step_learns_and_every_part_gets_gradient(name, options):
     if hasattr(method, "teacher"):
         teacher = state.extra["params"]
         gap = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), teacher, state.params)
-        assert 0 < max(jax.tree.leaves(gap)) < (0.2 if name == "cgs" else 0.5)
+        assert 0 < max(jax.tree.leaves(gap)) < (0.3 if name == "cgs" else 0.5)
 
 
 def test_every_unsupervised_term_has_a_gradient():

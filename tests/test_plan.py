@@ -146,7 +146,7 @@ def test_arrays_tell_no_voxel_size(tmp_path):
 @pytest.mark.slow
 def test_a_plan_ends_with_a_command_that_trains(tmp_path):
     _, root = ct(tmp_path)
-    tiny = {"model.channels": (4, 4, 8), "model.dropout": (0.0,) * 3}
+    tiny = {"model.channels": (4, 8), "model.dropout": (0.0,) * 2}
     line = runs.command(root, tmp_path / "run", program="plan")[:3]
     line += ["--config", "configs/nnunet.py", f"--config.data.root={root}"]
     line += [f"--config.{name}={value}" for name, value in tiny.items()]

@@ -272,7 +272,7 @@ def test_network_has_prompts_in_place_of_a_generalist():
 def test_every_term_reaches_trunk_and_controller():
     """And of the controller only the rows of the prompts that it asks; the surest class does not
     learn from the synthetic task."""
-    method = train_step.make_method(tiny("versemi", **{"model.dropout": (0.0,) * 3}))
+    method = train_step.make_method(tiny("versemi", **{"model.dropout": (0.0,) * 2}))
     params, stats, _ = jax.jit(method.init)(jax.random.key(1), jnp.zeros((1, 16, 16, 1)))
     state = TrainState(jnp.asarray(0), params, stats, None, {})
     batch = jax.tree.map(jnp.asarray, tiny_batch(method.config))
