@@ -236,8 +236,8 @@ def test_arrays_in_arrays_out(trained, scans, tmp_path):
             predictor.segment(array)
     with pytest.raises(UserError, match="unknown option 'window_size' of prediction; there are: "):
         Predictor.restore([workdir], {"window_size": 3})
-    with pytest.raises(UserError, match="window=30 does not divide by 4"):
-        Predictor.restore([workdir], {"window": 30})
+    with pytest.raises(UserError, match="window=31 does not divide by 2"):
+        Predictor.restore([workdir], {"window": 31})
     in_windows = Predictor.restore(workdir, {"window": 16, "upsample": "nearest"})
     assert in_windows.config.window == 16
     assert (in_windows.segment(scan.array) == labels).mean() > 0.8
