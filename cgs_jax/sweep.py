@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,9 +70,14 @@ class Run(NamedTuple):
 
 
 def plan(
-    config_file: str, overrides: dict[str, Any], sweep_file: str, workdir: pathlib.Path, seeds: int
+    config_file: str,
+    overrides: dict[str, Any],
+    sweep_file: str,
+    workdir: pathlib.Path,
+    seeds: int,
+    wanted: Sequence[str] = (),
 ) -> tuple[list[str], list[Run]]:
-    """Names of the rows, and all runs, a seed after the other.
+    """Names of all rows, and the runs of the wanted ones, a seed after the other.
 
     Args:
       config_file: as given to --config, 'configs/acdc.py:labelled=7'.
@@ -79,20 +85,25 @@ def plan(
         hold for the rows that have them, too.
       sweep_file: defines get_sweep(config) -> {row: (arguments of the config file, fields)}; the
         fields come last, and a line says where one is not what `overrides` has.
+      wanted: rows; none: all.
 
     Raises:
-      UserError: a file, a row or an option is wrong; or WORKDIR has runs that were trained
+      UserError: a file, a wanted row or an option is wrong; or WORKDIR has runs that were trained
         otherwise.
     """
     path, _, arguments = config_file.partition(":")
     default, _ = _config(path, arguments, overrides, {}, "the command line")
     rows, runs, said = _rows(sweep_file, default), [], set()
-    for row, (_, fields) in rows.items():
+    wrong = set(wanted) - set(rows)
+    if wrong:
+        raise UserError(f"--rows {', '.join(sorted(wrong))}: there are {', '.join(rows)}")
+    chosen = {row: rows[row] for row in rows if not wanted or row in wanted}
+    for row, (_, fields) in chosen.items():
         for name, value in fields.items():
             if value != overrides.get(name, value):
                 say(f"row {row}: {name} is {value}, not {overrides[name]}")
     for seed in range(default.seed, default.seed + seeds):
-        for row, (more, fields) in rows.items():
+        for row, (more, fields) in chosen.items():
             together = ",".join(filter(None, (arguments, more)))
             config, plain = _config(path, together, overrides, fields | {"seed": seed}, row)
             run = workdir / row / f"seed{seed}"
@@ -295,13 +306,6 @@ def write_tables(workdir: pathlib.Path) -> str:
     return "\n".join(markdown[title] for title in shown.values())
 
 
-def _of_rows(wanted: list[str], rows: list[str], runs: list[Run]) -> list[Run]:
-    wrong = set(wanted) - set(rows)
-    if wrong:
-        raise UserError(f"--rows {', '.join(sorted(wrong))}: there are {', '.join(rows)}")
-    return [run for run in runs if not wanted or run.workdir.parent.name in wanted]
-
-
 def shard(text: str, runs: list[Run]) -> list[Run]:
     """Every n-th run from the i-th on, of 'i/n'."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -330,8 +334,8 @@ if __name__ == "__main__":
         if is_remote(_WORKDIR.value):
             raise UserError("--workdir of a sweep is a local or mounted folder")
         name, overrides = config_flags.get_config_filename(flag), flag.override_values
-        rows, runs = plan(name, overrides, _SWEEP.value, workdir, _SEEDS.value)
-        mine = shard(_SHARD.value, _of_rows(_ROWS.value, rows, runs))
+        rows, runs = plan(name, overrides, _SWEEP.value, workdir, _SEEDS.value, _ROWS.value)
+        mine = shard(_SHARD.value, runs)
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "sweep.json", to_json({"rows": rows}) + "\n")
         try:

@@ -19,8 +19,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)  # for the programs that te
 # Compiles in a quarter of the time that level 1 takes; the few steps that a test runs may be slow.
 # `XLA_FLAGS= bash launch/test.sh` compiles as the programs do for users.
 QUICK = "--xla_backend_optimization_level=0"
-if jax.__version_info__ < (0, 11):  # later ones do not know this option, and end
+if jax.__version_info__ < (0, 11):  # later ones may not know these options, and end
     QUICK += " --xla_cpu_use_fusion_emitters=false"
+    QUICK += " --xla_cpu_parallel_codegen_split_count=1"  # the other core has tests of its own
 os.environ.setdefault("XLA_FLAGS", QUICK)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # libtpu, where installed, looks for TPUs otherwise
 jax.config.update("jax_compilation_cache_dir", str(CACHE))

@@ -137,7 +137,7 @@ def test_windows_grow(prepared):
 
 def test_precise_statistics(prepared):
     """They are the means over the batches, from whatever running averages one starts."""
-    config = options(precise_bn=3, **{"model.dropout": (0.5, 0.5, 0.5)})
+    config = options(precise_bn=3, **{"model.dropout": (0.5, 0.5)})
     method, mesh = train_step.make_method(config), devices.make_mesh(config)
     state = train_step.init_state(method, optimizers.make_optimizer(config)[0], config, mesh)
     state = state.replace(step=state.step + 5)

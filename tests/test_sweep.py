@@ -173,10 +173,10 @@ def test_interruption_ends_all_runs(swept, tmp_path, default_interrupt):
 def test_bad_sweeps(scans, tmp_path, capsys):
     overrides = TINY | {"data.root": str(scans / "scans")}
 
-    def plan(text, overrides=overrides):
-        path = tmp_path / "sweep.py"
+    def plan(text, overrides=overrides, wanted=()):
+        path, runs = tmp_path / "sweep.py", tmp_path / "runs"
         path.write_text(text)
-        return sweep.plan("configs/segthor.py", overrides, str(path), tmp_path / "runs", 1)
+        return sweep.plan("configs/segthor.py", overrides, str(path), runs, 1, wanted)
 
     rows = "def get_sweep(config):\n    return {'a': ('method=cgs', %s)}"
     for text, message in (
@@ -204,6 +204,11 @@ def test_bad_sweeps(scans, tmp_path, capsys):
     assert (run.config.method.tau, run.config.method.lambda_max) == (0.8, 1.5)
     assert "--config.method.lambda_max=1.5" in run.command
     assert "configs/segthor.py:method=cgs" in run.command
+    two = "def get_sweep(config):\n    return {'a': ('', {}), 'b': ('method=cgx', {})}"
+    names, (run,) = plan(two, wanted=["a"])  # what else is wrong does not matter
+    assert (names, run.name) == (["a", "b"], "a seed 0")
+    with pytest.raises(UserError, match="--rows c: there are a, b"):
+        plan(two, wanted=["c"])
     with pytest.raises(UserError, match="--shard 0/2: write 1/4 to 4/4"):
         sweep.shard("0/2", [run])
 
