@@ -77,7 +77,7 @@ def plan(
     seeds: int,
     wanted: Sequence[str] = (),
 ) -> tuple[list[str], list[Run]]:
-    """Names of all rows, and the runs of the wanted ones, a seed after the other.
+    """Names of all rows, and the runs of the wanted and of the begun ones, a seed after the other.
 
     Args:
       config_file: as given to --config, 'configs/acdc.py:labelled=7'.
@@ -85,11 +85,12 @@ def plan(
         hold for the rows that have them, too.
       sweep_file: defines get_sweep(config) -> {row: (arguments of the config file, fields)}; the
         fields come last, and a line says where one is not what `overrides` has.
-      wanted: rows; none: all.
+      wanted: rows to train; none: all. Others are checked if WORKDIR has runs of them, for they
+        share its table.
 
     Raises:
-      UserError: a file, a wanted row or an option is wrong; or WORKDIR has runs that were trained
-        otherwise.
+      UserError: a file, one of these rows or an option is wrong; or WORKDIR has runs that were
+        trained otherwise.
     """
     path, _, arguments = config_file.partition(":")
     default, _ = _config(path, arguments, overrides, {}, "the command line")
@@ -97,7 +98,8 @@ def plan(
     wrong = set(wanted) - set(rows)
     if wrong:
         raise UserError(f"--rows {', '.join(sorted(wrong))}: there are {', '.join(rows)}")
-    chosen = {row: rows[row] for row in rows if not wanted or row in wanted}
+    begun = {row for row in rows if (workdir / row).exists()}
+    chosen = {row: rows[row] for row in rows if row in begun.union(wanted or rows)}
     for row, (_, fields) in chosen.items():
         for name, value in fields.items():
             if value != overrides.get(name, value):
@@ -335,7 +337,8 @@ if __name__ == "__main__":
             raise UserError("--workdir of a sweep is a local or mounted folder")
         name, overrides = config_flags.get_config_filename(flag), flag.override_values
         rows, runs = plan(name, overrides, _SWEEP.value, workdir, _SEEDS.value, _ROWS.value)
-        mine = shard(_SHARD.value, runs)
+        wanted = _ROWS.value or rows
+        mine = shard(_SHARD.value, [run for run in runs if run.workdir.parent.name in wanted])
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "sweep.json", to_json({"rows": rows}) + "\n")
         try:

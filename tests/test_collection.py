@@ -189,8 +189,9 @@ def test_members_that_do_not_fit(folders, tmp_path):
     config = config_of(folders, **{"data.members.neck.size": 24})
     with pytest.raises(UserError, match=r"\[16, 24\] pixels a side: give data.patch"):
         resolve(config)
-    config = config_of(folders, **{"data.members.neck.size": 17})
-    with pytest.raises(UserError, match="members.neck.size=17 does not divide by 2"):
+    three_levels = {"model.channels": (4, 4, 8), "model.dropout": (0.0,) * 3}
+    config = config_of(folders, **three_levels, **{"data.members.neck.size": 18})
+    with pytest.raises(UserError, match="members.neck.size=18 does not divide by 4"):
         resolve(config)
 
 

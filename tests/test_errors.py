@@ -64,6 +64,9 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
     assert "WARNING: validation Dice stays 0 for aorta, esophagus, trachea\n" in printed
 
 
+THREE_LEVELS = {"model.channels": (8, 16, 16), "model.dropout": (0.1, 0.1, 0.1)}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -81,21 +84,24 @@ def test_class_without_dice_is_called_out(scans, tmp_path, monkeypatch, capsys):
         ({"method.plan": "quick"}, "unknown --config.method.plan 'quick'; there are: full, lean"),
         ({"inference": "nobody"}, "unknown inference 'nobody'; there are: both, generalist"),
         ({"predict_with": "both"}, "unknown predict_with 'both'; there are: student, teacher"),
-        ({"data.size": 17}, "data.size=17 does not divide by 2"),
-        ({"data.patch": 17}, "data.patch or data.grow_to has 17: sides of windows divide by 2"),
+        (THREE_LEVELS | {"data.size": 18}, "data.size=18 does not divide by 4"),
+        (
+            THREE_LEVELS | {"data.patch": 18},
+            "data.patch or data.grow_to has 18: sides of windows divide by 4",
+        ),
         ({"data.grow_to": (64,), "data.grow_at": (0.5,)}, "has 64: .* at most data.size=32"),
         ({"data.grow_at": (0.5,)}, "data.grow_at and data.grow_to must have the same length"),
         ({"data.grow_at": (2.0,), "data.grow_to": (0,)}, "shares of total_steps in rising order"),
         ({"data.patch_anywhere": 0.7, "data.patch_foreground": 0.7}, "are shares of 1"),
         ({"precise_bn": -1}, "precise_bn must be at least 0"),
         ({"total_steps": 0}, "total_steps must be at least 1"),
-        ({"window": 17}, "window=17 does not divide by 2"),
+        (THREE_LEVELS | {"window": 18}, "window=18 does not divide by 4"),
         ({"combine": "sum"}, "unknown combine 'sum'; there are: average, confidence, vote"),
         ({"method.specialists": False}, "specialists=False goes with method.terms"),
         ({"batch.unlabelled": 0}, "batch.unlabelled must be at least 1"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"model.dropout": (0.1,)}, "model.dropout and model.channels must have the same length"),
-        ({"model.dropout": (0.1, 1.0)}, "rates are between 0 and 0.9"),
+        (THREE_LEVELS | {"model.dropout": (0.1, 1.0, 0.1)}, "rates are between 0 and 0.9"),
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16'"),
         ({"mesh.space": 3}, "mesh.data=-1 times mesh.space=3 must be the 1 devices"),
         ({"augment.degrees": 180.0}, "augment.degrees=180.0 must be between 0 and 90"),

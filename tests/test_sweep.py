@@ -209,6 +209,9 @@ def test_bad_sweeps(scans, tmp_path, capsys):
     assert (names, run.name) == (["a", "b"], "a seed 0")
     with pytest.raises(UserError, match="--rows c: there are a, b"):
         plan(two, wanted=["c"])
+    (tmp_path / "runs" / "b").mkdir(parents=True)
+    with pytest.raises(UserError, match="unknown method 'cgx'"):  # unless the table has it
+        plan(two, wanted=["a"])
     with pytest.raises(UserError, match="--shard 0/2: write 1/4 to 4/4"):
         sweep.shard("0/2", [run])
 
