@@ -10,7 +10,7 @@ import sys
 import jax
 
 from cgs_jax.runtime import devices
-from cgs_jax.training import optimizers, train_step
+from cgs_jax.training import loop, optimizers, train_step
 from cgs_jax.training.checkpoints import Checkpoints
 from configs import segthor
 
@@ -105,5 +105,6 @@ def before_the_end(trained, workdir):
     """A copy of the finished run, of which the last 20 steps and the results are taken back."""
     shutil.copytree(trained[0], workdir)
     shutil.rmtree(workdir / "checkpoints" / str(TINY["total_steps"]))
-    (workdir / "summary.json").unlink()
+    for name in loop.RESULTS:
+        (workdir / name).unlink()
     return workdir
