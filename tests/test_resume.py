@@ -11,10 +11,15 @@ import subprocess
 import time
 
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
+from cgs_jax.analysis import plots
+from cgs_jax.data import nifti
 from cgs_jax.runtime import devices, files, logs
+from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.checkpoints import Checkpoints
 from runs import before_the_end, begin, command, config_of, saved_state, start
@@ -122,6 +127,24 @@ def small_disk(tmp_path):
 
     yield folder, leave
     subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk_names_the_file(small_disk):
+    """The system does not."""
+    disk, leave = small_disk
+    scores, curves, labels = (disk / name for name in ("scores.json", "curves.png", "case.nii.gz"))
+    with contextlib.closing(logs.Writer(disk, 0)) as log:
+        leave(0)
+        writes = {
+            scores: lambda: files.write_text(scores, "1" * 10_000),
+            curves: lambda: plots.save(Figure(), curves),
+            labels: lambda: nifti.save(nib.Nifti1Image(np.eye(99), np.eye(4)), labels),
+            disk / "metrics.jsonl": lambda: log.write(1, {"loss": "1" * 10_000}),
+        }
+        for path, write in writes.items():
+            with pytest.raises(UserError, match=f"can not write {path}: No space left on device"):
+                write()
+        leave(10_000)
 
 
 def test_full_and_read_only_disk(trained, scans, small_disk):

@@ -14,6 +14,7 @@ from scipy import ndimage
 from cgs_jax.data.cache import Prepared
 from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.inference.predictor import Predictor
+from cgs_jax.runtime.files import writing
 from cgs_jax.scoring import summaries
 
 SOURCES = {
@@ -27,7 +28,7 @@ ERRORS = {"missed": "deepskyblue", "too much": "red", "other organ": "gold"}
 
 def save(figure: Figure, path: pathlib.Path, **options: Any) -> None:
     """Writes a figure, also into a bucket."""
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         figure.savefig(file, format=path.suffix[1:], **options)
 
 

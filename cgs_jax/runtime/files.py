@@ -1,11 +1,12 @@
 """Files that a kill leaves whole, local or in a bucket."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -46,12 +47,26 @@ def is_remote(path: pathlib.Path) -> bool:
     return "://" in str(path)
 
 
+@contextlib.contextmanager
+def writing(path: pathlib.Path | str) -> Iterator[None]:
+    """Names the file that is written in here where it can not be: a full disk does not.
+
+    Raises:
+      UserError: it can not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can not write {path}: {error.strerror or error}") from error
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all: a kill leaves the old one."""
     # Several processes may write the same, such as the table of a sweep.
     unfinished = path.with_name(f"unfinished_{platform.node()}_{os.getpid()}_{path.name}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with writing(path):
+        unfinished.write_text(text)
+        unfinished.replace(path)
 
 
 def read_json(path: pathlib.Path) -> Any:

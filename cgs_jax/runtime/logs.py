@@ -15,7 +15,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from cgs_jax.runtime import processes, threads
-from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text
+from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text, writing
 
 
 def time_spent(workdir: pathlib.Path) -> tuple[float, str]:
@@ -55,7 +55,8 @@ def hardware() -> str:
 
 
 def _put(file, line):
-    file.write(to_json(line) + "\n")
+    with writing(file.name):
+        file.write(to_json(line) + "\n")
 
 
 class Writer:
