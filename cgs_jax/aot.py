@@ -25,7 +25,7 @@ from cgs_jax.runtime.cli import cli, output_file
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import to_json, write_text
 from cgs_jax.runtime.logs import say
-from cgs_jax.training import optimizers, train_step
+from cgs_jax.training import train_step
 from cgs_jax.training.resolve import resolve
 
 # By generation: bfloat16 FLOP/s, bytes/s and bytes of a chip's memory. Google's public figures.
@@ -71,13 +71,12 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     config = resolve(config)
     method = train_step.make_method(config)
     mesh = devices.make_mesh(config, description.devices)
-    optimizer, _ = optimizers.make_optimizer(config)
-    inputs = train_step.abstract_inputs(method, optimizer, config, mesh)
+    inputs = train_step.abstract_inputs(method, mesh)
     cores = max(device.core_on_chip for device in description.devices) + 1
     result = {"topology": topology, "devices": mesh.size, "cores_per_chip": cores}
     result |= {"mesh": dict(mesh.shape), "batch": config.batch.to_dict(), "size": config.data.size}
     started = time.perf_counter()
-    step = train_step.make_train_step(method, optimizer, config, mesh)
+    step = train_step.make_train_step(method, mesh)
     try:
         compiled = step.lower(*inputs).compile()
     except jax.errors.JaxRuntimeError as error:

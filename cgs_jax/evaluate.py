@@ -28,7 +28,6 @@ from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder, read_lines, to_json, write_text
 from cgs_jax.runtime.logs import say
 from cgs_jax.scoring import nnunet_summary, summaries
-from cgs_jax.training import optimizers
 from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.train_step import abstract_state
 
@@ -97,8 +96,7 @@ def best_and_last(
         found = predict_with(state)
         return found, {"step": int(state.step)} | summaries.score(found, prepared)
 
-    optimizer, _ = optimizers.make_optimizer(method.config)
-    state = checkpoints.restore_best(abstract_state(method, optimizer, method.config, mesh))
+    state = checkpoints.restore_best(abstract_state(method, mesh))
     found, best = scored(state)
     last = best
     if checkpoints.latest != best["step"]:

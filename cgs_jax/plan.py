@@ -22,7 +22,7 @@ from cgs_jax.runtime import devices
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.logs import say
-from cgs_jax.training import optimizers, train_step
+from cgs_jax.training import train_step
 from cgs_jax.training.resolve import resolve
 
 
@@ -57,9 +57,8 @@ def describe(facts: Mapping[str, Facts]) -> str:
 def memory(config: ConfigDict) -> tuple[float, float]:
     """Bytes of state and batch, and of all else that a step of `config` needs on a device here."""
     method, mesh = train_step.make_method(config), devices.make_mesh(config)
-    optimizer, _ = optimizers.make_optimizer(config)
-    step = train_step.make_train_step(method, optimizer, config, mesh)
-    inputs = train_step.abstract_inputs(method, optimizer, config, mesh)
+    step = train_step.make_train_step(method, mesh)
+    inputs = train_step.abstract_inputs(method, mesh)
     needs = step.lower(*inputs).compile().memory_analysis()
     return needs.argument_size_in_bytes, needs.temp_size_in_bytes
 

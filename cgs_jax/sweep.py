@@ -200,17 +200,20 @@ def train_all(runs: list[Run], at_once: int = 1) -> None:
                         failed.append(f"{run.name} ({error.strerror}: {error.filename})")
                 bar.set_description(", ".join(each.name for each in training))
                 time.sleep(1)
+                bar.n = done + sum(each.run.step() for each in training)
+                bar.refresh()
                 for each in list(training):
-                    bar.update(each.progress())
                     if each.process.poll() is None:
                         continue
                     training.remove(each)
                     free.append(each.cores)
-                    rest, error = each.end()
-                    bar.update(rest)
+                    error = each.error()
                     say(f"{each.name}  {error or _score(each.run)}")
                     if error:
                         failed.append(f"{each.run.name} ({error})")
+                    else:
+                        done += each.run.config.total_steps
+            bar.n = done
         finally:  # interrupted: they save their state first
             for each in training:
                 each.process.terminate()
@@ -255,7 +258,7 @@ class _Training:
     """A process that trains a run."""
 
     def __init__(self, name, run, cores):
-        self.name, self.run, self.cores, self._seen = name, run, cores, 0
+        self.name, self.run, self.cores = name, run, cores
         run.workdir.mkdir(parents=True, exist_ok=True)
         self._log = run.workdir / "log.txt"
         self._begun = self._log.stat().st_size if self._log.exists() else 0
@@ -264,23 +267,16 @@ class _Training:
                 run.command, stdout=log, stderr=log, start_new_session=True
             )
 
-    def progress(self):
-        """Its steps since this was last asked."""
-        before, self._seen = self._seen, max(self.run.step(), self._seen)
-        return self._seen - before
-
-    def end(self):
-        """What is left to be added to its progress, of which nothing counts where it failed; and
-        what went wrong, '' if nothing."""
-        code, finished = self.process.returncode, self.run.finished()
-        rest = self.run.config.total_steps - self._seen if finished else -self._seen
-        if finished and code == 0:
-            return rest, ""
+    def error(self):
+        """What went wrong with the ended process, '' if nothing."""
+        code = self.process.returncode
+        if code == 0 and self.run.finished():
+            return ""
         if code < 0:
-            return rest, f"killed by signal {-code}; see {self._log}"
+            return f"killed by signal {-code}; see {self._log}"
         text = self._log.read_bytes()[self._begun :].decode(errors="replace")
         lines = text.strip().splitlines()
-        return rest, f"{lines[-1] if lines else 'no output'}; see {self._log}"
+        return f"{lines[-1] if lines else 'no output'}; see {self._log}"
 
 
 def write_tables(workdir: pathlib.Path) -> str:

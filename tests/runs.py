@@ -10,7 +10,7 @@ import sys
 import jax
 
 from cgs_jax.runtime import devices
-from cgs_jax.training import loop, optimizers, train_step
+from cgs_jax.training import loop, train_step
 from cgs_jax.training.checkpoints import Checkpoints
 from configs import segthor
 
@@ -91,8 +91,8 @@ def processes_with(*words):
 
 def saved_state(workdir, config, step=TINY["total_steps"]):
     """The state of a step, as numpy arrays."""
-    method, optimizer = train_step.make_method(config), optimizers.make_optimizer(config)[0]
-    like = train_step.abstract_state(method, optimizer, config, devices.make_mesh(config))
+    method = train_step.make_method(config)
+    like = train_step.abstract_state(method, devices.make_mesh(config))
     checkpoints = Checkpoints(workdir)
     assert checkpoints.latest == config.total_steps
     state, damage = checkpoints._read(step, like)

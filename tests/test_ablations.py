@@ -108,14 +108,14 @@ def teacher_and_student():
 def test_terms_and_ihed_can_be_left_out():
     student, teacher = teacher_and_student()
     pairs = [base.Pair(student, teacher)]
-    whole, cover = train_step.make_method(tiny()).unsupervised(pairs, 0)
+    whole, cover = train_step.make_method(tiny()).unsupervised(pairs)
     chosen = ("G_from_s", "S_from_g")
-    part, _ = train_step.make_method(tiny(**{"method.terms": chosen})).unsupervised(pairs, 0)
+    part, _ = train_step.make_method(tiny(**{"method.terms": chosen})).unsupervised(pairs)
     assert set(part) == {f"unsup/{t}_{kind}" for t in chosen for kind in ("ce", "dice")}
     assert len(whole) == 12
     assert all(part[name] == whole[name] for name in part)
     everything, all_covered = train_step.make_method(tiny(**{"method.ihed": False})).unsupervised(
-        pairs, 0
+        pairs
     )
     assert 0 < cover["cover/s"] < 1 == all_covered["cover/s"]
     changed = {name for name in whole if whole[name] != everything[name]}
@@ -265,8 +265,8 @@ def test_without_specialists_the_generalist_teaches_alone():
     alone = base.Pair(*(Outputs(x, None) for x in logits))
     among = base.Pair(*(Outputs(x, (heads,)) for x in logits))
     method = train_step.make_method(config)
-    terms, cover = jax.jit(method.unsupervised)([alone], 0)
-    expected, more = jax.jit(train_step.make_method(whole).unsupervised)([among], 0)
+    terms, cover = jax.jit(method.unsupervised)([alone])
+    expected, more = jax.jit(train_step.make_method(whole).unsupervised)([among])
     assert terms == expected
     assert cover == {"cover/g": more["cover/g"]}
     assert 0 < cover["cover/g"] < 1

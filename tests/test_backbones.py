@@ -19,7 +19,7 @@ def test_each_backbone_has_its_own_options():
     assert acdc.get_config("model=transunet,recipe=patches").optimizer.lr == 2e-4
     for name in ("unet", "transunet"):
         config = acdc.get_config(f"model={name}")
-        assert (network.levels(config), network.stride(config)) == (5, 16)
+        assert (network.backbone(config).levels(config.model), network.stride(config)) == (5, 16)
 
 
 @pytest.mark.parametrize("depth", [0, 2])
@@ -28,10 +28,10 @@ def test_weights_of_the_authors_have_heads_of_one_layer(tmp_path, depth):
     net, image = network.build(config, specialists=True), jnp.zeros((1, 16, 16, 1))
     variables = jax.eval_shape(net.init, jax.random.key(0), image)
     with pytest.raises(UserError, match="no weights at .*mine.npz"):
-        network.load_weights(config, variables)
+        network.backbone(config).load_weights(config.model.weights, variables)
     jnp.savez(config.model.weights, nothing=0)
     with pytest.raises(UserError, match="mine.npz: PyTorch's specialists have model.head_depth=1"):
-        network.load_weights(config, variables)
+        network.backbone(config).load_weights(config.model.weights, variables)
 
 
 def test_sweep_over_backbones(tmp_path):

@@ -26,12 +26,15 @@ def test_mean_teacher_by_hand():
         logits_of([[[[0.5, 0.5], [0.4, 0.6]]]]),
     )
     method = train_step.make_method(tiny("mean_teacher"))
-    terms, _ = method.unsupervised([base.Pair(student, teacher)], 2)  # 1/30 of 60 steps
+    terms, _ = method.unsupervised([base.Pair(student, teacher)])
     np.testing.assert_allclose(terms["unsup/mse"], 0.25 / 2, rtol=1e-5)
-    assert method.unsupervised([base.Pair(student, teacher)], 1)[0]["unsup/mse"] == 0
+    for name, begin in (("mean_teacher", 2), ("ua_mt", 30)):  # 1/30 and a half of 60 steps
+        fields = {"method.begin": 0.5} if name == "ua_mt" else {}
+        beginning = train_step.make_method(tiny(name, **fields))
+        assert beginning.weight(begin - 1) == 0 < beginning.weight(begin)
     sure = jnp.array([[[False, True]]])
     terms, cover = train_step.make_method(tiny("ua_mt")).unsupervised(
-        [base.Pair(student, teacher, sure)], 0
+        [base.Pair(student, teacher, sure)]
     )
     np.testing.assert_allclose(terms["unsup/mse"], 0.25, rtol=1e-5)
     assert cover["cover/sure"] == 0.5
@@ -44,7 +47,7 @@ def test_fixmatch_by_hand():
         logits_of([[[[0.01, 0.99], [0.4, 0.6]]]]),
     )
     terms, cover = train_step.make_method(tiny("fixmatch")).unsupervised(
-        [base.Pair(student, teacher)], 0
+        [base.Pair(student, teacher)]
     )
     np.testing.assert_allclose(terms["unsup/ce"], -np.log(0.5) / 2, rtol=1e-5)
     dice = (1 + (1 - 2 * 0.5 / (0.25 + 1))) / 2
@@ -55,7 +58,7 @@ def test_fixmatch_by_hand():
 def test_cps_by_hand():
     first, second = logits_of([[[[0.2, 0.8], [0.9, 0.1]]]]), logits_of([[[[0.3, 0.7], [0.4, 0.6]]]])
     method = train_step.make_method(tiny("cps"))
-    terms, _ = method.unsupervised([base.Pair(first, second), base.Pair(second, first)], 0)
+    terms, _ = method.unsupervised([base.Pair(first, second), base.Pair(second, first)])
     expected = -np.log([0.8, 0.1, 0.7, 0.4]).sum() / 2
     np.testing.assert_allclose(terms["unsup/ce"], expected, rtol=1e-5)
 
@@ -71,7 +74,7 @@ def test_unimatch_by_hand():
         ((unsure, unsure, sure), dice / 2),
     ):
         pairs = [base.Pair(student, teacher) for teacher in teachers]
-        terms, _ = method.unsupervised(pairs, 0)
+        terms, _ = method.unsupervised(pairs)
         np.testing.assert_allclose(sum(terms.values()), expected, rtol=1e-5)
 
 
@@ -81,7 +84,7 @@ def test_urpc_by_hand():
     fine, coarse = [[[[0.8, 0.2], [0.5, 0.5]]]], [[[[0.4, 0.6], [0.5, 0.5]]]]
     log = lambda x: jnp.log(jnp.asarray(x))  # noqa: E731
     student = Outputs(log(fine), None, log(coarse)[..., None, :])
-    terms, _ = train_step.make_method(tiny("urpc")).unsupervised([base.Pair(student, None)], 0)
+    terms, _ = train_step.make_method(tiny("urpc")).unsupervised([base.Pair(student, None)])
     mean = np.array([0.6, 0.4])
     variance = [np.sum(mean * np.log(mean / p)) for p in ([0.8, 0.2], [0.4, 0.6])]
     rectified = [0.04 * np.exp(-v) / (np.exp(-v) + 1) for v in variance]
@@ -308,7 +311,7 @@ def test_cps_each_network_has_its_own_terms():
 
     def second_term(params):
         passes = method.passes(params, state, views, jax.random.key(2))
-        return method.unsupervised(passes.pairs[1:], 0)[0]["unsup/ce"]
+        return method.unsupervised(passes.pairs[1:])[0]["unsup/ce"]
 
     first, second = jax.jit(jax.grad(second_term))(params).values()
     assert max(jax.tree.leaves(jax.tree.map(lambda g: float(jnp.abs(g).max()), first))) == 0
@@ -349,7 +352,7 @@ def test_cgs_adds_its_terms_to_those_of_the_method_below():
     teacher = Outputs(generalist, (heads,))
     where = jax.random.bernoulli(key, 0.5, (2, 8, 8))
     pairs = [base.Pair(student, teacher, where)]
-    below, _ = alone.unsupervised(pairs, 60)
+    below, _ = alone.unsupervised(pairs)
     own, _ = cgs.consistency_losses(student, pseudo_labels.from_teacher(teacher, 0.7), where)
     method.passes = lambda *_: base.Passes([], pairs, "statistics", "extra")
     state = TrainState(jnp.asarray(60), {}, {}, None, {})  # the end of the ramps

@@ -14,7 +14,7 @@ from cgs_jax.methods.base import Method
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import summaries
-from cgs_jax.training import optimizers, train_step
+from cgs_jax.training import train_step
 from cgs_jax.training.resolve import resolve
 from configs import collection, nnunet
 from layouts import nnunet_folder
@@ -301,13 +301,13 @@ def test_versemi_learns_from_several_data_sets(folders, prepared):
     config = resolve(config_of(folders, "versemi", **{"total_steps": 40, "optimizer.lr": 0.01}))
     data, method = prepared[1], train_step.make_method(config)
     batches = streams.batches(data, config, method.streams(), 0)
-    mesh, optimizer = devices.local_mesh(), optimizers.make_optimizer(config)[0]
+    mesh = devices.local_mesh()
     batch = batches[0]
     views = train_step.make_views(method, mesh, batch, jax.random.key(0))["labelled"]
     asked = np.take_along_axis(batch["labelled"]["annotated"][:, 0, 0], views["task"][:, None], 1)
     assert asked.all()
-    state = train_step.init_state(method, optimizer, config, mesh)
-    step = train_step.make_train_step(method, optimizer, config, mesh)
+    state = train_step.init_state(method, mesh)
+    step = train_step.make_train_step(method, mesh)
     losses = []
     for _ in range(12):
         state, metrics = step(state, devices.put_batch(mesh, batch), np.uint32(0))

@@ -170,7 +170,7 @@ def test_two_processes_in_one_workdir(trained, scans):
         ("cgs", {}, "base=cgs: CGS lies over other methods with unlabelled images only"),
         ("supervised", {}, "base=supervised: CGS lies over other methods"),
         ("nonsense", {}, "unknown method 'nonsense'; there are: ad_mt, bcp"),
-        ("fixmatch", {"cgs.terms": ("G_from_x",)}, "unknown --config.method.terms G_from_x"),
+        ("fixmatch", {"cgs.terms": ("G_from_x",)}, "unknown --config.cgs.terms G_from_x"),
         (
             "bcp",
             {"method.pretrain": 9000.0},

@@ -1,6 +1,7 @@
 """Labels as their users number them: gaps, voxels that nobody annotated, and regions."""
 
 import json
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from cgs_jax.models.network import Outputs
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import nnunet_summary, summaries
-from cgs_jax.training import optimizers, train_step
+from cgs_jax.training import train_step
 from layouts import nnunet_folder, save
 from steps import tiny, tiny_batch
 
@@ -107,6 +108,37 @@ def test_predictions_have_the_numbers_of_the_data_set(tmp_path):
     assert predict.numbered(label, ()) is label
 
 
+class Guess:
+    """Says that all which is core is its inactive part."""
+
+    def of(self, _):
+        return self
+
+    def labels(self, volumes, *scorings):
+        for name, volume in volumes:
+            yield name, (np.minimum(volume.label, 2),) * len(scorings)
+
+
+def test_scored_volumes_do_not_stay_open(tmp_path, monkeypatch):
+    """However many there are: a process may open about a thousand files."""
+    monkeypatch.setattr(cache, "MAPPED", 2)
+    config, _ = folder(tmp_path, REGIONS, [0, 2, 4])
+    prepared, opened, at_once = cache.prepare(config), [], []
+    cases = [*prepared.splits.labelled, *prepared.splits.val, *prepared.splits.test]
+    open_volume = prepared.volume
+
+    def volume(case):
+        found = open_volume(case)
+        opened.append(weakref.ref(found.label))
+        at_once.append(len({id(label()) for label in opened if label() is not None}))
+        return found
+
+    monkeypatch.setattr(prepared, "volume", volume)
+    (results,) = summaries.evaluate(Guess(), prepared, cases, False, Scoring("linear", False))
+    assert list(results) == cases
+    assert max(at_once) < 4 < len(cases)
+
+
 def test_regions(tmp_path):
     """The network has a class for what no other region divides; scores are of the regions."""
     config, _ = folder(tmp_path, REGIONS, [0, 2, 4])
@@ -116,17 +148,6 @@ def test_regions(tmp_path):
     prepared = cache.prepare(config)
     case = prepared.splits.val[0]
     truth = prepared.volume(case).label
-
-    class Guess:
-        """Says that all which is core is its inactive part."""
-
-        def of(self, _):
-            return self
-
-        def labels(self, volumes, *scorings):
-            for name, volume in volumes:
-                yield name, (np.minimum(volume.label, 2),) * len(scorings)
-
     (results,) = summaries.evaluate(Guess(), prepared, [case], False, Scoring("linear", False))
     dice = {name: scores["dice"] for name, scores in results[case].items()}
     assert dice == {"whole": 1, "core": 1, "active": 0}
@@ -263,9 +284,8 @@ def test_a_step_with_pixels_that_nobody_annotated(name):
     assert 0 < annotated.sum() < annotated.size
     assert label.max() == 2
     assert not (label > 0)[~annotated.any(-1)].any()
-    optimizer, _ = optimizers.make_optimizer(config)
-    state = train_step.init_state(method, optimizer, config, mesh)
-    step, supervised = train_step.make_train_step(method, optimizer, config, mesh), []
+    state = train_step.init_state(method, mesh)
+    step, supervised = train_step.make_train_step(method, mesh), []
     for _ in range(8):
         state, metrics = step(state, batch, np.uint32(0))
         supervised.append(float(metrics["sup"]))

@@ -13,7 +13,7 @@ from cgs_jax.models.heads import Specialists
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.devices import make_mesh
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.training import optimizers, train_step
+from cgs_jax.training import train_step
 from cgs_jax.training.train_state import TrainState
 from steps import tiny, tiny_batch
 
@@ -249,14 +249,14 @@ def test_training_starts_from_given_weights(tmp_path, suffix):
         pytest.importorskip("safetensors.numpy").save_file(weights, path)
     config.model.weights = str(path)
     method = train_step.make_method(config)
-    arguments = (method, optimizers.make_optimizer(config)[0], config, make_mesh(config))
-    state = train_step.init_state(*arguments)
+    mesh = make_mesh(config)
+    state = train_step.init_state(method, mesh)
     for tree in (state.params, state.extra["params"]):
         jax.tree.map(np.testing.assert_array_equal, tree, variables["params"])
     (tmp_path / "weights.pth").write_bytes(b"")
     config.model.weights = str(tmp_path / "weights.pth")
     with pytest.raises(UserError, match="pickles run code"):
-        train_step.init_state(*arguments)
+        train_step.init_state(method, mesh)
 
 
 def test_starting_weights_reach_every_network_of_a_state():
@@ -319,17 +319,16 @@ def test_step_learns_and_every_part_gets_gradient(name, options):
     # Adam would move by rounding errors what has no gradient.
     config.optimizer.update(name="sgd", lr=0.01, momentum=0.9, weight_decay=1e-4)
     method = train_step.make_method(config)
-    optimizer, _ = optimizers.make_optimizer(config)
     mesh = make_mesh(config)
-    state = train_step.init_state(method, optimizer, config, mesh)
+    state = train_step.init_state(method, mesh)
     start = jax.device_get(state.params)
-    step = train_step.make_train_step(method, optimizer, config, mesh)
+    step = train_step.make_train_step(method, mesh)
     batch = tiny_batch(config, method.draws)
     if not method.unlabelled:
         del batch["unlabelled"]
     seen = []
     for _ in range(config.total_steps):
-        state, metrics = step(state, jax.tree.map(jnp.asarray, batch), train_step.seed_of(config))
+        state, metrics = step(state, jax.tree.map(jnp.asarray, batch), np.uint32(config.seed))
         seen.append(dict(zip(metrics.names, metrics.values.tolist(), strict=True)))
     supervised = [sum(v for k, v in row.items() if k.startswith("sup/")) for row in seen]
     assert np.mean(supervised[-5:]) < 0.6 * np.mean(supervised[:5])
@@ -367,11 +366,10 @@ def test_keys_follow_seed_and_step():
     """The same step draws the same views, the next one and another seed others; by one program."""
     config = tiny()
     method = train_step.make_method(config)
-    optimizer, _ = optimizers.make_optimizer(config)
-    step = train_step.make_train_step(method, optimizer, config, make_mesh(config))
+    step = train_step.make_train_step(method, make_mesh(config))
     losses_seen = []
     for seed, count in ((0, 0), (0, 0), (0, 1), (1, 0)):
-        state = train_step.init_state(method, optimizer, config, make_mesh(config))
+        state = train_step.init_state(method, make_mesh(config))
         state = state.replace(step=jnp.asarray(count))
         batch = jax.tree.map(jnp.asarray, tiny_batch(config))
         _, metrics = step(state, batch, np.uint32(seed))

@@ -12,7 +12,7 @@ from cgs_jax.data.grid import Grid
 from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import NO_LABEL, Volume
 from cgs_jax.runtime import devices, processes
-from cgs_jax.training import batch_norm, loop, optimizers, train_step
+from cgs_jax.training import batch_norm, loop, train_step
 from runs import config_of, saved_state
 from steps import tiny
 
@@ -139,7 +139,7 @@ def test_precise_statistics(prepared):
     """They are the means over the batches, from whatever running averages one starts."""
     config = options(precise_bn=3, **{"model.dropout": (0.5, 0.5)})
     method, mesh = train_step.make_method(config), devices.make_mesh(config)
-    state = train_step.init_state(method, optimizers.make_optimizer(config)[0], config, mesh)
+    state = train_step.init_state(method, mesh)
     state = state.replace(step=state.step + 5)
     params, start = method.inference_variables(state)
     other = method.with_inference_state(state, jax.tree.map(lambda x: x + 3, start))

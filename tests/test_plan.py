@@ -64,6 +64,11 @@ def test_facts_are_looked_up_once(tmp_path, monkeypatch):
     save(root / "imagesTr" / "mine_002_0000.nii.gz", np.ones((9, 8, 4), np.float32))
     fingerprint.of_cases(cases.values(), data)
     assert len(looked) == 1
+    (kept,) = (root / "cgs_cache").glob("facts_mine_003_*.json")
+    kept.unlink()
+    kept.mkdir()  # as where nothing can be written: looked up every time
+    assert fingerprint.of_cases(cases.values(), data).keys() == cases.keys()
+    assert len(looked) == 2
     text = plan.describe(facts)
     assert "12 scans, 9 with labels" in text
     assert "head" in text
@@ -75,25 +80,25 @@ def scan(shape, spacing):
 
 def test_scans_that_are_alike_are_taken_as_they_are():
     alike = {str(i): scan((20 + i, 128, 128), (3.0, 2.5, 2.5)) for i in range(3)}
-    assert proposal.of_slices(alike, 16, "cpu")["data.size"] == 128
+    assert proposal.of_scans(alike, 16, "cpu")["data.size"] == 128
     other = alike | {"x": scan((20, 128, 128), (3.0, 4.0, 4.0))}
-    found = proposal.of_slices(other, 16, "cpu")
+    found = proposal.of_scans(other, 16, "cpu")
     assert (found["data.spacing"], found["data.patch"]) == ("median", 128)
     odd = {str(i): scan((36, 50, 35), (1.0, 1.0, 1.0)) for i in range(3)}
-    assert proposal.of_slices(odd, 16, "cpu")["data.patch"] == 64
+    assert proposal.of_scans(odd, 16, "cpu")["data.patch"] == 64
     large = {str(i): scan((90, 512, 512), (2.0, 0.7, 0.7)) for i in range(3)}
-    assert proposal.of_slices(large, 16, "cpu")["data.patch"] == 128
-    assert proposal.of_slices(large, 16, "tpu")["data.patch"] == 256
+    assert proposal.of_scans(large, 16, "cpu")["data.patch"] == 128
+    assert proposal.of_scans(large, 16, "tpu")["data.patch"] == 256
 
 
 def test_volumes_are_proposed_by_their_spacing():
     small = {str(i): scan((36, 50, 35), (1.0, 1.0, 1.0)) for i in range(3)}
-    found = proposal.of_volumes(small, 3, 8, "cpu")
+    found = proposal.of_scans(small, 8, "cpu", 3)
     assert found["model.depth_strides"] == (2, 2, 2)
     assert (found["data.depth"], found["data.patch"]) == (32, 56)
     assert found["data.patch_foreground"] > 0  # 36 slices, of which a window has 32
     heart = {str(i): scan((10, 200, 180), (10.0, 1.5, 1.5)) for i in range(3)}
-    found = proposal.of_volumes(heart, 4, 16, "tpu")
+    found = proposal.of_scans(heart, 16, "tpu", 4)
     assert found["model.depth_strides"] == (1, 1, 2, 2)  # 10 mm by 1.5, 3, 6 and 12
     assert (found["data.depth"], found["data.patch"]) == (12, 128)
 

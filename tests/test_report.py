@@ -30,6 +30,7 @@ def test_report_holds_everything(trained):
     assert data["config"] == json.loads((workdir / "config.json").read_text())
     assert data["curves"].startswith("data:image/svg+xml;base64,")
     assert {shown["case"] for shown in data["shown"]} == {"Patient_06", "Patient_07"}
+    assert set(data["shares"]) == {"dice", "jaccard", "missed"} < set(data["heads"])
     dice = [shown["dice"] for shown in data["shown"]]
     assert dice == sorted(dice)
     assert float(data["facts"]["training and validation"].split()[0]) > 0

@@ -12,7 +12,7 @@ import plain_encoder
 from cgs_jax.models import network, resnet_vit, transunet, vit_weights
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.training import batch_norm, optimizers, train_step
+from cgs_jax.training import batch_norm, train_step
 from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.resolve import check
 from cgs_jax.training.train_state import TrainState
@@ -82,7 +82,7 @@ def test_public_weights_land_where_they_belong(monkeypatch, capsys):
     monkeypatch.setattr(vit_weights, "read", lambda source: arrays)
     config = full(**{"model.weights": "public.npz"})
     method = train_step.make_method(config)
-    params, stats = train_step.starting_weights(method, config)
+    params, stats = train_step.starting_weights(method)
     encoder = params["backbone"].pop("encoder")
     assert len(jax.tree.leaves(encoder)) == 353
     for key, value in values.items():
@@ -104,10 +104,9 @@ def test_training_starts_from_public_weights(tmp_path, capsys):
     np.savez(tmp_path / "mine.npz", **arrays)
     config = tiny("mean_teacher")
     method, mesh = train_step.make_method(config), devices.make_mesh(config)
-    optimizer, _ = optimizers.make_optimizer(config)
-    plain = train_step.init_state(method, optimizer, config, mesh)
+    plain = train_step.init_state(method, mesh)
     config.model.weights = str(tmp_path / "mine.npz")
-    state = train_step.init_state(method, optimizer, config, mesh)
+    state = train_step.init_state(method, mesh)
     for params in (state.params, state.extra["params"]):
         for key, value in arrays.items():
             value = value[:, 1:] if key.endswith("pos_embedding") else value
@@ -121,7 +120,7 @@ def test_training_starts_from_public_weights(tmp_path, capsys):
         np.savez(tmp_path / "odd.npz", **changed)
         config.model.weights = str(tmp_path / "odd.npz")
         with pytest.raises(UserError) as error:
-            train_step.starting_weights(method, config)
+            train_step.starting_weights(method)
         return str(error.value).removeprefix(config.model.weights)
 
     key = "block2/unit1/conv2/kernel"
@@ -258,13 +257,12 @@ def stepped():
     """One step of CGS by AdamW: config, method, optimiser, mesh, states before and after."""
     config = tiny()
     method, mesh = train_step.make_method(config), devices.make_mesh(config)
-    optimizer, _ = optimizers.make_optimizer(config)
-    before = train_step.init_state(method, optimizer, config, mesh)
-    step = train_step.make_train_step(method, optimizer, config, mesh)
+    before = train_step.init_state(method, mesh)
+    step = train_step.make_train_step(method, mesh)
     batch = jax.tree.map(jnp.asarray, tiny_batch(config))
-    after, metrics = step(jax.tree.map(jnp.copy, before), batch, train_step.seed_of(config))
+    after, metrics = step(jax.tree.map(jnp.copy, before), batch, np.uint32(config.seed))
     assert np.isfinite(metrics.values).all()
-    return config, method, optimizer, mesh, *jax.device_get((before, after))
+    return config, method, mesh, *jax.device_get((before, after))
 
 
 def check_gradients(gradients):
@@ -278,7 +276,7 @@ def check_gradients(gradients):
 
 def test_step_of_cgs(stepped):
     """Every parameter has a gradient, which the first average of AdamW holds, and moves."""
-    config, _, _, _, before, after = stepped
+    config, _, _, before, after = stepped
     check_gradients(jax.tree.map(lambda m: m / 0.1, after.opt_state[0].mu))
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), before.params, after.params)
     assert max(jax.tree.leaves(moved)) < 1.1 * config.optimizer.lr
@@ -311,7 +309,7 @@ def test_gradients_of_other_methods(name):
 
 def test_precise_statistics_are_without_dropout(stepped):
     """Twice the same whatever the running averages; the first layer as evaluation mode sees it."""
-    config, method, _, mesh, _, state = stepped
+    config, method, mesh, _, state = stepped
     config = tiny(**{"precise_bn": 1, "model.dropout": 0.5})
     batch = tiny_batch(config)
     precise = batch_norm.make_precise(config, method, [batch], mesh)
@@ -335,10 +333,10 @@ def test_precise_statistics_are_without_dropout(stepped):
 
 
 def test_state_is_saved_restored_and_sharded(stepped, tmp_path):
-    config, method, optimizer, mesh, _, state = stepped
+    config, method, mesh, _, state = stepped
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state, dice=0.5)
-    like = train_step.abstract_state(method, optimizer, config, mesh)
+    like = train_step.abstract_state(method, mesh)
     restored = checkpoints.restore_latest(like)
     checkpoints.close()
     assert jax.tree.structure(restored) == jax.tree.structure(state)

@@ -18,7 +18,7 @@ from cgs_jax.methods import augment, pseudo_labels, synthesis, versemi
 from cgs_jax.models import packed, unet3d
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.training import optimizers, train_step
+from cgs_jax.training import train_step
 from cgs_jax.training.resolve import check
 from configs import nnunet
 from configs.models import unet3d as options_of_unet3d
@@ -134,9 +134,8 @@ def test_every_method_sees_volumes(method):
     config = volumes(method)
     check(config)
     made, mesh = train_step.make_method(config), devices.make_mesh(config)
-    optimizer, _ = optimizers.make_optimizer(config)
-    step = train_step.make_train_step(made, optimizer, config, mesh)
-    inputs = train_step.abstract_inputs(made, optimizer, config, mesh)
+    step = train_step.make_train_step(made, mesh)
+    inputs = train_step.abstract_inputs(made, mesh)
     state, metrics = jax.eval_shape(step, *inputs)
     assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, inputs[0])
     assert "loss" in metrics.names

@@ -91,15 +91,14 @@ class Shown(NamedTuple):
 
 def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]]) -> list[Shown]:
     """Cases with their Dice, predicted again to be looked at."""
-    volumes = {case: prepared.volume(case) for case, _ in cases}
-    found = {}
-    for case, (label,) in summaries.segmented(predictor, prepared, volumes, predictor.scoring):
-        task, volume = prepared.task(case), volumes[case]
+    found, dice = {}, dict(cases)
+    for case, (label,) in summaries.segmented(predictor, prepared, dice, predictor.scoring):
+        task, volume = prepared.task(case), prepared.volume(case)
         known = prepared.organs(case)
         marked = [i for i, organ in enumerate(task.data.classes, 1) if organ in known]
         label = np.where(volume.label == NO_LABEL, 0, label)
         labels = (np.where(np.isin(x, marked), x + task.first, 0) for x in (volume.label, label))
-        found[case] = Shown(case, dict(cases)[case], task.data.slicing, volume.image[0], *labels)
+        found[case] = Shown(case, dice[case], task.data.slicing, volume.image[0], *labels)
     return [found[case] for case, _ in cases]
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from cgs_jax.analysis import plots
 from cgs_jax.data import tasks
-from cgs_jax.data.grid import resize
 from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.files import read_lines, to_json, write_text
 from cgs_jax.runtime.logs import time_spent
@@ -48,6 +47,7 @@ def write(
         "summary": {s: summary[s] for s in summaries.SPLITS if s in summary},
         "splits": summaries.SPLITS,
         "heads": metrics.HEADINGS | {"voxels": "true voxels"},
+        "shares": metrics.SHARES,
         "final": split,
         "shown": [slices(shown) for shown in cases],
         "config": config.to_dict(),
@@ -76,18 +76,13 @@ def slices(shown):
     there = np.flatnonzero((np.asarray(shown.truth) | shown.label).any((1, 2)))
     first, last = (there[0], there[-1]) if len(there) else (0, len(shown.truth) - 1)
     numbers = np.unique(np.linspace(first, last, min(SLICES, last - first + 1)).round().astype(int))
-    pictures = []
-    for at in numbers:
-        strip = np.stack([_shrink(x) for x in plots.panels(shown, at)])
-        file = io.BytesIO()
-        Image.fromarray(np.concatenate(strip, 1)).save(file, "JPEG", quality=88)
+    every = [np.stack(plots.panels(shown, at)) for at in numbers]
+    box, pictures = plots.body(np.concatenate(every)), []
+    for panels in every:
+        picture, file = Image.fromarray(np.concatenate(panels[:, *box], 1)), io.BytesIO()
+        picture.thumbnail((len(panels) * WIDTH, WIDTH), Image.Resampling.NEAREST)
+        picture.save(file, "JPEG", quality=88)
         pictures.append(_uri("jpeg", file))
     start = int(np.argmin(np.abs(numbers - plots.fullest_slice(shown.truth))))
     about = {"case": shown.case, "dice": shown.dice, "numbers": numbers.tolist(), "start": start}
     return about | {"pictures": pictures}
-
-
-def _shrink(picture):
-    scale = min(1, WIDTH / max(picture.shape[:2]))
-    height, width = (round(scale * n) for n in picture.shape[:2])
-    return np.moveaxis(resize(np.moveaxis(picture, -1, 0), height, width), 0, -1)

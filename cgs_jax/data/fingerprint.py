@@ -63,7 +63,7 @@ def _facts(case, data):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(facts._asdict()))
-    except OSError:
+    except (OSError, UserError):
         pass  # it is looked up again
     return facts
 
@@ -73,7 +73,10 @@ def _look(case, data):
     first, voxels, intensities = scans[0], None, []
     if case.label:
         label = nifti.read_label(case.label[0], case.image[0], first, data)
-        label = _in_classes(label, first.array[None], case, data)
+        module, image = tasks.layout(data), first.array[None]
+        if hasattr(module, "to_classes"):
+            label = module.to_classes(label, image, case)
+        label = check_label(label, image, case.label[0], data.classes, data.numbers, data.ignore)
         known = data.classes if case.annotated is None else case.annotated
         numbers = {organ: i for i, organ in enumerate(data.classes, 1) if organ in known}
         voxels = {organ: int(np.count_nonzero(label == i)) for organ, i in numbers.items()}
@@ -84,25 +87,8 @@ def _look(case, data):
     return Facts(first.array.shape, first.spacing, voxels, intensities)
 
 
-def _in_classes(label, image, case, data):
-    """The label in the numbers of `data.classes`."""
-    module = tasks.layout(data)
-    if hasattr(module, "to_classes"):
-        label = module.to_classes(label, image, case)
-    return check_label(label, image, case.label[0], data.classes, data.numbers, data.ignore)
-
-
-def median_pixel(facts: Mapping[str, Facts]) -> float:
-    """For `data.spacing='median'`: millimetres of a pixel."""
-    return _median(facts, slice(1, 3))
-
-
-def median_slice(facts: Mapping[str, Facts]) -> float:
-    """For `data.slice_spacing='median'`: millimetres from slice to slice."""
-    return _median(facts, slice(0, 1))
-
-
-def _median(facts, axes):
+def median(facts: Mapping[str, Facts], axes: slice) -> float:
+    """For `data.spacing` and `data.slice_spacing`: millimetres of a voxel along `axes` of three."""
     return round(float(np.median([of.spacing[axes] for of in facts.values()])), 3)
 
 

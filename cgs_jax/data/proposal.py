@@ -20,6 +20,12 @@ def of_scans(
 ) -> dict[str, Any]:
     """Fields of the configuration: the grid, what a step sees of it, and how much of it.
 
+    Slices of one shape and pixel are taken as they are, if they are square and not large; all
+    others are resampled to their median pixel, and a step sees windows about as large as the median
+    slice, at most what the device is fit for. Volumes are resampled to their median voxel, windows
+    are about as large as the median scan, and slices are pooled once pixels have become as large as
+    they are thick (as nnU-Net does it).
+
     Args:
       stride: what the sides of windows must divide by.
       platform: 'cpu', or another.
@@ -27,19 +33,7 @@ def of_scans(
       pixel: millimetres to resample slices to, where that is given.
     """
     if poolings:
-        return of_volumes(facts, poolings, stride, platform)
-    return of_slices(facts, stride, platform, pixel)
-
-
-def of_slices(
-    facts: Mapping[str, Facts], stride: int, platform: str, pixel: float = 0
-) -> dict[str, Any]:
-    """Those of `of_scans` for slices.
-
-    Scans of one shape and voxel size are taken as they are, if they are square and not large; all
-    others are resampled to their median pixel, and a step sees windows about as large as the median
-    slice, at most what the device is fit for.
-    """
+        return _of_volumes(facts, poolings, stride, platform)
     largest = LARGEST.get(platform, LARGEST["other"])
     shapes = np.array([of.shape[1:] for of in facts.values()])
     pixels = np.array([of.spacing[1:] for of in facts.values()])
@@ -55,12 +49,7 @@ def of_slices(
     return fields | (ANYWHERE if patch < extent else {})
 
 
-def of_volumes(
-    facts: Mapping[str, Facts], poolings: int, stride: int, platform: str
-) -> dict[str, Any]:
-    """Those of `of_scans` for a backbone that sees volumes and pools them so often: all scans at
-    their median voxel, windows about as large as the median scan, and slices that are pooled once
-    pixels have become as large as they are thick (as nnU-Net does it)."""
+def _of_volumes(facts, poolings, stride, platform):
     spacings = np.array([of.spacing for of in facts.values()])
     between, pixel = np.median(spacings[:, 0]), np.median(spacings[:, 1:])
     extents = 1 + (np.array([of.shape for of in facts.values()]) - 1) * spacings

@@ -28,7 +28,6 @@ from cgs_jax.models import network
 from cgs_jax.runtime import devices, run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder
-from cgs_jax.training import optimizers
 from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.train_state import TrainState
 from cgs_jax.training.train_step import abstract_state, make_method
@@ -259,11 +258,8 @@ def restore_run(
 ) -> tuple[Method, TrainState]:
     """A run and its best checkpoint, on the devices of this process; `options` replace its own."""
     method = load_run(workdir, options)
-    like = abstract_state(
-        method, optimizers.make_optimizer(method.config)[0], method.config, devices.local_mesh()
-    )
     checkpoints = Checkpoints(workdir, read_only=True)
-    state = checkpoints.restore_best(like)
+    state = checkpoints.restore_best(abstract_state(method, devices.local_mesh()))
     checkpoints.close()
     return method, state
 

@@ -60,7 +60,7 @@ class Method(base.Method):
         pair = base.Pair(student, teacher)
         return base.Passes([base.labelled(labelled, views)], [pair], model_state, state.extra)
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         ((student, teacher, *_),) = pairs
         _, dice, sure = base.confident_loss(student, teacher, self.config.method.tau)
         return {"unsup/dice": dice}, {"cover/sure": sure}

@@ -123,7 +123,7 @@ class Method:
         """Runs student and teachers on the views of one step."""
         raise NotImplementedError
 
-    def unsupervised(self, pairs: list[Pair], step: jax.Array) -> tuple[Terms, Terms]:
+    def unsupervised(self, pairs: list[Pair]) -> tuple[Terms, Terms]:
         """Terms 'unsup/...', whose sum is weighted, and shares of pixels 'cover/...'."""
         return {}, {}
 
@@ -146,7 +146,7 @@ class Method:
         supervised = sum(terms.values())
         metrics = {"loss": supervised, "sup": supervised, **terms}
         if passes.pairs:
-            terms, coverage = self.unsupervised(passes.pairs, step)
+            terms, coverage = self.unsupervised(passes.pairs)
             unsupervised = sum(terms.values())
             weight = self.weight(step)
             loss = supervised + weight * unsupervised

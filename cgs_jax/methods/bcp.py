@@ -58,7 +58,7 @@ class Method(base.WithTeacher):
         pair = base.Pair(student, teacher, ~(keep | pretrains))
         return base.Passes([labelled], [pair], model_state, extra)
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         ((student, teacher, where, _),) = pairs
         label = jnp.argmax(teacher.generalist, -1).astype(jnp.uint8)
         label = pseudo_labels.largest_components(label, self.num_targets)

@@ -83,7 +83,7 @@ class Method(base.WithTeacher):
             [base.labelled(labelled, views)], [base.Pair(mixed, pseudo)], model_state, extra
         )
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         return consistency(pairs, self.config.method)
 
     def _lean(self, params, state, views, key):
@@ -109,7 +109,8 @@ class Method(base.WithTeacher):
         if not self.specialists:
             return PseudoLabels(label, known)
         classes = self.config.model.head_classes
-        return pseudo_labels.from_truth(label, known, self.num_targets, classes)
+        votes = pseudo_labels.relabel(label, self.num_targets, classes)
+        return PseudoLabels(label, known, label, votes, known)  # a teacher without error
 
     def _full(self, params, state, views, key):
         k_weak, k_strong, k_own, k_partner = jax.random.split(key, 4)
@@ -142,7 +143,7 @@ class Over:
         if isinstance(method, Method) or not method.unlabelled:
             name = method.config.method.name
             raise UserError(f"base={name}: CGS lies over other methods with unlabelled images only")
-        check_terms(method.config.cgs)
+        check_terms(method.config.cgs, "cgs")
         self.method = method
 
     def __getattr__(self, name):
@@ -161,12 +162,12 @@ class Over:
         return metrics["loss"], (passes.model_state, passes.extra, metrics)
 
 
-def check_terms(options: ConfigDict) -> None:
-    """Raises UserError where `options.terms` names none of `TERMS`."""
+def check_terms(options: ConfigDict, section: str = "method") -> None:
+    """Raises UserError where `options.terms` of a `section` of the config names none of `TERMS`."""
     wrong = set(options.terms) - set(TERMS)
     if wrong:
         raise UserError(
-            f"unknown --config.method.terms {', '.join(sorted(wrong))}; "
+            f"unknown --config.{section}.terms {', '.join(sorted(wrong))}; "
             f"there are: {', '.join(TERMS)}"
         )
 

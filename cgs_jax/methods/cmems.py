@@ -155,7 +155,7 @@ class Method(cps.Method):
             )[taken]
         ]
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         options, terms, cover = self.config.method, {}, {}
         weights = {"image": options.image_weight, "feature": options.feature_weight}
         names = [name for name in self.consistent for _ in NAMES]

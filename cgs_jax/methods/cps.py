@@ -30,7 +30,7 @@ class Method(base.Method):
         pairs = map(base.Pair, unlabelled, jax.lax.stop_gradient(unlabelled[::-1]))
         return base.Passes(labelled, list(pairs), model_state, state.extra)
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         def ce(pair):
             label = jnp.argmax(pair.teacher.generalist, -1)
             return losses.segmentation_loss(pair.student.generalist, label)[0]

@@ -25,7 +25,7 @@ class Method(base.Method):
         pair = base.Pair(strong, own)
         return base.Passes([base.labelled(labelled, views)], [pair], model_state, state.extra)
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         ((student, teacher, *_),) = pairs
         ce, dice, sure = base.confident_loss(student, teacher, self.config.method.tau)
         return {"unsup/ce": ce, "unsup/dice": dice}, {"cover/sure": sure}

@@ -29,7 +29,7 @@ class Method(base.WithTeacher):
         pair = base.Pair(blended, teacher)
         return base.Passes([base.labelled(labelled, views)], [pair], model_state, extra)
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         ((student, teacher, *_),) = pairs
         error = mean_teacher.squared_error(student.generalist, teacher.generalist)
         return {"unsup/mse": jnp.mean(error)}, {}

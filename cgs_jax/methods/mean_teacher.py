@@ -28,11 +28,13 @@ class Method(base.WithTeacher):
         pair = base.Pair(unlabelled, teacher)
         return base.Passes([base.labelled(labelled, views)], [pair], model_state, extra)
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         ((student, teacher, *_),) = pairs
         error = squared_error(student.generalist, teacher.generalist)
-        begun = step >= self.begin
-        return {"unsup/mse": begun * jnp.mean(error)}, {}
+        return {"unsup/mse": jnp.mean(error)}, {}
+
+    def weight(self, step):
+        return super().weight(step) * (step >= self.begin)
 
 
 def noisy(key: jax.Array, image: jax.Array) -> jax.Array:

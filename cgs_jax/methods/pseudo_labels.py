@@ -84,15 +84,6 @@ def specialist_probs(outputs: Outputs) -> jax.Array:
     return jax.nn.softmax(jnp.concatenate(outputs.specialists, -2).astype(jnp.float32))
 
 
-def from_truth(
-    label: jax.Array, known: jax.Array, num_targets: int, num_classes: int
-) -> PseudoLabels:
-    """What a teacher without error would say of images with `label` [B, *S], where it is `known`
-    [B, *S]."""
-    votes = relabel(label, num_targets, num_classes)
-    return PseudoLabels(label, known, label, votes, known)
-
-
 def confident(logits: jax.Array, tau: float) -> tuple[jax.Array, jax.Array]:
     """Labels, and where their probability exceeds `tau`: [B, *S] each."""
     probs = jax.nn.softmax(logits.astype(jnp.float32))

@@ -33,7 +33,7 @@ class Method(mean_teacher.Method):
         sure = entropy < share * np.log(mean.shape[-1])
         return passes._replace(pairs=[base.Pair(student, teacher, sure)])
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         ((student, teacher, sure, _),) = pairs
         error = mean_teacher.squared_error(student.generalist, teacher.generalist)
         mean = jnp.sum(error * sure) / (jnp.sum(sure) + 1e-16)

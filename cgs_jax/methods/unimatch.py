@@ -49,7 +49,7 @@ class Method(base.Method):
         pairs = list(map(base.Pair, students, teachers, [None] * 3, SHARES))
         return base.Passes([base.labelled(labelled, views)], pairs, model_state, state.extra)
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         terms = {}
         for name, share, (student, teacher, *_) in zip(
             ("first", "second", "perturbed"), SHARES, pairs, strict=True

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from cgs_jax.methods import base
-from cgs_jax.models.network import build, levels
+from cgs_jax.models.network import backbone, build
 from cgs_jax.runtime.errors import UserError
 
 
@@ -17,7 +17,7 @@ class Method(base.Method):
 
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
-        if levels(config) < 3:
+        if backbone(config).levels(config.model) < 3:
             raise UserError(f"urpc: the model, {config.model.name}, needs at least 3 levels")
         self.network = build(config, self.specialists, pyramid=True)
 
@@ -30,7 +30,7 @@ class Method(base.Method):
         pair = base.Pair(unlabelled, jax.lax.stop_gradient(unlabelled))
         return base.Passes([base.labelled(labelled, views)], [pair], model_state, state.extra)
 
-    def unsupervised(self, pairs, step):
+    def unsupervised(self, pairs):
         ((student, *_),) = pairs
         log_probs = jax.nn.log_softmax(base.scales(student).astype(jnp.float32))
         mean = jnp.mean(jnp.exp(log_probs), -2, keepdims=True)

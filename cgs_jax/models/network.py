@@ -1,7 +1,8 @@
 """Networks. `build(config)` puts a backbone and its heads together."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -78,7 +79,7 @@ def build(
     config: ConfigDict, specialists: bool, pyramid: bool = False, prompts: bool = False
 ) -> Network:
     """Network of `config.model`, with one specialist per organ of `config.data.classes`."""
-    module, model = _backbone(config), ConfigDict(config.model.to_dict())
+    module, model = backbone(config), ConfigDict(config.model.to_dict())
     choose_lowering(model, jax.default_backend())
     options = _own(model)
     heads = {"num_classes": model.head_classes, "depth": model.head_depth}
@@ -110,45 +111,30 @@ def choose_lowering(model: ConfigDict, platform: str) -> None:
         model.head_group = HEAD_GROUP.get(platform, Specialists.group)
 
 
-def levels(config: ConfigDict) -> int:
-    """How many maps the backbone returns."""
-    return _backbone(config).levels(config.model)
-
-
-def load_weights(config: ConfigDict, variables: Any) -> Any:
-    """Shapes of a network's `variables` -> the same tree, in which arrays from the file
-    `config.model.weights` stand where it has any.
-
-    Raises:
-      UserError: it can not be read, or does not fit.
-    """
-    return _backbone(config).load_weights(config.model.weights, variables)
-
-
 def stride(config: ConfigDict) -> int:
     """What the sides of slices must divide by."""
-    return _backbone(config).stride(config.model)
+    return backbone(config).stride(config.model)
 
 
 def depth_stride(config: ConfigDict) -> int:
     """What the numbers of slices of volumes must divide by; 1 of a backbone for slices."""
-    return _backbone(config).depth_stride(config.model) if sees_volumes(config) else 1
+    return backbone(config).depth_stride(config.model) if sees_volumes(config) else 1
 
 
 def poolings(config: ConfigDict) -> int:
     """How often a backbone for volumes pools them; 0 of one for slices."""
-    return levels(config) - 1 if sees_volumes(config) else 0
+    return backbone(config).levels(config.model) - 1 if sees_volumes(config) else 0
 
 
 def sees_volumes(config: ConfigDict) -> bool:
     """Whether the backbone is for volumes [B, D, H, W, C]: then it has a `depth_stride`."""
-    return hasattr(_backbone(config), "depth_stride")
+    return hasattr(backbone(config), "depth_stride")
 
 
 def check(config: ConfigDict) -> None:
     """Raises UserError where an option of `config.model` has a value that can not be, or the
     backbone is not for what training sees, slices or volumes."""
-    module, name, depth = _backbone(config), config.model.name, config.data.depth
+    module, name, depth = backbone(config), config.model.name, config.data.depth
     if sees_volumes(config) != bool(depth):
         sees = "volumes, so it must be above 0" if sees_volumes(config) else "slices: it must be 0"
         raise UserError(f"data.depth={depth}: {name} sees {sees}; model=unet3d sees volumes")
@@ -173,5 +159,6 @@ def _own(model):
     return {k: v for k, v in model.items() if k not in SHARED}
 
 
-def _backbone(config):
+def backbone(config: ConfigDict) -> ModuleType:
+    """The module of `config.model.name`; docs/adding.md says what it has."""
     return load_by_name("cgs_jax.models", config.model.name, "model")

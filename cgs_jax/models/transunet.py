@@ -17,6 +17,8 @@ from cgs_jax.models.resnet_vit import FORMS, Encoder
 from cgs_jax.models.unet import BatchNorm, conv_init, drop_channels, statistics
 from cgs_jax.runtime.errors import UserError
 
+load_weights = vit_weights.load
+
 
 class ConvNorm(nn.Module):
     """conv3x3 without bias - batch norm - ReLU, to `features` channels."""
@@ -115,12 +117,3 @@ def check(model: Any, size: int) -> None:
         raise UserError(f"model.dropout={model.dropout} must be between 0 and 0.9")
     if size % 16:
         raise UserError(f"data.size={size} does not divide by 16")
-
-
-def load_weights(source: str, variables: Any) -> Any:
-    """`variables` of the network, whose encoder has the arrays of a public `.npz` of R50-ViT-B/16.
-
-    Raises:
-      UserError: it can not be read, or does not fit.
-    """
-    return vit_weights.load(source, variables)

@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cgs_jax.data import tasks
 from cgs_jax.data.cache import Prepared
-from cgs_jax.data.volume import NO_LABEL, Volume
+from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.inference.predictor import LITERATURE, Predictor, Scoring
 from cgs_jax.runtime import processes, threads
 from cgs_jax.runtime.errors import UserError
@@ -48,8 +48,7 @@ def evaluate(
     """Scores the annotated organs of `cases`, or regions of them, dealt over the processes, by each
     scoring; without `surface` only the overlap metrics."""
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
-    volumes = {case: prepared.volume(case) for case in cases}
-    labels = segmented(predictor, prepared, volumes, *scorings)
+    labels = segmented(predictor, prepared, cases, *scorings)
     labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
     futures = {}
     # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
@@ -57,7 +56,8 @@ def evaluate(
     pool = ThreadPoolExecutor(min(8, len(threads.cores())))
     try:
         for case, by_scoring in labels:
-            truth, spacing = np.asarray(volumes[case].label), volumes[case].spacing
+            _, truth, spacing = prepared.volume(case)
+            truth = np.array(truth)  # many cases wait here, and each open file counts
             for which, label in enumerate(by_scoring):
                 for name, own in prepared.scored(case).items():
                     future = pool.submit(_score, label, truth, own, spacing, surface)
@@ -75,11 +75,11 @@ def evaluate(
 
 
 def segmented(
-    predictor: Predictor, prepared: Prepared, volumes: Mapping[str, Volume], *scorings: Scoring
+    predictor: Predictor, prepared: Prepared, cases: Iterable[str], *scorings: Scoring
 ) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
     """Of each case its labels [D, H, W] by each scoring, a data set after the other."""
-    for name, cases in prepared.by_task(volumes).items():
-        of_task = ((case, volumes[case]) for case in cases)
+    for name, own in prepared.by_task(cases).items():
+        of_task = ((case, prepared.volume(case)) for case in own)
         yield from predictor.of(name).labels(of_task, *scorings)
 
 

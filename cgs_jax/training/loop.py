@@ -27,7 +27,7 @@ from cgs_jax.training import optimizers
 from cgs_jax.training.batch_norm import make_precise
 from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.train_state import Metrics, TrainState
-from cgs_jax.training.train_step import abstract_state, init_state, make_train_step, seed_of
+from cgs_jax.training.train_step import abstract_state, init_state, make_train_step
 
 RESULTS = ("summary.json", "report.html")  # what a finished run has, written in this order
 
@@ -51,10 +51,10 @@ def train(
     Raises:
       UserError: the loss is not finite; checkpoints from before are kept.
     """
-    optimizer, schedule = optimizers.make_optimizer(config)
-    state = checkpoints.restore_latest(abstract_state(method, optimizer, config, mesh))
+    _, schedule = optimizers.make_optimizer(config)
+    state = checkpoints.restore_latest(abstract_state(method, mesh))
     if state is None:
-        state = init_state(method, optimizer, config, mesh)
+        state = init_state(method, mesh)
     start = int(state.step)
     if start:
         say(f"resuming {workdir} at step {start}")
@@ -68,7 +68,7 @@ def train(
             (workdir / name).unlink(missing_ok=True)
 
     batches = device_batches(config, method, prepared, mesh, start)
-    train_step = make_train_step(method, optimizer, config, mesh)
+    train_step = make_train_step(method, mesh)
     predictor = make_predictor(method)
     measure = pseudo_label_quality.make_measure(config, method, prepared)
     norm = jax.jit(optax.tree.norm)
@@ -142,7 +142,7 @@ def steps(
 
     Only there the host waits for the device. The next step donates the yielded state.
     """
-    unlogged, seed = [], seed_of(config)
+    unlogged, seed = [], np.uint32(config.seed)
     for step, batch in enumerate(batches, start + 1):
         state, metrics = train_step(state, batch, seed)
         unlogged.append(metrics)

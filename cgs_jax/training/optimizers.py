@@ -20,7 +20,9 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
     if o.name == "sgd":
         return sgd(schedule, o.momentum, o.weight_decay), schedule
     if o.name == "adamw":
-        return adamw(schedule, o.momentum, o.momentum_squares, o.weight_decay), schedule
+        # Loshchilov and Hutter, 1711.05101
+        momenta, decay = (o.momentum, o.momentum_squares), o.weight_decay
+        return optax.adamw(schedule, *momenta, weight_decay=decay, mask=_kernels), schedule
     raise UserError(f"unknown optimizer.name {o.name!r}; there are: adamw, sgd")
 
 
@@ -34,20 +36,7 @@ def sgd(
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum))
 
 
-def adamw(
-    schedule: optax.ScalarOrSchedule, momentum: float, momentum_squares: float, weight_decay: float
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, 1711.05101): m and v are the averages of g and g^2 without
-    their bias towards 0; w = w - lr (m / (sqrt(v) + 1e-8) + wd w).
-
-    Only kernels decay. Biases, the scales of norms and position embeddings do not: nothing says
-    that they should be near 0.
-    """
-    return optax.adamw(
-        schedule, momentum, momentum_squares, weight_decay=weight_decay, mask=_kernels
-    )
-
-
 def _kernels(params: Any) -> Any:
-    """True for the kernels of convolutions, matrix products and stacked heads."""
+    """True for the kernels of convolutions, matrix products and stacked heads, which decay. Biases,
+    the scales of norms and position embeddings do not: nothing says that they should be near 0."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.endswith("kernel"), params)

@@ -15,6 +15,7 @@ from cgs_jax.methods.base import Method
 from cgs_jax.models import network
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.by_name import load_by_name
+from cgs_jax.training import optimizers
 from cgs_jax.training.train_state import Metrics, TrainState
 
 
@@ -45,25 +46,26 @@ def without_specialists(config: ConfigDict) -> ConfigDict | None:
     return plain
 
 
-def init_state(
-    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
-) -> TrainState:
+def init_state(method: Method, mesh: Mesh) -> TrainState:
     """A fresh state, made on the devices; its networks, and averages of them, have the weights of
     `config.model.weights` where that names any.
 
     Raises:
       UserError: those can not be read, or do not fit.
     """
-    init, key = _init(method, optimizer, config), jax.random.key(config.seed)
+    config, init = method.config, _init(method)
+    key = jax.random.key(config.seed)
     shardings = devices.of_state(mesh, jax.eval_shape(init, key), config.mesh.shard_params)
     state = devices.jit(init, mesh, once=True, out_shardings=shardings)(key)
-    return with_weights(state, *starting_weights(method, config)) if config.model.weights else state
+    return with_weights(state, *starting_weights(method)) if config.model.weights else state
 
 
-def starting_weights(method: Method, config: ConfigDict) -> tuple[Any, Any]:
+def starting_weights(method: Method) -> tuple[Any, Any]:
     """(params, model_state) of `config.model.weights`; what it does not have are mere shapes."""
+    config = method.config
     variables = jax.eval_shape(method.network.init, jax.random.key(0), _example(config))
-    loaded = network.load_weights(config, variables)
+    load = network.backbone(config).load_weights
+    loaded = load(config.model.weights, variables)
     return loaded["params"], {"batch_stats": loaded["batch_stats"]}
 
 
@@ -90,20 +92,15 @@ def with_weights(state: TrainState, *trees: Any) -> TrainState:
     return state.replace(params=params, model_state=model_state, extra=extra)
 
 
-def abstract_state(
-    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
-) -> TrainState:
+def abstract_state(method: Method, mesh: Mesh) -> TrainState:
     """Its shapes and shardings."""
-    state = jax.eval_shape(_init(method, optimizer, config), jax.random.key(0))
-    return devices.abstract(state, devices.of_state(mesh, state, config.mesh.shard_params))
+    state = jax.eval_shape(_init(method), jax.random.key(0))
+    return devices.abstract(state, devices.of_state(mesh, state, method.config.mesh.shard_params))
 
 
-def abstract_inputs(
-    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
-) -> tuple[TrainState, Any, Any]:
+def abstract_inputs(method: Method, mesh: Mesh) -> tuple[TrainState, Any, Any]:
     """Shapes and shardings of state, batch and seed: the step can be compiled from them alone."""
-    state = abstract_state(method, optimizer, config, mesh)
-    batch = {}
+    config, batch = method.config, {}
     for name, stream in method.streams().items():
         shape = (stream.count, *patches.shape(config.data, 0, config.total_steps))
         batch[name] = {"image": jax.ShapeDtypeStruct((*shape, config.data.channels), np.uint16)}
@@ -116,7 +113,8 @@ def abstract_inputs(
                 batch[name] |= {"annotated": marks, "member": marks}
     seed = jax.ShapeDtypeStruct((), np.uint32)
     batch = devices.abstract(batch, devices.batched(mesh))
-    return state, batch, devices.abstract(seed, devices.replicated(mesh))
+    seed = devices.abstract(seed, devices.replicated(mesh))
+    return abstract_state(method, mesh), batch, seed
 
 
 def _example(config):
@@ -127,21 +125,22 @@ def _example(config):
     return jnp.zeros((1, *shape, config.data.channels))
 
 
-def _init(method, optimizer, config):
+def _init(method):
+    optimizer, _ = optimizers.make_optimizer(method.config)
+
     def init(key):
-        params, model_state, extra = method.init(key, _example(config))
+        params, model_state, extra = method.init(key, _example(method.config))
         opt_state = optimizer.init(params)
         return TrainState(jnp.zeros((), jnp.int32), params, model_state, opt_state, extra)
 
     return init
 
 
-def make_train_step(
-    method: Method, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
-) -> Any:
+def make_train_step(method: Method, mesh: Mesh) -> Any:
     """Compiles (state, batch, seed) -> (state, metrics). The state is donated and keeps its
-    shardings; `seed` is `seed_of(config)`, an argument so that seeds share the compiled program
-    (but AD-MT's, whose teachers take turns by the seed)."""
+    shardings; `seed` is `config.seed` as uint32, an argument so that seeds share the compiled
+    program (but AD-MT's, whose teachers take turns by the seed)."""
+    optimizer, _ = optimizers.make_optimizer(method.config)
 
     def train_step(state, batch, seed):
         k_views, k_loss = step_keys(seed, state.step)
@@ -151,7 +150,7 @@ def make_train_step(
         model_state, extra, metrics = aux
         state = state.replace(model_state=model_state, extra=extra)
         state = method.after_update(apply_gradients(optimizer, state, grads))
-        shardings = devices.of_state(mesh, state, config.mesh.shard_params)
+        shardings = devices.of_state(mesh, state, method.config.mesh.shard_params)
         return jax.lax.with_sharding_constraint(state, shardings), Metrics.of(metrics)
 
     return devices.jit(train_step, mesh, donate_argnums=0)
@@ -165,11 +164,6 @@ def step_keys(seed, step):
 def make_views(method, mesh, batch, key):
     batch = {k: v | {"image": augment.to_image(v["image"])} for k, v in batch.items()}
     return devices.split_rows(mesh, method.views(batch, key))
-
-
-def seed_of(config: ConfigDict) -> np.uint32:
-    """Root of all random keys of the steps."""
-    return np.uint32(config.seed)
 
 
 def apply_gradients(
