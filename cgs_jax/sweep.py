@@ -151,7 +151,8 @@ def _module(path):
     if not spec or not pathlib.Path(path).is_file():
         raise UserError(f"no Python file {path}")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Not by the loader: its bytecode is that of before where a file changes within a second.
+    exec(compile(pathlib.Path(path).read_bytes(), path, "exec"), module.__dict__)
     return module
 
 
