@@ -144,6 +144,7 @@ def test_full_disk_names_the_file(small_disk):
         for path, write in writes.items():
             with pytest.raises(UserError, match=f"can not write {path}: No space left on device"):
                 write()
+        assert not list(disk.rglob("unfinished*"))
         leave(10_000)
 
 

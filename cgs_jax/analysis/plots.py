@@ -14,7 +14,7 @@ from scipy import ndimage
 from cgs_jax.data.cache import Prepared
 from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.inference.predictor import Predictor
-from cgs_jax.runtime.files import writing
+from cgs_jax.runtime.files import whole
 from cgs_jax.scoring import summaries
 
 SOURCES = {
@@ -27,8 +27,8 @@ ERRORS = {"missed": "deepskyblue", "too much": "red", "other organ": "gold"}
 
 
 def save(figure: Figure, path: pathlib.Path, **options: Any) -> None:
-    """Writes a figure, also into a bucket."""
-    with writing(path), path.open("wb") as file:
+    """Writes a figure whole or not at all, also into a bucket."""
+    with whole(path) as unfinished, unfinished.open("wb") as file:
         figure.savefig(file, format=path.suffix[1:], **options)
 
 

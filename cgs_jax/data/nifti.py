@@ -16,7 +16,7 @@ import numpy as np
 from cgs_jax.data import itk
 from cgs_jax.data.volume import Case, Volume, finite, normalise
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.files import writing
+from cgs_jax.runtime.files import whole
 
 CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # x, y, z of RAS
 ENDINGS = (".nii.gz", ".nii", *itk.ENDINGS)  # of file names
@@ -189,10 +189,8 @@ def ending_of(path: pathlib.Path) -> str:
 
 def save(nifti: Any, path: pathlib.Path) -> None:
     """Writes a volume as a file of the kind that the ending says, whole or not at all."""
-    unfinished = path.with_name("unfinished_" + path.name)
-    with writing(path):
+    with whole(path) as unfinished:
         (itk.save if path.name.endswith(itk.ENDINGS) else nib.save)(nifti, unfinished)
-        unfinished.replace(path)
 
 
 def channels_of(path: pathlib.Path, count: int) -> tuple[str, str, tuple[pathlib.Path, ...]]:

@@ -60,13 +60,29 @@ def writing(path: pathlib.Path | str) -> Iterator[None]:
         raise UserError(f"can not write {path}: {error.strerror or error}") from error
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all: a kill leaves the old one."""
+@contextlib.contextmanager
+def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The path of a file to write, which then takes the place of `path`: whole or not at all; a
+    kill leaves the old one.
+
+    Raises:
+      UserError: it can not be written.
+    """
     # Several processes may write the same, such as the table of a sweep.
     unfinished = path.with_name(f"unfinished_{platform.node()}_{os.getpid()}_{path.name}")
     with writing(path):
+        try:
+            yield unfinished
+            unfinished.replace(path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file, `whole`."""
+    with whole(path) as unfinished:
         unfinished.write_text(text)
-        unfinished.replace(path)
 
 
 def read_json(path: pathlib.Path) -> Any:
