@@ -10,7 +10,7 @@ python=.venv/bin/python
 $python -m cgs_jax.data.phantom --out "$out/scans"
 # 48 x 48 pixels and 1,200 steps are what 2 cores do in 4 minutes. Both see 4 labelled slices in a
 # step. lambda_max is 0.5 instead of 2.0 because the ramp is 25 times shorter; chosen on the
-# validation cases.
+# validation cases, at 64 x 64.
 options=(--config.data.root="$out/scans" --config.data.size=48 --config.total_steps=1200
   --config.eval_every=300 --config.batch.labelled=4)
 train() {

@@ -1,6 +1,7 @@
 """Nothing is lost: killed, stopped, and damaged runs go on."""
 
 import contextlib
+import importlib.util
 import os
 import pathlib
 import random
@@ -133,19 +134,38 @@ def test_full_disk_names_the_file(small_disk):
     """The system does not."""
     disk, leave = small_disk
     scores, curves, labels = (disk / name for name in ("scores.json", "curves.png", "case.nii.gz"))
-    with contextlib.closing(logs.Writer(disk, 0)) as log:
-        leave(0)
-        writes = {
-            scores: lambda: files.write_text(scores, "1" * 10_000),
-            curves: lambda: plots.save(Figure(), curves),
-            labels: lambda: nifti.save(nib.Nifti1Image(np.eye(99), np.eye(4)), labels),
-            disk / "metrics.jsonl": lambda: log.write(1, {"loss": "1" * 10_000}),
-        }
-        for path, write in writes.items():
-            with pytest.raises(UserError, match=f"can not write {path}: No space left on device"):
-                write()
-        assert not list(disk.rglob("unfinished*"))
-        leave(10_000)
+    (disk / "there").write_text("before")  # a file system of no size would be without limit
+    leave(0)
+    volume = nib.Nifti1Image(np.random.default_rng(0).random((9, 9, 9)), np.eye(4))
+    writes = {
+        scores: lambda: files.write_text(scores, "1" * 10_000),
+        curves: lambda: plots.save(Figure(), curves),
+        labels: lambda: nifti.save(volume, labels),
+    }
+    for path, write in writes.items():
+        with pytest.raises(UserError, match=f"can not write {path}: No space left on device"):
+            write()
+    if importlib.util.find_spec("SimpleITK"):
+        with pytest.raises(UserError, match="can not write .*case.mha: SimpleITK: "):
+            nifti.save(volume, disk / "case.mha")
+    assert list(disk.rglob("*")) == [disk / "there"]
+
+
+@pytest.mark.parametrize("lines", [0, 9])
+def test_full_disk_ends_the_log(small_disk, lines):
+    """It is named, whichever file is the first; nothing waits for what can not be written."""
+    disk, leave = small_disk
+    scalars = {f"loss/{i}": float(i) for i in range(30)}
+    message = f"can not write {disk}/(metrics.jsonl|tensorboard): No space left on device"
+
+    def fill(log):
+        for step in range(1000):
+            if step == lines:
+                leave(0)
+            log.write(step, scalars)
+
+    with pytest.raises(UserError, match=message), contextlib.closing(logs.Writer(disk, 0)) as log:
+        fill(log)
 
 
 def test_full_and_read_only_disk(trained, scans, small_disk):

@@ -254,7 +254,7 @@ def test_perturbed_copy_loses_channels_of_skips_and_transformer(monkeypatch):
 
 @pytest.fixture(scope="module")
 def stepped():
-    """One step of CGS by AdamW: config, method, optimiser, mesh, states before and after."""
+    """One step of CGS by AdamW: config, method, mesh, states before and after."""
     config = tiny()
     method, mesh = train_step.make_method(config), devices.make_mesh(config)
     before = train_step.init_state(method, mesh)

@@ -47,7 +47,10 @@ def save(image: nib.Nifti1Image, path: pathlib.Path) -> None:
     made.SetSpacing(spacing.tolist())
     made.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
     made.SetOrigin(affine[:3, 3].tolist())
-    sitk.WriteImage(made, str(path), useCompression=True)
+    try:
+        sitk.WriteImage(made, str(path), useCompression=True)
+    except RuntimeError as error:
+        raise OSError(f"SimpleITK: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _sitk(path):

@@ -144,13 +144,24 @@ def abstract(tree: Any, shardings: Any) -> Any:
 
 def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
     """Which rows of a batch the devices of this process hold."""
-    mine = np.isin(mesh.devices, mesh.local_devices).any(axis=1)  # places along 'data'
+    mine = _mine(mesh)
     return np.arange(batch).reshape(len(mine), -1)[mine].ravel()
+
+
+def _mine(mesh):
+    """Which places along 'data' have a device of this process."""
+    return np.isin(mesh.devices, mesh.local_devices).any(axis=1)
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """This process's rows of a batch -> global arrays, split along their first axis."""
-    return jax.make_array_from_process_local_data(batched(mesh), batch)
+    mine = _mine(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        shape = (len(x) * len(mine) // mine.sum(), *x.shape[1:])  # jax finds not every mesh's
+        return jax.make_array_from_process_local_data(batched(mesh), x, shape)
+
+    return jax.tree.map(put, batch)
 
 
 def localise(mesh: Mesh, tree: Any) -> Any:

@@ -74,8 +74,9 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
         try:
             yield unfinished
             unfinished.replace(path)
-        except OSError:
-            unfinished.unlink(missing_ok=True)
+        except BaseException:  # a stop, too
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             raise
 
 

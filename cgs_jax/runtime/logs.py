@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard files, and lines on the console."""
 
+import contextlib
 import errno
 import math
 import pathlib
@@ -11,7 +12,9 @@ import time
 from collections.abc import Mapping
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from cgs_jax.runtime import processes, threads
@@ -80,7 +83,11 @@ class Writer:
         self._began = time.monotonic()
         line = {"step": start, "hardware": hardware(), "jax": jax.__version__}
         _put(self._times, line | {"started": time.strftime("%Y-%m-%d %H:%M:%S%z")})
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start + 1)
+        # Not by SummaryWriter: where its thread can not write it dies, and the next scalars wait.
+        (self._folder / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(self._folder / "tensorboard" / "events"))
+        # TensorBoard leaves out what was there from this step on.
+        self._event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line and its TensorBoard scalars."""
@@ -88,14 +95,22 @@ class Writer:
             return
         _put(self._metrics, {"step": step, **scalars})
         for name, value in scalars.items():
-            if not math.isfinite(value):
-                continue
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._event(step=step, summary=scalar(name, value))
+        self._flush()
 
     def _append_to(self, name, lines):
         path = self._folder / name
         write_text(path, "".join(f"{to_json(line)}\n" for line in lines))
         return open(path, "a", buffering=1)
+
+    def _event(self, **fields):
+        with writing(self._folder / "tensorboard"):
+            self._board.write_event(Event(wall_time=time.time(), **fields))
+
+    def _flush(self):
+        with writing(self._folder / "tensorboard"):
+            self._board.flush()
 
     def publish(self, step: int) -> None:
         """Notes how long it took to `step`, and copies all into a `workdir` in a bucket."""
@@ -107,18 +122,20 @@ class Writer:
     def _copy(self):
         if self._folder == self._workdir:
             return
-        self._board.flush()
         for path in filter(pathlib.Path.is_file, self._folder.rglob("*")):
             target = self._workdir / path.relative_to(self._folder)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(path.read_bytes())
 
     def close(self) -> None:
-        """Flushes everything."""
-        if self._first:
+        """Closes the files; what did not fit on the disk has been told."""
+        if not self._first:
+            return
+        try:
             self._copy()
-            self._metrics.close()
-            self._times.close()
-            self._board.close()
+        finally:
+            for file in (self._metrics, self._times, self._board):
+                with contextlib.suppress(OSError):
+                    file.close()
             if self._folder != self._workdir:
                 shutil.rmtree(self._folder)

@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tqdm.contrib.concurrent import thread_map
+from tqdm import tqdm
 
 MOST = 4
 MEMORY = 6e9  # bytes of the machine for each thread: a large CT takes 4 while it is prepared
@@ -29,5 +30,10 @@ def each(function: Callable[[Any], Any], items: Iterable[Any], what: str) -> lis
     The first error ends it; what has begun is waited for.
     """
     items = list(items)
-    bar = {"desc": what, "unit": "scan", "leave": False, "disable": None if items else True}
-    return thread_map(function, items, max_workers=count(), **bar)
+    pool = ThreadPoolExecutor(count())
+    try:
+        results = pool.map(function, items)
+        quiet = None if items else True
+        return list(tqdm(results, what, len(items), unit="scan", leave=False, disable=quiet))
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,10 +1,11 @@
 """Volumes -> slices -> prediction -> volumes -> scores per case and organ."""
 
+import collections
 import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -50,18 +51,23 @@ def evaluate(
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
     labels = segmented(predictor, prepared, cases, *scorings)
     labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
-    futures = {}
+    futures, begun = {}, collections.deque()
     # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
     # at most, for each takes 45 bytes a voxel of the box around its organ.
-    pool = ThreadPoolExecutor(min(8, len(threads.cores())))
+    workers = min(8, len(threads.cores()))
+    pool = ThreadPoolExecutor(workers)
     try:
         for case, by_scoring in labels:
             _, truth, spacing = prepared.volume(case)
-            truth = np.array(truth)  # many cases wait here, and each open file counts
+            truth = np.array(truth)  # the number of open files is limited
+            if len(begun) == 2 * workers:  # and so is memory
+                wait(begun.popleft())
+            begun.append([])
             for which, label in enumerate(by_scoring):
                 for name, own in prepared.scored(case).items():
                     future = pool.submit(_score, label, truth, own, spacing, surface)
                     futures[which, case, name] = future
+                    begun[-1].append(future)
         results = [{case: {} for case in cases} for _ in scorings]
         for (which, case, organ), future in futures.items():
             results[which][case][organ] = future.result()
