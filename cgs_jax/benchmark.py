@@ -110,7 +110,7 @@ def time_step(
     state = train_step.init_state(method, mesh)
     batches = list(itertools.islice(loop.device_batches(config, method, prepared, mesh), 4))
     step = train_step.make_train_step(method, mesh)
-    seed = np.uint32(config.seed)
+    seed = train_step.seed_of(config)
     traced = step.trace(state, batches[0], seed)
     floor = convolution_bytes(traced.jaxpr.jaxpr)
     started = time.perf_counter()

@@ -28,8 +28,10 @@ def test_mean_teacher_by_hand():
     method = train_step.make_method(tiny("mean_teacher"))
     terms, _ = method.unsupervised([base.Pair(student, teacher)])
     np.testing.assert_allclose(terms["unsup/mse"], 0.25 / 2, rtol=1e-5)
-    for name, begin in (("mean_teacher", 2), ("ua_mt", 30)):  # 1/30 and a half of 60 steps
-        fields = {"method.begin": 0.5} if name == "ua_mt" else {}
+    for name, fields, begin in (  # 1/30 and a half of 60 steps
+        ("mean_teacher", {}, 2),
+        ("ua_mt", {"method.begin": 0.5}, 30),
+    ):
         beginning = train_step.make_method(tiny(name, **fields))
         assert beginning.weight(begin - 1) == 0 < beginning.weight(begin)
     sure = jnp.array([[[False, True]]])

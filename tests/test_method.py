@@ -328,7 +328,7 @@ def test_step_learns_and_every_part_gets_gradient(name, options):
         del batch["unlabelled"]
     seen = []
     for _ in range(config.total_steps):
-        state, metrics = step(state, jax.tree.map(jnp.asarray, batch), np.uint32(config.seed))
+        state, metrics = step(state, jax.tree.map(jnp.asarray, batch), train_step.seed_of(config))
         seen.append(dict(zip(metrics.names, metrics.values.tolist(), strict=True)))
     supervised = [sum(v for k, v in row.items() if k.startswith("sup/")) for row in seen]
     assert np.mean(supervised[-5:]) < 0.6 * np.mean(supervised[:5])

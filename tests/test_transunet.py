@@ -260,7 +260,7 @@ def stepped():
     before = train_step.init_state(method, mesh)
     step = train_step.make_train_step(method, mesh)
     batch = jax.tree.map(jnp.asarray, tiny_batch(config))
-    after, metrics = step(jax.tree.map(jnp.copy, before), batch, np.uint32(config.seed))
+    after, metrics = step(jax.tree.map(jnp.copy, before), batch, train_step.seed_of(config))
     assert np.isfinite(metrics.values).all()
     return config, method, mesh, *jax.device_get((before, after))
 

@@ -358,7 +358,7 @@ def test_steps_learn():
     step = train_step.make_train_step(method, mesh)
     batch, seen = jax.tree.map(jnp.asarray, tiny_batch(config)), []
     for _ in range(20):
-        state, metrics = step(state, batch, np.uint32(config.seed))
+        state, metrics = step(state, batch, train_step.seed_of(config))
         seen.append(dict(zip(metrics.names, metrics.values.tolist(), strict=True)))
     losses = [row["loss"] for row in seen]
     assert np.isfinite(losses).all()

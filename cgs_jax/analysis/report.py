@@ -77,10 +77,9 @@ def slices(shown):
     there = np.flatnonzero((np.asarray(shown.truth) | shown.label).any((1, 2)))
     first, last = (there[0], there[-1]) if len(there) else (0, len(shown.truth) - 1)
     numbers = np.unique(np.linspace(first, last, min(SLICES, last - first + 1)).round().astype(int))
-    every = (np.stack(plots.panels(shown, at)) for at in numbers)
+    every = [np.stack(plots.panels(shown, at)) for at in numbers]
     box, pictures = plots.body(functools.reduce(np.maximum, every)), []
-    for at in numbers:
-        panels = np.stack(plots.panels(shown, at))
+    for panels in every:
         picture, file = Image.fromarray(np.concatenate(panels[:, *box], 1)), io.BytesIO()
         picture.thumbnail((len(panels) * WIDTH, WIDTH), Image.Resampling.NEAREST)
         picture.save(file, "JPEG", quality=88)

@@ -87,8 +87,17 @@ def _look(case, data):
     return Facts(first.array.shape, first.spacing, voxels, intensities)
 
 
-def median(facts: Mapping[str, Facts], axes: slice) -> float:
-    """For `data.spacing` and `data.slice_spacing`: millimetres of a voxel along `axes` of three."""
+def median_pixel(facts: Mapping[str, Facts]) -> float:
+    """For `data.spacing='median'`: millimetres of a pixel."""
+    return _median(facts, slice(1, 3))
+
+
+def median_slice(facts: Mapping[str, Facts]) -> float:
+    """For `data.slice_spacing='median'`: millimetres from slice to slice."""
+    return _median(facts, slice(0, 1))
+
+
+def _median(facts, axes):
     return round(float(np.median([of.spacing[axes] for of in facts.values()])), 3)
 
 

@@ -87,29 +87,25 @@ class Writer:
         (self._folder / "tensorboard").mkdir(exist_ok=True)
         self._board = EventsWriter(str(self._folder / "tensorboard" / "events"))
         # TensorBoard leaves out what was there from this step on.
-        self._event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+        self._tell_board(start + 1, {"session_log": SessionLog(status=SessionLog.START)})
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one line and its TensorBoard scalars."""
         if not self._first:
             return
         _put(self._metrics, {"step": step, **scalars})
-        for name, value in scalars.items():
-            if math.isfinite(value):
-                self._event(step=step, summary=scalar(name, value))
-        self._flush()
+        finite = {name: value for name, value in scalars.items() if math.isfinite(value)}
+        self._tell_board(step, *({"summary": scalar(*item)} for item in finite.items()))
 
     def _append_to(self, name, lines):
         path = self._folder / name
         write_text(path, "".join(f"{to_json(line)}\n" for line in lines))
         return open(path, "a", buffering=1)
 
-    def _event(self, **fields):
+    def _tell_board(self, step, *contents):
         with writing(self._folder / "tensorboard"):
-            self._board.write_event(Event(wall_time=time.time(), **fields))
-
-    def _flush(self):
-        with writing(self._folder / "tensorboard"):
+            for content in contents:
+                self._board.write_event(Event(wall_time=time.time(), step=step, **content))
             self._board.flush()
 
     def publish(self, step: int) -> None:

@@ -5,7 +5,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -51,26 +51,32 @@ def evaluate(
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
     labels = segmented(predictor, prepared, cases, *scorings)
     labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
-    futures, begun = {}, collections.deque()
+    results = [{case: {} for case in cases} for _ in scorings]
+    begun = collections.deque()
+
+    def finish_first():
+        case, futures = begun.popleft()
+        for (which, organ), future in futures.items():
+            results[which][case][organ] = future.result()
+
     # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
     # at most, for each takes 45 bytes a voxel of the box around its organ.
     workers = min(8, len(threads.cores()))
     pool = ThreadPoolExecutor(workers)
     try:
         for case, by_scoring in labels:
+            if len(begun) == 2 * workers:  # memory is limited
+                finish_first()
             _, truth, spacing = prepared.volume(case)
-            truth = np.array(truth)  # the number of open files is limited
-            if len(begun) == 2 * workers:  # and so is memory
-                wait(begun.popleft())
-            begun.append([])
+            truth = np.array(truth)  # and so is the number of open files
+            futures = {}
             for which, label in enumerate(by_scoring):
-                for name, own in prepared.scored(case).items():
+                for organ, own in prepared.scored(case).items():
                     future = pool.submit(_score, label, truth, own, spacing, surface)
-                    futures[which, case, name] = future
-                    begun[-1].append(future)
-        results = [{case: {} for case in cases} for _ in scorings]
-        for (which, case, organ), future in futures.items():
-            results[which][case][organ] = future.result()
+                    futures[which, organ] = future
+            begun.append((case, futures))
+        while begun:
+            finish_first()
     finally:
         pool.shutdown(cancel_futures=True)
     gathered = processes.gather(results)

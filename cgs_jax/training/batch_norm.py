@@ -13,7 +13,7 @@ from cgs_jax.methods import batches
 from cgs_jax.methods.base import Method
 from cgs_jax.models import unet
 from cgs_jax.runtime import devices
-from cgs_jax.training.train_step import make_method, make_views, step_keys
+from cgs_jax.training.train_step import make_method, make_views, seed_of, step_keys
 
 
 def make_precise(config: ConfigDict, method: Method, dataset: grain.MapDataset, mesh: Mesh) -> Any:
@@ -48,7 +48,7 @@ def make_precise(config: ConfigDict, method: Method, dataset: grain.MapDataset, 
         steps = range(max(end - config.precise_bn, 0), end)
         for step in steps:
             batch = devices.put_batch(mesh, dataset[step])
-            some = statistics(state, batch, np.uint32(config.seed), np.int32(step))
+            some = statistics(state, batch, seed_of(config), np.int32(step))
             total = some if total is None else jax.tree.map(jnp.add, total, some)
         return method.with_inference_state(state, jax.tree.map(lambda x: x / len(steps), total))
 

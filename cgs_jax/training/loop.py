@@ -27,7 +27,7 @@ from cgs_jax.training import optimizers
 from cgs_jax.training.batch_norm import make_precise
 from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.train_state import Metrics, TrainState
-from cgs_jax.training.train_step import abstract_state, init_state, make_train_step
+from cgs_jax.training.train_step import abstract_state, init_state, make_train_step, seed_of
 
 RESULTS = ("summary.json", "report.html")  # what a finished run has, written in this order
 
@@ -142,7 +142,7 @@ def steps(
 
     Only there the host waits for the device. The next step donates the yielded state.
     """
-    unlogged, seed = [], np.uint32(config.seed)
+    unlogged, seed = [], seed_of(config)
     for step, batch in enumerate(batches, start + 1):
         state, metrics = train_step(state, batch, seed)
         unlogged.append(metrics)

@@ -21,8 +21,10 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
         return sgd(schedule, o.momentum, o.weight_decay), schedule
     if o.name == "adamw":
         # Loshchilov and Hutter, 1711.05101
-        momenta, decay = (o.momentum, o.momentum_squares), o.weight_decay
-        return optax.adamw(schedule, *momenta, weight_decay=decay, mask=_kernels), schedule
+        optimizer = optax.adamw(
+            schedule, o.momentum, o.momentum_squares, weight_decay=o.weight_decay, mask=_kernels
+        )
+        return optimizer, schedule
     raise UserError(f"unknown optimizer.name {o.name!r}; there are: adamw, sgd")
 
 

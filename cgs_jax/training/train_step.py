@@ -138,8 +138,8 @@ def _init(method):
 
 def make_train_step(method: Method, mesh: Mesh) -> Any:
     """Compiles (state, batch, seed) -> (state, metrics). The state is donated and keeps its
-    shardings; `seed` is `config.seed` as uint32, an argument so that seeds share the compiled
-    program (but AD-MT's, whose teachers take turns by the seed)."""
+    shardings; `seed` is `seed_of(config)`, an argument so that seeds share the compiled program
+    (but AD-MT's, whose teachers take turns by the seed)."""
     optimizer, _ = optimizers.make_optimizer(method.config)
 
     def train_step(state, batch, seed):
@@ -164,6 +164,11 @@ def step_keys(seed, step):
 def make_views(method, mesh, batch, key):
     batch = {k: v | {"image": augment.to_image(v["image"])} for k, v in batch.items()}
     return devices.split_rows(mesh, method.views(batch, key))
+
+
+def seed_of(config: ConfigDict) -> np.uint32:
+    """Root of all random keys of the steps."""
+    return np.uint32(config.seed)
 
 
 def apply_gradients(
