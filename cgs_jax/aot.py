@@ -1,13 +1,21 @@
-"""Compiles the train step for TPUs that are not there, and says whether and how fast it would run.
+"""Compiles the train step for accelerators that are not there, and says what it would need.
 
 pip install libtpu
 python -m cgs_jax.aot --config configs/segthor.py --topology v5e:4x4
 
 The real TPU compiler counts; the time is an estimate from its counts and the chip's peaks. Exit
 code 1 where the step does not fit into a chip's memory.
+
+XLA's own count of bytes takes in on-chip memory, and a whole map for each slice of it that is
+fetched. What passes between the chip and its memory (HBM), which bounds the time, is read off the
+compiled module, and so are the cycles that the compiler expects of what it runs.
+
+`--topology h100:1`, after `pip install "jax[cuda12]"`, compiles for GPUs. That tells only whether
+the step compiles and fits: XLA counts nothing there, and chooses convolutions on a real one.
 """
 
 import collections
+import math
 import os
 import re
 import sys
@@ -28,13 +36,41 @@ from cgs_jax.runtime.logs import say
 from cgs_jax.training import train_step
 from cgs_jax.training.resolve import resolve
 
-# By generation: bfloat16 FLOP/s, bytes/s and bytes of a chip's memory. Google's public figures.
+# By generation: bfloat16 FLOP/s, bytes/s and bytes of a chip's memory; Google's public figures.
 CHIPS = {
     "v4": (275e12, 1228e9, 32e9),
     "v5e": (197e12, 819e9, 16e9),
     "v5p": (459e12, 2765e9, 95e9),
     "v6e": (918e12, 1640e9, 32e9),
 }
+# Cycles a second where they are public (v6e's are not): with 128 x 128 units these are the FLOP/s.
+CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9}
+# What XLA must know of a GPU to compile for one that is not there: an H100 SXM with 80 GB.
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 12 minor: 8 }
+"""
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}  # others: 4
 # libtpu is told what it would ask the cloud's metadata server, and complain that there is none.
 QUIET = {
@@ -45,34 +81,27 @@ QUIET = {
     "TPU_WORKER_ID": "0",
 }
 COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+# These move nothing themselves; calls of XLA's own only set memory aside.
+MOVES_NOTHING = "parameter|constant|bitcast|tuple|get-tuple-element|custom-call|.*-done"
 
 
 def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
-    """Compiles the step of `config` for `topology`, e.g. 'v5e:4x4'.
+    """Compiles the step of `config` for `topology`, e.g. 'v5e:4x4' or 'h100:8'.
 
     Counts are per chip; for v4 and v5p per core, of which their chips have two.
 
     Raises:
-      UserError: libtpu or the topology is not there, or the batch does not divide.
+      UserError: what compiles for it or the topology is not there, or the batch does not divide.
     """
-    chip, _, shape = topology.partition(":")
-    if chip not in CHIPS:
-        raise UserError(f"unknown chip in --topology {topology!r}; there are: {', '.join(CHIPS)}")
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    try:
-        alone = {"chips_per_host_bounds": (1, 1, 1)} if shape in ("1x1", "1x1x1") else {}
-        description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no topology {topology} ({reason}); is libtpu installed?") from error
+    chip = topology.partition(":")[0]
+    there = _devices(topology)
     config = ConfigDict(config.to_dict())
-    network.choose_lowering(config.model, "tpu")
+    network.choose_lowering(config.model, "tpu" if chip in CHIPS else "gpu")
     config = resolve(config)
     method = train_step.make_method(config)
-    mesh = devices.make_mesh(config, description.devices)
+    mesh = devices.make_mesh(config, there)
     inputs = train_step.abstract_inputs(method, mesh)
-    cores = max(device.core_on_chip for device in description.devices) + 1
+    cores = max(getattr(device, "core_on_chip", 0) for device in there) + 1
     result = {"topology": topology, "devices": mesh.size, "cores_per_chip": cores}
     result |= {"mesh": dict(mesh.shape), "batch": config.batch.to_dict(), "size": config.data.size}
     started = time.perf_counter()
@@ -85,22 +114,53 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
         first = " ".join(str(error).split())[:200]
         return result | {"fits": False, "why": first}
     result["compile_s"] = time.perf_counter() - started
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    flops_per_s, bytes_per_s, capacity = (peak / cores for peak in CHIPS[chip])
+    memory, text = compiled.memory_analysis(), compiled.as_text()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    text = compiled.as_text()
-    return result | {
-        "flops": cost["flops"],
-        "bytes": cost["bytes accessed"],
+    capacity = CHIPS[chip][2] / cores if chip in CHIPS else 80e9
+    result |= {
         "memory_bytes": used,
-        "flops_ms": 1000 * cost["flops"] / flops_per_s,
-        "bytes_ms": 1000 * cost["bytes accessed"] / bytes_per_s,
+        "fits": used <= capacity,
         "collectives": collectives(text),
         "gathers": len(re.findall(r" gather\(", text)),
         "grouped_convolutions": len(re.findall(r"feature_group_count=(?!1\b)", text)),
-        "fits": used <= capacity,
     }
+    if chip not in CHIPS:
+        return result
+    cost, traffic = compiled.cost_analysis(), memory_traffic(text)
+    cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
+    flops_per_s, bytes_per_s = (peak / cores for peak in CHIPS[chip][:2])
+    return result | {
+        "flops": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "traffic_bytes": traffic,
+        "cycles": cycles,
+        "flops_ms": 1000 * cost["flops"] / flops_per_s,
+        "traffic_ms": 1000 * traffic / bytes_per_s,
+        "cycles_ms": 1000 * cycles / CLOCKS[chip] if chip in CLOCKS else 0,
+    }
+
+
+def _devices(topology):
+    """Devices of a topology that need not be there."""
+    chip, _, shape = topology.partition(":")
+    if chip == "h100":
+        package = '"jax[cuda12]"'
+        options = {"platform": "cuda", "target_config": H100, "topology": f"1x1x{shape or 1}"}
+    elif chip in CHIPS:
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        package, options = "libtpu", {"platform": "tpu", "topology_name": topology}
+        if shape in ("1x1", "1x1x1"):
+            options["chips_per_host_bounds"] = (1, 1, 1)
+    else:
+        known = ", ".join((*CHIPS, "h100"))
+        raise UserError(f"unknown chip in --topology {topology!r}; there are: {known}")
+    try:
+        return topologies.get_topology_desc(**options).devices
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no --topology {topology} ({reason}); is {package} installed?") from error
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
@@ -108,51 +168,88 @@ def collectives(text: str) -> dict[str, dict[str, int]]:
     found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for shapes, kind in re.findall(rf"= (.*?) ({COLLECTIVES})(?:-start)?\(", text):
         found[kind]["count"] += 1
-        arrays = re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        arrays = _arrays(shapes)
         if kind == "collective-permute" and len(arrays) > 1:
             arrays = arrays[1:2]  # operand, result and two counters
-        for dtype, dims in arrays:
-            size = 1
-            for dim in filter(None, dims.split(",")):
-                size *= int(dim)
-            found[kind]["bytes"] += size * BYTES.get(dtype, 4)
+        found[kind]["bytes"] += sum(size for size, _ in arrays)
     return dict(found)
+
+
+def memory_traffic(text: str) -> int:
+    """Bytes that a module compiled for a TPU reads from and writes to the chip's memory.
+
+    Of each instruction that runs: its operands and results but those in on-chip memories, whose
+    layouts have S(1) or another number. A fusion counts operands whole of which it may read a part.
+    Bodies of loops, of which no step has had any, are left out.
+    """
+    entry = text[text.index("\nENTRY ") :]
+    shapes, total = {}, 0
+    for name, shape, kind, rest in re.findall(r"%([\w.-]+) = (.*?) ([a-z-]+)\((.*)", entry):
+        shapes[name] = arrays = _arrays(shape)
+        if re.fullmatch(MOVES_NOTHING, kind):
+            continue
+        if kind.endswith("-start"):  # operand, result and counters: as much is read as written
+            moved = [array for array in arrays if array[0] > 4][:2]
+            smaller = min((size for size, _ in moved), default=0)
+            arrays = [(smaller, on_chip) for _, on_chip in moved]
+        else:
+            operands = rest.split("), ")[0]
+            arrays = arrays + [
+                a for name in re.findall(r"%([\w.-]+)", operands) for a in shapes[name]
+            ]
+        total += sum(size for size, on_chip in arrays if not on_chip)
+    return total
+
+
+def _arrays(shapes):
+    """(bytes, whether it lies on the chip) of each array in the text of a shape."""
+    found = []
+    for dtype, dims, layout in re.findall(r"(\w+)\[([\d,]*)\](\{[^}]*\})?", shapes):
+        size = math.prod(int(dim) for dim in dims.split(",") if dim)
+        found.append((size * BYTES.get(dtype, 4), "S(" in layout))
+    return found
 
 
 def report(result: dict[str, Any]) -> str:
     """The result as text."""
     unit = "chip" if result["cores_per_chip"] == 1 else "core"
+    unit = "GPU" if result["topology"].startswith("h100") else unit
     mesh = " x ".join(f"{axis} {size}" for axis, size in result["mesh"].items())
-    head = f"{result['topology']}, {result['devices']} {unit}s as {mesh}; per {unit}:"
-    if "flops" not in result:
-        return f"{head} does not fit: {result['why']}"
-    lines = [
-        head,
-        f"FLOPs       {result['flops'] / 1e9:.1f} G, {result['flops_ms']:.2f} ms at the peak",
-        f"bytes       {result['bytes'] / 1e9:.2f} GB, {result['bytes_ms']:.2f} ms at the peak",
+    lines = [f"{result['topology']}, {result['devices']} {unit}s as {mesh}; per {unit}:"]
+    if "why" in result:
+        return f"{lines[0]} does not fit: {result['why']}"
+    if "flops" in result:
+        cycles = f", {result['cycles_ms']:.2f} ms" if result["cycles_ms"] else ""
+        lines += [
+            f"FLOPs       {result['flops'] / 1e9:.1f} G, {result['flops_ms']:.2f} ms at the peak",
+            f"moved       {result['traffic_bytes'] / 1e9:.2f} GB, {result['traffic_ms']:.2f} ms at "
+            f"the peak; XLA counts {result['bytes'] / 1e9:.2f} GB with on-chip memory",
+            f"cycles      {result['cycles'] / 1e6:.1f} M by the compiler{cycles}",
+        ]
+    lines += [
         f"memory      {result['memory_bytes'] / 1e9:.2f} GB: "
         + ("fits" if result["fits"] else "does not fit"),
         f"gathers {result['gathers']}, grouped convolutions {result['grouped_convolutions']}",
     ]
     for kind, numbers in result["collectives"].items():
         lines.append(f"{kind:<11} {numbers['count']}, {numbers['bytes'] / 1e6:.1f} MB")
-    longer = max(result["flops_ms"], result["bytes_ms"])
-    lines.append(f"estimate    {longer:.2f} ms a step (compiled in {result['compile_s']:.0f} s)")
-    return "\n".join(lines)
+    compiled = f"compiled in {result['compile_s']:.0f} s"
+    if "flops" in result:
+        longest = max(result["flops_ms"], result["traffic_ms"], result["cycles_ms"])
+        compiled = f"estimate    {longest:.2f} ms a step ({compiled})"
+    return "\n".join([*lines, compiled])
 
 
 def share_of_specialists(result: dict[str, Any], plain: dict[str, Any]) -> str:
     """What they add to the step that is without them `plain`, as text."""
-    more = {k: result[k] / plain[k] - 1 for k in ("flops", "bytes", "memory_bytes")}
-    return (
-        f"specialists {more['flops']:+.1%} FLOPs, {more['bytes']:+.1%} bytes, "
-        f"{more['memory_bytes']:+.1%} memory"
-    )
+    names = {"flops": "FLOPs", "bytes": "bytes", "cycles": "cycles", "memory_bytes": "memory"}
+    more = [f"{result[k] / plain[k] - 1:+.1%} {name}" for k, name in names.items() if k in result]
+    return f"specialists {', '.join(more)}"
 
 
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
-    _TOPOLOGY = flags.DEFINE_string("topology", None, "e.g. v5e:4x4, v4:2x2x1, v6e:16x16")
+    _TOPOLOGY = flags.DEFINE_string("topology", None, "e.g. v5e:4x4, v4:2x2x1, v6e:16x16, h100:1")
     _SPECIALISTS = flags.DEFINE_boolean(
         "specialists", True, "say what specialists cost, which compiles the step without them, too"
     )
@@ -162,7 +259,7 @@ if __name__ == "__main__":
     def _main(_):
         output = output_file(_OUTPUT.value)
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_enable_compilation_cache", False)  # can not be read without a TPU
+        jax.config.update("jax_enable_compilation_cache", False)  # can not be read without a chip
         result = compile_step(_CONFIG.value, _TOPOLOGY.value)
         say(report(result))
         plain = train_step.without_specialists(_CONFIG.value) if _SPECIALISTS.value else None

@@ -152,6 +152,28 @@ def test_collectives_are_counted():
     }
 
 
+def test_traffic_of_a_chips_memory_is_counted():
+    """Of a convolution from the chip's memory into on-chip memory, half of whose kernel is fetched
+    beforehand: the map, the half, and what the copy writes back."""
+    layout = "{1,0:T(8,128)"
+    text = f"""
+%computation (p: f32[8]) -> f32[8] {{
+  %inner = f32[1000]{{0}} negate(%p)
+}}
+
+ENTRY %main (x: bf16[64,128], k: f32[16,128]) -> bf16[64,128] {{
+  %x = bf16[64,128]{layout}(2,1)}} parameter(0)
+  %k = f32[16,128]{layout}}} parameter(1)
+  %start = ((f32[16,128]{layout}}}), f32[8,128]{layout}S(1)}}, s32[]{{:S(2)}}) slice-start(%k)
+  %half = f32[8,128]{layout}S(1)}} slice-done(%start)
+  %y = bf16[64,128]{layout}(2,1)S(1)}} fusion(%x, %half), kind=kOutput, calls=%computation
+  %tuple = (bf16[64,128]{layout}(2,1)S(1)}}, f32[8,128]{layout}S(1)}}) tuple(%y, %half)
+  %back = (bf16[64,128]{layout}}}, bf16[64,128]{layout}S(1)}}, u32[]{{:S(2)}}) copy-start(%y)
+  ROOT %done = bf16[64,128]{layout}(2,1)}} copy-done(%back)
+}}"""
+    assert aot.memory_traffic(text) == 8 * 128 * 4 + 64 * 128 * 2 + 64 * 128 * 2
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -171,6 +193,8 @@ def test_step_compiles_for_a_tpu_that_is_not_here(fields):
     assert result["fits"]
     assert 0 < result["memory_bytes"] < 1e9
     assert result["flops"] > 1e6
+    assert 0 < result["traffic_bytes"] < result["bytes"]
+    assert result["cycles"] > result["flops"] / (197e12 / 1.5e9)  # not above the chip's peak
     assert result["gathers"] == result["grouped_convolutions"] == 0
     gradients = 4 * 2e6 if not fields else 1000
     assert result["collectives"]["all-reduce"]["bytes"] > gradients

@@ -54,9 +54,7 @@ class StdConv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         kernel = standardise(kernel, self.form).astype(x.dtype)
-        if self.size == 1:
-            x = x[:, :: self.stride, :: self.stride]
-        if self.size == 1 or self.stride == 1:  # both forms pad alike
+        if self.stride == 1:  # both forms pad alike
             return packed.conv(x, kernel, 1)
         edge = (self.size // 2, self.size // 2)
         padding = "SAME" if self.form == "google" else (edge, edge)
