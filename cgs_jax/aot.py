@@ -82,7 +82,7 @@ QUIET = {
 }
 COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
 # These move nothing themselves; calls of XLA's own only set memory aside.
-MOVES_NOTHING = "parameter|constant|bitcast|tuple|get-tuple-element|custom-call|.*-done"
+MOVES_NOTHING = "parameter|constant|bitcast|tuple|get-tuple-element|custom-call|while|.*-done"
 
 
 def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
         "cycles": cycles,
         "flops_ms": 1000 * cost["flops"] / flops_per_s,
         "traffic_ms": 1000 * traffic / bytes_per_s,
-        "cycles_ms": 1000 * cycles / CLOCKS[chip] if chip in CLOCKS else 0,
+        "cycles_ms": 1000 * cycles / CLOCKS[chip] if chip in CLOCKS else None,
     }
 
 
@@ -188,7 +188,9 @@ def memory_traffic(text: str) -> int:
         shapes[name] = arrays = _arrays(shape)
         if re.fullmatch(MOVES_NOTHING, kind):
             continue
-        if kind.endswith("-start"):  # operand, result and counters: as much is read as written
+        if re.fullmatch(
+            "(copy|.*slice|collective-permute)-start", kind
+        ):  # operand, result and counters: as much is read as written
             moved = [array for array in arrays if array[0] > 4][:2]
             smaller = min((size for size, _ in moved), default=0)
             arrays = [(smaller, on_chip) for _, on_chip in moved]
@@ -235,14 +237,16 @@ def report(result: dict[str, Any]) -> str:
         lines.append(f"{kind:<11} {numbers['count']}, {numbers['bytes'] / 1e6:.1f} MB")
     compiled = f"compiled in {result['compile_s']:.0f} s"
     if "flops" in result:
-        longest = max(result["flops_ms"], result["traffic_ms"], result["cycles_ms"])
-        compiled = f"estimate    {longest:.2f} ms a step ({compiled})"
+        longest = max(result["flops_ms"], result["traffic_ms"], result["cycles_ms"] or 0)
+        longest = f"{'' if result['cycles_ms'] else 'at least '}{longest:.2f}"
+        compiled = f"estimate    {longest} ms a step ({compiled})"
     return "\n".join([*lines, compiled])
 
 
 def share_of_specialists(result: dict[str, Any], plain: dict[str, Any]) -> str:
     """What they add to the step that is without them `plain`, as text."""
-    names = {"flops": "FLOPs", "bytes": "bytes", "cycles": "cycles", "memory_bytes": "memory"}
+    names = {"flops": "FLOPs", "traffic_bytes": "moved", "bytes": "bytes", "cycles": "cycles"}
+    names["memory_bytes"] = "memory"
     more = [f"{result[k] / plain[k] - 1:+.1%} {name}" for k, name in names.items() if k in result]
     return f"specialists {', '.join(more)}"
 

@@ -215,7 +215,7 @@ def test_what_specialists_cost():
     assert "cgs" not in without(acdc.get_config("method=cgs,base=fixmatch"))
 
 
-@pytest.mark.parametrize("topology", ["h100:8", "v5e"])
+@pytest.mark.parametrize("topology", ["h200:8", "v5e"])
 def test_unknown_topology(topology):
     with pytest.raises(UserError, match="--topology|topology v5e"):
         aot.compile_step(tiny(), topology)
