@@ -11,7 +11,7 @@ fetched. What passes between the chip and its memory (HBM), which bounds the tim
 compiled module, and so are the cycles that the compiler expects of what it runs.
 
 `--topology h100:1`, after `pip install "jax[cuda12]"`, compiles for GPUs. That tells only whether
-the step compiles and fits: XLA counts nothing there, and chooses convolutions on a real one.
+the step compiles and fits: XLA counts no FLOPs there, and tries algorithms only on a real GPU.
 """
 
 import collections
@@ -81,6 +81,7 @@ QUIET = {
     "TPU_WORKER_ID": "0",
 }
 COLLECTIVES = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+COPIES = "(copy|.*slice|collective-permute)-start"
 # These move nothing themselves; calls of XLA's own only set memory aside.
 MOVES_NOTHING = "parameter|constant|bitcast|tuple|get-tuple-element|custom-call|while|.*-done"
 
@@ -188,17 +189,14 @@ def memory_traffic(text: str) -> int:
         shapes[name] = arrays = _arrays(shape)
         if re.fullmatch(MOVES_NOTHING, kind):
             continue
-        if re.fullmatch(
-            "(copy|.*slice|collective-permute)-start", kind
-        ):  # operand, result and counters: as much is read as written
+        if re.fullmatch(COPIES, kind):  # operand, result and counters: reads as much as it writes
             moved = [array for array in arrays if array[0] > 4][:2]
             smaller = min((size for size, _ in moved), default=0)
             arrays = [(smaller, on_chip) for _, on_chip in moved]
         else:
             operands = rest.split("), ")[0]
-            arrays = arrays + [
-                a for name in re.findall(r"%([\w.-]+)", operands) for a in shapes[name]
-            ]
+            for operand in re.findall(r"%([\w.-]+)", operands):
+                arrays = arrays + shapes[operand]
         total += sum(size for size, on_chip in arrays if not on_chip)
     return total
 
@@ -245,8 +243,8 @@ def report(result: dict[str, Any]) -> str:
 
 def share_of_specialists(result: dict[str, Any], plain: dict[str, Any]) -> str:
     """What they add to the step that is without them `plain`, as text."""
-    names = {"flops": "FLOPs", "traffic_bytes": "moved", "bytes": "bytes", "cycles": "cycles"}
-    names["memory_bytes"] = "memory"
+    names = {"flops": "FLOPs", "traffic_bytes": "moved", "bytes": "bytes"}
+    names |= {"cycles": "cycles", "memory_bytes": "memory"}
     more = [f"{result[k] / plain[k] - 1:+.1%} {name}" for k, name in names.items() if k in result]
     return f"specialists {', '.join(more)}"
 
