@@ -36,15 +36,15 @@ from cgs_jax.runtime.logs import say
 from cgs_jax.training import train_step
 from cgs_jax.training.resolve import resolve
 
-# By generation: bfloat16 FLOP/s, bytes/s and bytes of a chip's memory; Google's public figures.
+# Of a chip: bfloat16 FLOP/s, bytes/s, bytes of memory, by the makers' public figures, and cycles a
+# second, of which the FLOP/s are made (v6e's are not public).
 CHIPS = {
-    "v4": (275e12, 1228e9, 32e9),
-    "v5e": (197e12, 819e9, 16e9),
-    "v5p": (459e12, 2765e9, 95e9),
-    "v6e": (918e12, 1640e9, 32e9),
+    "v4": (275e12, 1228e9, 32e9, 1.05e9),
+    "v5e": (197e12, 819e9, 16e9, 1.5e9),
+    "v5p": (459e12, 2765e9, 95e9, 1.75e9),
+    "v6e": (918e12, 1640e9, 32e9, None),
+    "h100": (989e12, 3352e9, 80e9, None),
 }
-# Cycles a second where they are public (v6e's are not): with 128 x 128 units these are the FLOP/s.
-CLOCKS = {"v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9}
 # What XLA must know of a GPU to compile for one that is not there: an H100 SXM with 80 GB.
 H100 = """
 gpu_device_info {
@@ -97,7 +97,7 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     chip = topology.partition(":")[0]
     there = _devices(topology)
     config = ConfigDict(config.to_dict())
-    network.choose_lowering(config.model, "tpu" if chip in CHIPS else "gpu")
+    network.choose_lowering(config.model, "gpu" if chip == "h100" else "tpu")
     config = resolve(config)
     method = train_step.make_method(config)
     mesh = devices.make_mesh(config, there)
@@ -118,45 +118,43 @@ def compile_step(config: ConfigDict, topology: str) -> dict[str, Any]:
     memory, text = compiled.memory_analysis(), compiled.as_text()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     used += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    capacity = CHIPS[chip][2] / cores if chip in CHIPS else 80e9
+    flops_per_s, bytes_per_s, capacity, cycles_per_s = CHIPS[chip]
     result |= {
         "memory_bytes": used,
-        "fits": used <= capacity,
+        "fits": used <= capacity / cores,
         "collectives": collectives(text),
         "gathers": len(re.findall(r" gather\(", text)),
         "grouped_convolutions": len(re.findall(r"feature_group_count=(?!1\b)", text)),
     }
-    if chip not in CHIPS:
+    if chip == "h100":
         return result
     cost, traffic = compiled.cost_analysis(), memory_traffic(text)
     cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
-    flops_per_s, bytes_per_s = (peak / cores for peak in CHIPS[chip][:2])
     return result | {
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
         "traffic_bytes": traffic,
         "cycles": cycles,
-        "flops_ms": 1000 * cost["flops"] / flops_per_s,
-        "traffic_ms": 1000 * traffic / bytes_per_s,
-        "cycles_ms": 1000 * cycles / CLOCKS[chip] if chip in CLOCKS else None,
+        "flops_ms": 1000 * cost["flops"] / (flops_per_s / cores),
+        "traffic_ms": 1000 * traffic / (bytes_per_s / cores),
+        "cycles_ms": 1000 * cycles / cycles_per_s if cycles_per_s else None,
     }
 
 
 def _devices(topology):
     """Devices of a topology that need not be there."""
     chip, _, shape = topology.partition(":")
+    if chip not in CHIPS:
+        raise UserError(f"unknown chip in --topology {topology!r}; there are: {', '.join(CHIPS)}")
     if chip == "h100":
         package = '"jax[cuda12]"'
         options = {"platform": "cuda", "target_config": H100, "topology": f"1x1x{shape or 1}"}
-    elif chip in CHIPS:
+    else:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         package, options = "libtpu", {"platform": "tpu", "topology_name": topology}
         if shape in ("1x1", "1x1x1"):
             options["chips_per_host_bounds"] = (1, 1, 1)
-    else:
-        known = ", ".join((*CHIPS, "h100"))
-        raise UserError(f"unknown chip in --topology {topology!r}; there are: {known}")
     try:
         return topologies.get_topology_desc(**options).devices
     except Exception as error:
@@ -236,8 +234,8 @@ def report(result: dict[str, Any]) -> str:
     compiled = f"compiled in {result['compile_s']:.0f} s"
     if "flops" in result:
         longest = max(result["flops_ms"], result["traffic_ms"], result["cycles_ms"] or 0)
-        longest = f"{'' if result['cycles_ms'] else 'at least '}{longest:.2f}"
-        compiled = f"estimate    {longest} ms a step ({compiled})"
+        bound = "" if result["cycles_ms"] else "at least "
+        compiled = f"estimate    {bound}{longest:.2f} ms a step ({compiled})"
     return "\n".join([*lines, compiled])
 
 
