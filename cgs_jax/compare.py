@@ -13,14 +13,21 @@ from cgs_jax.scoring import summaries
 
 
 def compare(workdirs: list[pathlib.Path]) -> str:
-    """Table of Dice (%), an organ a line, a run a column; the last column is last - first."""
+    """Table of Dice (%), an organ a line, a run a column; the last column is last - first.
+
+    Raises:
+      UserError: they have scored other cases or other organs.
+    """
     found = [summaries.read_summary(workdir) for workdir in workdirs]
     split = summaries.final_split(*found)
     scored = [summary[split] for summary in found]
+    for workdir, each in zip(workdirs[1:], scored[1:], strict=True):
+        for what in ("cases", "organs"):
+            if set(each[what]) != set(scored[0][what]):
+                raise UserError(f"{workdir} and {workdirs[0]} have scored other {what}")
     rows = {
         organ: [each["organs"][organ]["dice"]["mean"] for each in scored]
         for organ in scored[0]["organs"]
-        if all(organ in each["organs"] for each in scored)
     }
     rows["mean"] = [each["mean"]["dice"] for each in scored]
     head = names(workdirs) + ["gain"] * (len(scored) > 1)

@@ -100,6 +100,36 @@ def test_nnunet_layout(tmp_path):
     assert config.data.classes == ("head", "tail")
 
 
+def test_labels_that_belong_to_no_scan_are_refused(tmp_path):
+    """Else their cases would train as unlabelled ones, or not at all."""
+    config, root = nnunet_folder(tmp_path)
+    completion.complete(config.data)
+    label = min((root / "labelsTr").iterdir())
+    case = label.name.removesuffix(".nii.gz")
+    for name in (f"{case}_0000.nii.gz", f"{case}.nii", "other.nii.gz"):
+        wrong = label.rename(root / "labelsTr" / name)
+        with pytest.raises(UserError, match=f"{name} belongs to no scan: .*labelsTr/CASE.nii.gz"):
+            cache.prepare(config)
+        wrong.rename(label)
+    label.rename(tmp_path / "away")
+    label.symlink_to("lost")
+    with pytest.raises(UserError, match=f"{label.name} is a link to a file that is not there"):
+        cache.prepare(config)
+    (tmp_path / "away").replace(label)
+    (root / "labelsTs").mkdir(exist_ok=True)
+    stray = root / "labelsTs" / "test.nii.gz"
+    stray.write_bytes(b"")
+    with pytest.raises(UserError, match="labelsTs/test.nii.gz belongs to no scan"):
+        cache.prepare(config)
+    stray.unlink()
+    image = root / "imagesTr" / "more_0000.nii"
+    image.write_bytes(b"")
+    with pytest.raises(
+        UserError, match="more_0000.nii: dataset.json says that files end with .nii.gz"
+    ):
+        cache.prepare(config)
+
+
 def test_channels_of_array_files(tmp_path):
     """Where image files have an axis more than their label, it is that of the channels."""
     rng = np.random.default_rng(0)

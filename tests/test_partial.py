@@ -99,6 +99,25 @@ def test_truth_that_is_pasted_is_known_where_nothing_hides():
     assert isinstance(truth, pseudo_labels.PseudoLabels)
 
 
+@pytest.mark.parametrize("ihed", [True, False])
+def test_organs_that_a_pasted_image_may_hide_get_no_gradient(ihed):
+    """Whatever teaches: where whole images are pasted, the terms count on known pixels alone."""
+    config = tiny(**{"method.copy_paste": 1.0, "method.cutmix": 1.0, "method.ihed": ihed})
+    batch = tiny_batch(config)
+    batch["labelled"]["annotated"] = np.array([[True, False]] * 2).reshape(2, 1, 1, 2)
+    batch["labelled"]["label"] %= 2
+    method, mesh = train_step.make_method(config), devices.local_mesh()
+    views = train_step.make_views(method, mesh, batch, jax.random.key(0))
+    views["keep"] = jnp.zeros_like(views["keep"])
+    state = train_step.init_state(method, mesh)
+    (pair,) = method.passes(state.params, state, views, jax.random.key(1)).pairs
+    np.testing.assert_array_equal(pair.where, views["labelled"]["label"] > 0)
+    _, coverage = method.unsupervised([pair])
+    assert 0 < pair.where.mean() < 1
+    assert coverage["cover/e"] == pytest.approx(pair.where.mean())
+    assert coverage["cover/s"] == pytest.approx(pair.where.mean())
+
+
 SLOWLY = [pytest.param(name, marks=pytest.mark.slow) for name in ("bcp", "urpc")]
 
 

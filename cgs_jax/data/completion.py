@@ -53,6 +53,8 @@ def complete(
         with tasks.of_member(name):
             complete(own, saved and saved.members.get(name))
     data.classes = tuple(dict.fromkeys(o for own in data.members.values() for o in own.classes))
+    if len(data.classes) > MOST_CLASSES:
+        raise UserError(f"{len(data.classes)} organs in all; at most {MOST_CLASSES} are stored")
     data.partial = True  # members leave out each other's organs
     counts = {name: own.channels for name, own in data.members.items()}
     if len(set(counts.values())) > 1:

@@ -53,7 +53,7 @@ def check(data: ConfigDict, divisor: int, depth_divisor: int) -> None:
     grids = [Grid.of(own) for own in tasks.members(data).values()]
     sizes = {grid.size for grid in grids if not grid.pixel}
     for patch in (data.patch, *data.grow_to):
-        if patch % divisor or not 0 <= patch <= min(sizes, default=patch):
+        if type(patch) is not int or patch % divisor or not 0 <= patch <= min(sizes, default=patch):
             raise UserError(
                 f"data.patch or data.grow_to has {patch}: sides of windows divide by {divisor} and "
                 f"are at most data.size={min(sizes, default='')}; 0 takes whole slices"

@@ -78,10 +78,8 @@ class Method(base.WithTeacher):
 
     def passes(self, params, state, views, key):
         plan = self._lean if self.config.method.plan == "lean" else self._full
-        labelled, mixed, pseudo, model_state, extra = plan(params, state, views, key)
-        return base.Passes(
-            [base.labelled(labelled, views)], [base.Pair(mixed, pseudo)], model_state, extra
-        )
+        labelled, pair, model_state, extra = plan(params, state, views, key)
+        return base.Passes([base.labelled(labelled, views)], [pair], model_state, extra)
 
     def unsupervised(self, pairs):
         return consistency(pairs, self.config.method)
@@ -90,17 +88,20 @@ class Method(base.WithTeacher):
         k_student, k_teacher = jax.random.split(key)
         image, unlabelled = views["labelled"]["image"], views["unlabelled"]
         teacher, extra = self.teacher(state, unlabelled["weak"], k_teacher)
-        own = unlabelled["strong"], pseudo_labels.from_teacher(teacher, self.config.method.tau)
+        pseudo, where = pseudo_labels.from_teacher(teacher, self.config.method.tau), None
+        if self.config.method.copy_paste:  # where annotation hides organs, no term may count
+            where = jnp.ones_like(pseudo.confident)
+        own = unlabelled["strong"], pseudo, where
         partner = batches.rolled(own)
         if self.config.method.copy_paste:
-            pasted = views["labelled"]
             truth = self._truth(base.labelled(None, views))
-            partner = batches.cutmix(views["unpasted"], partner, (pasted["strong"], truth))
-        strong, pseudo = batches.cutmix(views["keep"], own, partner)
+            pasted = views["labelled"]["strong"], truth, truth.confident
+            partner = batches.cutmix(views["unpasted"], partner, pasted)
+        strong, pseudo, where = batches.cutmix(views["keep"], own, partner)
         labelled, mixed, model_state = self.student(
             params, state.model_state, image, strong, k_student
         )
-        return labelled, mixed, pseudo, model_state, extra
+        return labelled, base.Pair(mixed, pseudo, where), model_state, extra
 
     def _truth(self, labelled):
         label, known = labelled.label, jnp.ones_like(labelled.label, bool)
@@ -129,7 +130,8 @@ class Method(base.WithTeacher):
         _, mixed, model_state = self.student(
             params, model_state, views["labelled"]["strong"], strong, k_strong
         )
-        return batches.split(weak, count)[0], mixed, pseudo, model_state, extra
+        labelled = batches.split(weak, count)[0]
+        return labelled, base.Pair(mixed, pseudo), model_state, extra
 
 
 class Over:

@@ -8,5 +8,5 @@ def update(config: ConfigDict) -> None:
     config.method.specialists = False  # True: specialists as auxiliary heads
     config.method.jitter = False  # True: brightness and contrast as in the others' strong view
     config.method.cutmix = 0.0  # probability that a box is filled from another labelled slice
-    config.batch.labelled = 24
+    config.batch.labelled += config.batch.unlabelled
     config.batch.unlabelled = 0

@@ -29,24 +29,39 @@ def find(data: ConfigDict) -> dict[str, Case]:
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; there are: {known}")
     cases, count, listed = {}, channels(data), _partial_labels(data)
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
-        for path in sorted((root / images).glob(f"*{ending}")):
-            if path.name.startswith("."):
-                continue
+        unused = set(_scans(root / labels))
+        for path in _scans(root / images):
+            if not path.name.endswith(ending):
+                raise UserError(f"{path}: dataset.json says that files end with {ending}")
             name, _, files = channels_of(path, count)
             if path != files[0]:
                 continue
             if name in cases:
                 raise UserError(f"{name} is in imagesTr and in imagesTs of {root}")
             label, test = root / labels / f"{name}{ending}", images == "imagesTs"
+            unused.discard(label)
+            if label.is_symlink() and not label.exists():
+                raise UserError(f"{label} is a link to a file that is not there")
             if label.exists():
                 cases[name] = Case(name, files, (label,), test, listed.get(name))
             elif not test:
                 cases[name] = Case(name, files, None)
+        if unused:
+            raise UserError(
+                f"{min(unused)} belongs to no scan: labels of {images}/CASE_0000{ending} are named "
+                f"{labels}/CASE{ending}; rename it, or move it away"
+            )
     if not cases:
         raise UserError(f"no scans in {root / 'imagesTr'} (CASE_0000{ending})")
     if stray := sorted(case for case in listed if case not in cases or not cases[case].label):
         raise UserError(f"{root / PARTIAL}: there is no case {stray[0]} with a label")
     return cases
+
+
+def _scans(folder):
+    """Its scans and label maps, of whatever file ending."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in files if path.name.endswith(ENDINGS) and path.name[0] != "."]
 
 
 def partial(data: ConfigDict) -> bool:
