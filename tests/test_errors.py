@@ -117,6 +117,9 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
         evaluate.evaluate([tmp_path / "nothing"])
     with pytest.raises(UserError, match="data.labelled=9, but only 3 patients"):
         main.run(config_of(scans, **{"data.labelled": 9}), tmp_path / "run")
+    for field, value in (("labelled", -1), ("fold", -2), ("split_seed", -1)):
+        with pytest.raises(UserError, match=f"data.{field}"):
+            main.run(config_of(scans, **{f"data.{field}": value}), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()  # so the mended command can use it
     shutil.copytree(trained[0], tmp_path / "damaged")
     for file in (tmp_path / "damaged" / "checkpoints").glob("*/default/manifest.ocdbt"):

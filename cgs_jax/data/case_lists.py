@@ -37,6 +37,8 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     `labelled_N.txt`, or else the first N patients of `train.txt`, are the labelled ones.
     `data.fold` takes that of nnU-Net's `splits_final.json` in `data.root` instead.
     """
+    if data.fold < -1 or data.split_seed < 0:
+        raise UserError("data.fold must be at least -1, which takes none, and data.split_seed 0")
     if data.fold >= 0:
         return _of_fold(cases, data, seed)
     published = pathlib.Path(__file__).parent / "published" / data.name
@@ -195,6 +197,8 @@ def patient(case: str, pattern: str) -> str:
 def first_patients(cases: list[str], count: int, pattern: str) -> list[str]:
     """Cases of the first `count` patients, in order; 0 for all."""
     patients = list(dict.fromkeys(patient(case, pattern) for case in cases))
+    if count < 0:
+        raise UserError(f"data.labelled={count}: a number of patients, or 0 for all")
     if count > len(patients):
         raise UserError(f"data.labelled={count}, but only {len(patients)} patients have labels")
     chosen = set(patients[: count or None])

@@ -20,9 +20,6 @@ AT_LEAST = {
     "batch.labelled": 1,
     "pseudo_slices": 0,
     "precise_bn": 0,
-    "data.labelled": 0,
-    "data.fold": -1,
-    "data.split_seed": 0,
 }
 
 
