@@ -4,7 +4,6 @@ python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [
 """
 
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from cgs_jax import evaluate
 from cgs_jax.data.cache import quantise
 from cgs_jax.data.grid import Grid
-from cgs_jax.data.nifti import ENDINGS, Scan, channels_of, ending_of, read_channels, save
+from cgs_jax.data.nifti import ENDINGS, Scan, channels_of, ending_of, read_channels, save, scans_in
 from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.cli import cli
@@ -81,9 +80,7 @@ def find(
     files of their channels by the name of the label map."""
     if not source.exists():
         raise UserError(f"no such file or folder: {source}")
-    files = sorted(source.iterdir()) if source.is_dir() else [source]
-    skipped = re.compile(r"\..*|.*\.seg\.nrrd")  # hidden files, and what 3D Slicer has segmented
-    files = [path for path in files if ending_of(path) and not skipped.fullmatch(path.name)]
+    files = scans_in(source)
     if not files:
         raise UserError(f"no scan in {source}: {', '.join(ENDINGS)}")
     if output.exists() and not output.is_dir():

@@ -7,6 +7,7 @@ import gzip
 import math
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from cgs_jax.runtime.files import whole
 
 CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # x, y, z of RAS
 ENDINGS = (".nii.gz", ".nii", *itk.ENDINGS)  # of file names
+NO_SCAN = re.compile(r"\..*|.*\.seg\.nrrd")
 SLICINGS = ("stored", "coarsest", *CANONICAL_AXES)
 
 
@@ -185,6 +187,13 @@ def read_label(path: pathlib.Path, image: pathlib.Path, scan: Scan, data: Any) -
 def ending_of(path: pathlib.Path) -> str:
     """Which of ENDINGS its name has; '' for none."""
     return next((ending for ending in ENDINGS if path.name.endswith(ending)), "")
+
+
+def scans_in(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Scans and label maps in a folder by their names, or `folder` itself if it is such a file;
+    without hidden files, and what 3D Slicer has segmented. None where it is not there."""
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
+    return [path for path in files if ending_of(path) and not NO_SCAN.fullmatch(path.name)]
 
 
 def save(nifti: Any, path: pathlib.Path) -> None:

@@ -63,11 +63,14 @@ def cli(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
 
 def output_file(name: str | None) -> pathlib.Path | None:
     """The path of --output, known to have a folder before the work begins."""
-    if name and not pathlib.Path(name).absolute().parent.is_dir():
+    if not name:
+        return None
+    path = pathlib.Path(name)
+    if not path.absolute().parent.is_dir():
         raise UserError(f"no folder for --output {name}")
-    if name and pathlib.Path(name).is_dir():
+    if path.is_dir():
         raise UserError(f"--output {name} is a folder; name a file")
-    return pathlib.Path(name) if name else None
+    return path
 
 
 class _OfPythonThreads:

@@ -11,7 +11,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from cgs_jax.data.nifti import ENDINGS, channels_of, read_nifti_case
+from cgs_jax.data.nifti import ENDINGS, channels_of, read_nifti_case, scans_in
 from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import read_json
@@ -29,8 +29,8 @@ def find(data: ConfigDict) -> dict[str, Case]:
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; there are: {known}")
     cases, count, listed = {}, channels(data), _partial_labels(data)
     for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
-        unused = set(_scans(root / labels))
-        for path in _scans(root / images):
+        unused = set(scans_in(root / labels))
+        for path in scans_in(root / images):
             if not path.name.endswith(ending):
                 raise UserError(f"{path}: dataset.json says that files end with {ending}")
             name, _, files = channels_of(path, count)
@@ -56,12 +56,6 @@ def find(data: ConfigDict) -> dict[str, Case]:
     if stray := sorted(case for case in listed if case not in cases or not cases[case].label):
         raise UserError(f"{root / PARTIAL}: there is no case {stray[0]} with a label")
     return cases
-
-
-def _scans(folder):
-    """Its scans and label maps, of whatever file ending."""
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in files if path.name.endswith(ENDINGS) and path.name[0] != "."]
 
 
 def partial(data: ConfigDict) -> bool:
