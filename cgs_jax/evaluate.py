@@ -60,6 +60,8 @@ def evaluate(
     if len(workdirs) > 1:
         together = Predictor.restore(workdirs, options)
         prepared = scans(together.config, splits, root, cache)
+        for workdir in workdirs:
+            run_folder.check_scans(prepared.digests(), workdir, finished=True)
         summary = {"runs": list(map(str, workdirs))}
         summary |= predictor.prediction_options(together.config)
         return summary | summaries.score(together, prepared)
@@ -69,6 +71,7 @@ def evaluate(
         writes = own and checkpoints.latest == saved.total_steps
         with run_folder.locked(workdir) if writes else contextlib.nullcontext():
             prepared = scans(method.config, splits, root, cache)
+            run_folder.check_scans(prepared.digests(), workdir, finished=True)
             summary, best = best_and_last(method, prepared, checkpoints, devices.local_mesh())
             if writes:
                 write(summary, best, prepared, workdir)

@@ -45,8 +45,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
         for data in (options.data, *tasks.members(options.data).values()):
             data.root = data.cache = ""  # each host may have its own
         processes.check_same("options", options.to_json())
-        examples = len(prepared.rows(prepared.splits.train))
-        processes.check_same("scans", (prepared.splits, examples))
+        digests = prepared.digests()
+        processes.check_same("scans", (prepared.splits, digests))
+        if begun:
+            run_folder.check_scans(digests, workdir, finished)
+        elif processes.is_first():
+            run_folder.save_scans(digests, workdir)
         if (finished or not splits) and processes.is_first():
             run_folder.save(config, prepared.splits, workdir)
         if not loop.train(config, method, prepared, checkpoints, workdir, mesh):

@@ -1,6 +1,7 @@
 """Reading, caching and streaming."""
 
 import gzip
+import os
 import pathlib
 import sys
 import time
@@ -171,6 +172,26 @@ def test_broken_off_preparation_is_not_taken_for_whole(thorax, monkeypatch, read
     assert {"Patient_01", "Patient_02"} <= folders <= {f"Patient_0{i}" for i in (1, 2, 4, 5)}
     assert everything(cache.prepare(config))[0].shape == (18, 16, 16, 1)
     assert sorted(reads) == [f"Patient_0{i}" for i in (1, 2, 3, 3, 4, 5)]
+
+
+def test_damaged_entries_are_made_anew(thorax, reads):
+    """Of an old kill's leftovers nothing stays; what another process may be writing does."""
+    config, root = thorax
+    expected = everything(cache.prepare(config))
+    found = {path.name.rpartition("_")[0]: path for path in (root / "cgs_cache").iterdir()}
+    os.truncate(found["Patient_01"] / "image.npy", 100)
+    (found["Patient_02"] / "label.npy").unlink()
+    (found["Patient_03"] / "case.json").write_text("{")
+    old, young = (root / "cgs_cache" / f"unfinished_{name}" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir()
+    os.utime(old, (0, 0))
+    reads.clear()
+    for again, first in zip(everything(cache.prepare(config)), expected, strict=True):
+        np.testing.assert_array_equal(again, first)
+    assert sorted(reads) == ["Patient_01", "Patient_02", "Patient_03"]
+    assert young.exists()
+    assert not old.exists()
 
 
 def test_many_cases_share_few_open_files(thorax, monkeypatch):

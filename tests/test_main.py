@@ -79,6 +79,31 @@ def test_evaluation_reproduces_the_scores(trained, tmp_path):
     assert not (begun / "summary.json").exists()
 
 
+def test_a_run_keeps_its_scans(trained, scans, tmp_path, capsys):
+    """Scans may move; other labels stop a run that goes on, and of a finished one they are told.
+    Labels that are withheld do not count."""
+    workdir, moved = before_the_end(trained, tmp_path / "begun"), tmp_path / "moved"
+    shutil.copytree(scans, moved, ignore=shutil.ignore_patterns("cgs_cache"))
+    config = config_of(scans)
+    config.data.root = str(moved / "scans")
+
+    def empty(case):
+        path = moved / "scans" / case / "GT.nii.gz"
+        label = nib.load(path)
+        save(path, np.zeros(label.shape, np.uint8), label.affine)
+
+    splits = json.loads((workdir / "splits.json").read_text())
+    assert "Patient_04" in set(splits["train"]) - set(splits["labelled"])
+    empty("Patient_04")
+    evaluate.evaluate([workdir], root=str(moved / "scans"))
+    assert "WARNING" not in capsys.readouterr().out
+    empty("Patient_06")
+    with pytest.raises(UserError, match="begun was trained .* label of Patient_06 has changed;"):
+        main.run(config, workdir)
+    evaluate.evaluate([trained[0], trained[0]], root=str(moved / "scans"))
+    assert "WARNING" in capsys.readouterr().out
+
+
 def test_specialists_can_predict(trained, scans):
     """Of a finished run the same command may name others who predict."""
     workdir, _ = trained

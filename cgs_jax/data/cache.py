@@ -6,9 +6,11 @@ is written under another name and renamed when whole. It holds
 
 - `image.npy` uint16 [C, D, H, W], and `label.npy` uint8 [D, H, W] where there is a label file;
 - `image_GRID.npy` and `label_GRID.npy`, the same on the training grid, where that is another;
-- `case.json`: shape, whether there is a label, and spacing.
+- `case.json`: shape, whether there is a label, spacing, a digest of image and label each, and the
+  bytes of the other files: an entry whose files have not as many is made anew.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +18,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -30,11 +33,12 @@ from cgs_jax.data.volume import NO_LABEL, Case, Volume, check_label
 from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError
 
-VERSION = 2  # of the cache layout
+VERSION = 3  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
 # of data, that the arrays depend on
 OPTIONS = ("name", "size", "spacing", "slice_spacing", "normalise", "slicing", "classes")
 OPTIONS += ("channels", "trust_shapes", "numbers", "ignore")
+UNFINISHED = "unfinished_"  # how the name of an entry begins that is not whole yet
 MAPPED = 400  # arrays at most: each holds a file open, and most systems allow a process 1,024
 
 
@@ -200,6 +204,15 @@ class Prepared:
         marked = {i for i, organ in enumerate(task.data.classes, 1) if organ in known}
         return {name: own for name, own in task.scored().items() if marked.issuperset(own)}
 
+    def digests(self) -> dict[str, dict[str, str]]:
+        """Of each case what changes with its 'image', and with its 'label' where the label is used,
+        whatever files they are kept in."""
+        used, found = {*self.splits.labelled, *self.splits.val, *self.splits.test}, {}
+        for case, about in self._about.items():
+            whats = ("image", "label") if case in used else ("image",)
+            found[case] = {what: about["digests"][what] for what in whats}
+        return found
+
     def has_label(self, case: str) -> bool:
         """Whether there is a label file."""
         return self._about[case]["label"]
@@ -278,20 +291,41 @@ def _prepare_task(task, splits):
     cache, options = folder_of(data), {k: data[k] for k in OPTIONS}
     names = [*splits.train, *splits.val, *splits.test]
     folders = {name: cache / f"{name}_{digest(cases[name], options)}" for name in names}
-    new = [name for name, folder in folders.items() if not folder.exists()]
+    new = [name for name, folder in folders.items() if not _is_whole(folder)]
 
     def make(name):
-        if folders[name].exists():  # another process was faster
+        if _is_whole(folders[name]):  # another process was faster
             return
-        write(folders[name], _read(module, cases[name], data), Grid.of(data))
+        volume = _read(module, cases[name], data)
+        shutil.rmtree(folders[name], ignore_errors=True)
+        write(folders[name], volume, Grid.of(data))
 
+    _remove_leftovers(cache)
     try:
         threads.each(make, new, "preparing scans")
     except OSError as error:
-        problem = f"can not write to {cache} ({error.strerror or error})"
+        problem = f"can not write to {cache} ({error.strerror or 'is the disk full?'})"
         raise UserError(f"{problem}; choose a folder with --config.data.cache") from error
     annotated = {name: cases[name].annotated for name in names}
     return {name: Entry(folders[name], task, annotated[name]) for name in names}, splits
+
+
+def _is_whole(folder):
+    """Whether an entry is there with all its bytes; a crash of the machine may leave fewer."""
+    try:
+        about = json.loads((folder / "case.json").read_text())
+        sizes = {name: (folder / name).stat().st_size for name in about["bytes"]}
+        return sizes == about["bytes"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _remove_leftovers(cache):
+    """What a kill has left; entries that another process is writing are younger than a day."""
+    for folder in cache.glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(FileNotFoundError):
+            if folder.stat().st_mtime < time.time() - 24 * 3600:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def folder_of(data: ConfigDict) -> pathlib.Path:
@@ -325,17 +359,21 @@ def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
     the training grid."""
     image, label, spacing = volume
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = pathlib.Path(tempfile.mkdtemp(prefix="unfinished_", dir=folder.parent))
+    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
     try:
-        same = grid.shape(image.shape[1:], spacing) == image.shape[1:]
+        same, digests = grid.shape(image.shape[1:], spacing) == image.shape[1:], {}
         for what, array, to_grid in (("image", image, grid.image), ("label", label, grid.label)):
             if array is None:
                 continue
-            np.save(unfinished / f"{what}.npy", np.ascontiguousarray(array))
+            array = np.ascontiguousarray(array)
+            digests[what] = hashlib.sha256(array).hexdigest()[:16]
+            np.save(unfinished / f"{what}.npy", array)
             if not same:
                 resampled = np.ascontiguousarray(to_grid(array, spacing))
                 np.save(unfinished / f"{what}_{grid.name}.npy", resampled)
         about = {"shape": image.shape, "label": label is not None, "spacing": spacing}
+        sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+        about |= {"digests": digests, "bytes": sizes}
         (unfinished / "case.json").write_text(json.dumps(about))
         os.chmod(unfinished, 0o755)
         try:

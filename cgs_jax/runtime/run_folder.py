@@ -1,4 +1,5 @@
-"""config.json and splits.json of a run: what it was trained with, and whether a new start fits."""
+"""config.json, splits.json and scans.json of a run: what it was trained with, and whether a new
+start fits."""
 
 import contextlib
 import fcntl
@@ -16,6 +17,7 @@ from cgs_jax.data.case_lists import Splits
 from cgs_jax.runtime import processes
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import is_remote, to_json, write_text
+from cgs_jax.runtime.logs import say
 
 # How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
 PREDICTION = ("inference", "predict_with", "combine", "window", "upsample", "largest_component")
@@ -72,6 +74,35 @@ def save(config: ConfigDict, splits: Splits, workdir: pathlib.Path) -> None:
     """Writes both files; config.json last, for it tells that there is a run."""
     write_text(workdir / "splits.json", to_json(splits._asdict(), indent=1) + "\n")
     write_text(workdir / "config.json", to_json(config.to_dict(), indent=2) + "\n")
+
+
+def save_scans(digests: dict[str, dict[str, str]], workdir: pathlib.Path) -> None:
+    """Writes scans.json: of each case digests of 'image' and 'label'."""
+    write_text(workdir / "scans.json", to_json(digests) + "\n")
+
+
+def check_scans(digests: dict[str, dict[str, str]], workdir: pathlib.Path, finished: bool) -> None:
+    """Compares the scans with those that a run began with; of a `finished` run others are told.
+
+    Raises:
+      UserError: a run would go on with other scans.
+    """
+    path = workdir / "scans.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    changed = [
+        f"the {what} of {case}"
+        for case, old in before.items()
+        for what in ("image", "label")
+        if case in digests and old.get(what) != digests[case].get(what)
+    ]
+    if not changed:
+        return
+    problem = f"{workdir} was trained with other scans: {changed[0]} has changed"
+    if more := len(changed) - 1:
+        problem += f", and {more} more"
+    if not finished:
+        raise UserError(f"{problem}; give back the old files, or choose another --workdir")
+    say(f"WARNING: {problem}; its scores are those of the new ones")
 
 
 def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
