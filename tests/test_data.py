@@ -49,6 +49,18 @@ def test_orientation_round_trip(tmp_path):
     assert read_nifti(tmp_path / "sagittal.nii", "coarsest").array.shape == (4, 6, 5)
 
 
+def test_voxels_are_as_large_as_the_affine_says(tmp_path):
+    """Tools that write the affine alone leave other sizes in pixdim."""
+    affine = np.array([[0, 0, 2.5, 0], [0.7, 0, 0, 0], [0, 5, 0, 0], [0, 0, 0, 1]])
+    raw = bytearray(nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), affine).to_bytes())
+    raw[80:92] = np.ones(3, np.float32).tobytes()
+    (tmp_path / "scan.nii").write_bytes(raw)
+    assert nib.load(tmp_path / "scan.nii").header.get_zooms() == (1, 1, 1)
+    read = read_nifti(tmp_path / "scan.nii", "coarsest")
+    assert read.array.shape == (5, 4, 6)
+    assert read.spacing == pytest.approx((5, 0.7, 2.5))
+
+
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
 def test_a_header_tells_what_the_whole_file_tells(name, tmp_path):
     path = tmp_path / name
@@ -200,6 +212,15 @@ def test_many_cases_share_few_open_files(thorax, monkeypatch):
     monkeypatch.setattr(cache, "MAPPED", 1)
     for few, all_of_them in zip(everything(cache.prepare(config)), expected, strict=True):
         np.testing.assert_array_equal(few, all_of_them)
+
+
+def test_a_scan_that_would_be_too_large_is_named(thorax):
+    config, _ = thorax
+    config.data.spacing, config.data.patch = 0.0001, 16
+    with pytest.raises(
+        UserError, match=r"Patient_0\d.nii.gz: a scan of 6 x 24 x 24 voxels .* would"
+    ):
+        cache.prepare(config)
 
 
 def test_cache_that_can_not_be_written(thorax, tmp_path):

@@ -31,7 +31,7 @@ from cgs_jax.data.grid import Grid
 from cgs_jax.data.tasks import Task
 from cgs_jax.data.volume import NO_LABEL, Case, Volume, check_label
 from cgs_jax.runtime import threads
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import UserError, about
 
 VERSION = 3  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
@@ -208,9 +208,9 @@ class Prepared:
         """Of each case what changes with its 'image', and with its 'label' where the label is used,
         whatever files they are kept in."""
         used, found = {*self.splits.labelled, *self.splits.val, *self.splits.test}, {}
-        for case, about in self._about.items():
+        for case, entry in self._about.items():
             whats = ("image", "label") if case in used else ("image",)
-            found[case] = {what: about["digests"][what] for what in whats}
+            found[case] = {what: entry["digests"][what] for what in whats}
         return found
 
     def has_label(self, case: str) -> bool:
@@ -298,7 +298,8 @@ def _prepare_task(task, splits):
             return
         volume = _read(module, cases[name], data)
         shutil.rmtree(folders[name], ignore_errors=True)
-        write(folders[name], volume, Grid.of(data))
+        with about(cases[name].image[0]):
+            write(folders[name], volume, Grid.of(data))
 
     _remove_leftovers(cache)
     try:

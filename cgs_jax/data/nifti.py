@@ -86,17 +86,15 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
         array = array[..., 0]
     if array.ndim != 3 or not array.size:
         raise UserError(f"{path} has shape {nifti.shape}; one 3D volume per file is read")
-    zooms = nifti.header.get_zooms()[:3]
-    if not (np.isfinite(nifti.affine).all() and np.isfinite(zooms).all() and min(zooms) > 0):
-        raise UserError(
-            f"{path}: its affine or voxel size has no usable numbers; repair its header"
-        )
+    spacings = nib.affines.voxel_sizes(nifti.affine)  # pixdim may say else; places are by this
+    if not (np.isfinite(nifti.affine).all() and min(spacings) > 0):
+        raise UserError(f"{path}: its affine has no usable numbers; repair its header")
     if slicing == "stored":
         permutation, flipped = (2, 1, 0), ()
     else:
-        permutation, flipped = _orientation(path, nifti, slicing)
+        permutation, flipped = _orientation(path, nifti.affine, spacings, slicing)
     array = np.flip(array.transpose(permutation), flipped)
-    spacing = tuple(float(zooms[axis]) for axis in permutation)
+    spacing = tuple(float(spacings[axis]) for axis in permutation)
     return Scan(array, spacing, permutation, flipped, nifti)
 
 
@@ -136,17 +134,17 @@ def _header(path):
     return _load(path)
 
 
-def _orientation(path, nifti, slicing):
-    to_ras = nib.orientations.io_orientation(nifti.affine)
+def _orientation(path, affine, spacings, slicing):
+    to_ras = nib.orientations.io_orientation(affine)
     if np.isnan(to_ras).any():
         raise UserError(
             f"{path}: its affine has no orientation; repair it or use data.slicing=stored"
         )
     stored_axis = np.argsort(to_ras[:, 0])  # of RAS axes x, y, z
-    zooms = np.array(nifti.header.get_zooms()[:3])[stored_axis]
     if slicing == "coarsest":
         # Ties, up to rounding of the header, go to the axial direction.
-        cut = max(range(3), key=lambda axis: (round(float(zooms[axis]), 2), axis))
+        of_axes = spacings[stored_axis].round(2).tolist()
+        cut = max(range(3), key=lambda axis: (of_axes[axis], axis))
     else:
         cut = CANONICAL_AXES[slicing]
     order = [cut, *(axis for axis in (2, 1, 0) if axis != cut)]
