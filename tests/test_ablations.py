@@ -156,9 +156,9 @@ def test_combining_predictions_by_hand():
 
 def test_several_methods_predict_together():
     class Says:
-        config, asked = tiny(combine="average"), False
+        config = tiny(combine="average")
 
-        def predict(self, state, image):
+        def predict(self, state, image, members):
             return jnp.broadcast_to(state, (1, *image.shape[:3], 3))
 
     first, second = jnp.array([0.6, 0.4, 0.0]), jnp.array([0.0, 0.5, 0.5])

@@ -3,14 +3,20 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import runs
 from cgs_jax.data import cache, streams, tasks
+from cgs_jax.inference import predictor
 from cgs_jax.inference.predictor import Predictor
+from cgs_jax.methods import pseudo_labels
 from cgs_jax.methods.base import Method
+from cgs_jax.models.network import Outputs
+from cgs_jax.models.prompted import merge
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import summaries
@@ -114,9 +120,21 @@ def test_members_are_drawn_by_the_root_of_their_size():
 def test_scores_of_one_member(prepared):
     """What is an organ of others alone is background; organs keep the member's numbers."""
     config, _ = prepared
-    scores = np.array([0.1, 0.2, 0.3, 0.4])
-    np.testing.assert_allclose(tasks.find(config.data, "neck").own(scores), [0.3, 0.3, 0.4])
-    np.testing.assert_allclose(tasks.find(config.data, "brain").own(scores), [0.5, 0.2, 0.3])
+    scores = jnp.array([0.1, 0.2, 0.3, 0.4])
+    for name, members, expected in (
+        ("neck", [False, True, True], [0.3, 0.3, 0.4]),
+        ("brain", [True, True, False], [0.5, 0.2, 0.3]),
+    ):
+        own = pseudo_labels.within(scores, np.array(members))
+        union = tasks.find(config.data, name).union
+        np.testing.assert_allclose(own[np.array(union)], expected, rtol=1e-6)
+
+        def predict(images, asked, members=members, own=own):
+            assert asked.tolist() == members
+            return np.broadcast_to(own, (*images.shape[:3], 4))
+
+        found = Predictor(predict, config, name).scores(np.zeros((2, 16, 16)))
+        np.testing.assert_allclose(found[1, 5, 6], expected, rtol=1e-6)
 
 
 def test_the_mean_of_a_collection_is_that_of_its_members(prepared):
@@ -136,9 +154,9 @@ def test_the_mean_of_a_collection_is_that_of_its_members(prepared):
 
 def test_annotated_organs_alone_are_scored(prepared):
     config, data = prepared
-    predictor = Predictor(lambda x: np.ones((*x.shape[:3], 4), np.float32), config)
+    found = Predictor(lambda x, _: np.ones((*x.shape[:3], 4), np.float32), config)
     cases = ["brain/mine_003", "neck/mine_000"]
-    (results,) = summaries.evaluate(predictor, data, cases, False, predictor.scoring)
+    (results,) = summaries.evaluate(found, data, cases, False, found.scoring)
     assert set(results["brain/mine_003"]) == {"brain/head", "brain/tail"}
     assert set(results["neck/mine_000"]) == {"neck/cord"}
 
@@ -169,8 +187,8 @@ def test_a_collection_is_trained_scored_and_predicts(folders, tmp_path):
     assert done.returncode == 0, done.stderr
     label = np.asarray(nib.load(tmp_path / "out" / "mine_009.nii.gz").dataobj)
     scan = np.asarray(nib.load(scans / "mine_009_0000.nii.gz").dataobj)
-    predictor = Predictor.restore(tmp_path / "run", task="neck")
-    expected = predictor.segment(scan.transpose(2, 1, 0)).transpose(2, 1, 0)
+    found = Predictor.restore(tmp_path / "run", task="neck")
+    expected = found.segment(scan.transpose(2, 1, 0)).transpose(2, 1, 0)
     np.testing.assert_array_equal(label, expected)
     assert label.max() <= 2
     with pytest.raises(UserError, match="which task"):
@@ -280,18 +298,46 @@ def test_options_of_members_are_theirs_alone(folders):
 
 def test_own_prompts_alone_predict(prepared):
     """Foreign prompts neither take from the background nor add to it."""
-    config, _ = prepared
-    brain, p = tasks.find(config.data, "brain"), np.array([0.6, 0.2, 0.95])  # head, tail, cord
-    merged = np.array([1 - p.max(), *p])
-    merged /= merged.sum()
-    np.testing.assert_allclose(brain.own(merged, asked=True), [0.4, 0.6, 0.2])
-    assert np.argmax(brain.own(merged)) == 0
-    assert train_step.make_method(config_of_method(config, "versemi")).asked
+    p = jnp.array([0.6, 0.2, 0.95, 0.5])  # head, tail, cord, and the synthetic task
+    prompts = jnp.stack([jnp.log(1 - p), jnp.log(p)], -1)[None, None, None]
+    config, brain = config_of_method(prepared[0], "versemi"), np.array([True, True, False])
+    method = train_step.make_method(config)
+    outputs = Outputs(merge(prompts), None, prompts=prompts)
+    own = method.generalist_probs(outputs, brain)[0, 0, 0]
+    np.testing.assert_allclose(own, np.array([0.4, 0.6, 0.2, 0]) / 1.2, rtol=1e-5)
+    all_asked = method.generalist_probs(outputs, None)[0, 0, 0]
+    np.testing.assert_allclose(all_asked, np.array([0.05, 0.6, 0.2, 0.95]) / 1.8, rtol=1e-5)
+    assert np.argmax(pseudo_labels.within(all_asked, brain)) == 0
 
 
-def config_of_method(config, method):
-    other = collection.get_config(f"method={method},members=brain@nnunet")
-    other.update_from_flattened_dict(NET)
+def test_every_head_knows_the_members_before_heads_vote(prepared):
+    """CGS over VerSemi: prompts that nobody asked take nothing from the background, and what
+    specialists give to other data sets' organs is background."""
+    fields = {"combine": "vote", "inference": "both"}
+    config = config_of_method(prepared[0], "cgs", base="versemi", **fields)
+    method, brain = train_step.make_method(config), np.array([True, True, False])
+    mesh = devices.local_mesh()
+    state = train_step.init_state(method, mesh)
+    images = np.random.default_rng(0).integers(0, 65535, (2, 16, 16, 1)).astype(np.uint16)
+    predict = predictor.make_predictor(method)(state).predict
+    scores = predict(images, brain)
+    image = jnp.asarray(images / np.float32(65535))
+    params, stats = method.inference_variables(state)
+    outputs = method.network.apply({"params": params, **stats}, image, train=False)
+    odds = np.exp(nn.log_softmax(outputs.prompts))[..., :2, 1]  # of head and tail
+    asked = np.concatenate([1 - odds.max(-1, keepdims=True), odds], -1)
+    merged = np.array(pseudo_labels.merge(pseudo_labels.specialist_probs(outputs)))
+    merged /= merged.sum(-1, keepdims=True)
+    merged = np.concatenate([merged[..., :1] + merged[..., 3:], merged[..., 1:3]], -1)
+    votes = sum(np.eye(3)[heads.argmax(-1)] for heads in (asked, merged))
+    np.testing.assert_array_equal(np.floor(scores[..., :3] + 1e-4), votes)
+    assert not scores[..., 3].any()
+
+
+def config_of_method(config, method, base="", **fields):
+    base = f",base={base}" if base else ""
+    other = collection.get_config(f"method={method}{base},members=brain@nnunet")
+    other.update_from_flattened_dict(NET | fields)
     other.data.classes, other.data.channels = config.data.classes, 1
     return other
 

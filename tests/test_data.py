@@ -217,9 +217,7 @@ def test_many_cases_share_few_open_files(thorax, monkeypatch):
 def test_a_scan_that_would_be_too_large_is_named(thorax):
     config, _ = thorax
     config.data.spacing, config.data.patch = 0.0001, 16
-    with pytest.raises(
-        UserError, match=r"Patient_0\d.nii.gz: a scan of 6 x 24 x 24 voxels .* would"
-    ):
+    with pytest.raises(UserError, match=r"Patient_0\d.nii.gz: a scan of .* voxels .* would"):
         cache.prepare(config)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.runtime.by_name import load_by_name
@@ -27,7 +26,8 @@ class Task(NamedTuple):
     Attributes:
       name: '' where it is the only one.
       data: its options.
-      union: for each of its labels 0, 1, ... the label in the union of all tasks.
+      union: for each of its labels 0, 1, ... the label in the union of all tasks; of scores of the
+        union's classes [..., 1 + K] those of its own are `scores[..., union]`.
       first: how many organs the tasks before it have, each counted by itself.
     """
 
@@ -49,21 +49,6 @@ class Task(NamedTuple):
         `data.regions` makes of them."""
         regions = self.data.regions or [(x, (i,)) for i, x in enumerate(self.data.classes, 1)]
         return {self.full_name(name): tuple(labels) for name, labels in regions}
-
-    def own(self, scores: np.ndarray, asked: bool = False) -> np.ndarray:
-        """Scores of its own labels [..., 1 + organs] of those of the union's [..., 1 + K].
-
-        What is an organ of other tasks alone is background here; or, of a network that is `asked`
-        for one organ at a time, it was not asked for, and background is what its own organs leave.
-        """
-        if self.union == tuple(range(scores.shape[-1])):
-            return scores
-        organs = scores[..., list(self.union[1:])]
-        if asked:  # the sum of all was made 1, of background 1 - p and of organs up to p
-            organs = organs / (scores[..., :1] + np.max(scores[..., 1:], -1, keepdims=True))
-            return np.concatenate([1 - np.max(organs, -1, keepdims=True), organs], -1)
-        rest = np.sum(scores, -1, keepdims=True) - np.sum(organs, -1, keepdims=True)
-        return np.concatenate([rest, organs], -1)
 
 
 def layout(data: ConfigDict) -> ModuleType:

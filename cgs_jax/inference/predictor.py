@@ -55,22 +55,16 @@ class Predictor:
 
     Attributes:
       predict: uint16 [B, *S, channels] -> scores of classes [B, *S, C]; the highest names the
-        class. It is only asked for one shape: that of whole slices, or of a window.
+        class. It is only asked for one shape: that of whole slices, or of a window. Where the task
+        has not all K organs of the network, those that it has, bool [K], are the second argument.
       config: of the run, or of the first of several.
       scoring: that of `config`.
       task: the data set whose scans are segmented, with its grid, intensities and organs; `of` of a
         collection's predictor chooses it.
     """
 
-    def __init__(
-        self,
-        predict: Callable[[np.ndarray], np.ndarray],
-        config: ConfigDict,
-        task: str = "",
-        asked: bool = False,
-    ):
-        """`asked`: as the method is, see `Task.own`."""
-        self.predict, self.config, self._task, self._asked = predict, config, task, asked
+    def __init__(self, predict: Callable[..., np.ndarray], config: ConfigDict, task: str = ""):
+        self.predict, self.config, self._task = predict, config, task
         self.scoring = Scoring(config.upsample, config.largest_component)
 
     def of(self, task: str) -> "Predictor":
@@ -80,7 +74,7 @@ class Predictor:
           UserError: it was not trained on.
         """
         tasks.find(self.config.data, task)
-        return Predictor(self.predict, self.config, task, self._asked)
+        return Predictor(self.predict, self.config, task)
 
     @functools.cached_property
     def task(self) -> tasks.Task:
@@ -211,11 +205,16 @@ class Predictor:
             window = window or self.config.data.patch or data.size
         if data.spacing or depth or 0 < window < data.size:
             shape = patches.window(self.config.data, window)
-            scores = windows.blend(self.predict, images, shape, batch)
-        else:
-            padding = [(0, batch - len(images)), *[(0, 0)] * (images.ndim - 1)]
-            scores = self.predict(np.pad(images, padding))[: len(images)]
-        return self.task.own(scores, self._asked)
+            return windows.blend(self._predict, images, shape, batch)
+        padding = [(0, batch - len(images)), *[(0, 0)] * (images.ndim - 1)]
+        return self._predict(np.pad(images, padding))[: len(images)]
+
+    def _predict(self, images):
+        """Scores of the task's own classes."""
+        union, own = range(1 + len(self.config.data.classes)), self.task.union
+        if own == tuple(union):
+            return self.predict(images)
+        return self.predict(images, np.isin(union[1:], own))[..., list(own)]
 
 
 class _Segmented:
@@ -284,9 +283,9 @@ def make_predictor(*methods: Method) -> Callable[..., Predictor]:
     """
     mesh, config = devices.local_mesh(), methods[0].config
 
-    def predict(states, slices):
-        image = to_image(slices)
-        probs = [m.predict(state, image) for m, state in zip(methods, states, strict=True)]
+    def predict(states, slices, members):
+        pairs, image = zip(methods, states, strict=True), to_image(slices)
+        probs = [method.predict(state, image, members) for method, state in pairs]
         return combine(jnp.concatenate(probs), config.combine)
 
     compiled = devices.jit(predict, mesh)
@@ -294,12 +293,12 @@ def make_predictor(*methods: Method) -> Callable[..., Predictor]:
     def with_states(*states):
         states = devices.localise(mesh, states)
 
-        def run(slices):
+        def run(slices, members=None):
             padding = [(0, -len(slices) % mesh.size), *[(0, 0)] * (slices.ndim - 1)]
             batch = devices.put_batch(mesh, np.pad(slices, padding))
-            return np.asarray(compiled(states, batch))[: len(slices)]
+            return np.asarray(compiled(states, batch, members))[: len(slices)]
 
-        return Predictor(run, config, asked=methods[0].asked)
+        return Predictor(run, config)
 
     return with_states
 

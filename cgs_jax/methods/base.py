@@ -63,14 +63,11 @@ class Method:
       unlabelled: whether batches hold unlabelled images.
       specialists: whether the network has specialist heads.
       draws: batches of `config.batch` that one step takes.
-      asked: whether the network is asked for one organ at a time, so that it need not be for
-        those of other data sets.
       has_teacher: whether a teacher could predict in place of the student.
     """
 
     unlabelled = True
     draws = 1
-    asked = False
     has_teacher = False
 
     def __init__(self, config: ConfigDict, specialists: bool = False):
@@ -157,18 +154,27 @@ class Method:
         """Called after the optimiser, e.g. to move a teacher; `state.step` counts this update."""
         return state
 
-    def predict(self, state: TrainState, image: jax.Array) -> jax.Array:
+    def predict(
+        self, state: TrainState, image: jax.Array, members: jax.Array | None = None
+    ) -> jax.Array:
         """[B, H, W, channels] -> class probabilities [M, B, H, W, C] of the heads that decide, in
-        evaluation mode."""
+        evaluation mode. `members`, bool [K]: the organs that the images' data set has; there
+        others have no probability. None: it has all."""
         params, model_state = self.inference_variables(state)
         outputs = self.network.apply({"params": params, **model_state}, image, train=False)
         heads = []
         if self.config.inference != "specialists":
-            heads.append(jax.nn.softmax(outputs.generalist.astype(jnp.float32)))
+            heads.append(self.generalist_probs(outputs, members))
         if self.config.inference != "generalist":
             merged = pseudo_labels.merge(pseudo_labels.specialist_probs(outputs))
-            heads.append(merged / jnp.sum(merged, -1, keepdims=True))
+            merged /= jnp.sum(merged, -1, keepdims=True)
+            heads.append(pseudo_labels.within(merged, members))
         return jnp.stack(heads)
+
+    def generalist_probs(self, outputs: Outputs, members: jax.Array | None) -> jax.Array:
+        """Of all classes [B, *S, C], for images whose data set has the organs `members`."""
+        probs = jax.nn.softmax(outputs.generalist.astype(jnp.float32))
+        return pseudo_labels.within(probs, members)
 
     def inference_variables(self, state: TrainState) -> tuple[Any, Any]:
         """(params, model_state) that `predict` uses: the student's."""

@@ -169,13 +169,13 @@ class Method(cps.Method):
             cover = base.add([cover, shares])
         return terms, cover
 
-    def predict(self, state, image):
+    def predict(self, state, image, members=None):
         if self.config.method.predicts == "first":
-            return super().predict(state, image)
+            return super().predict(state, image, members)
         total = 0
         for name in NAMES:
             alone = state.replace(params=state.params[name], model_state=state.model_state[name])
-            total += super().predict(alone, image)
+            total += super().predict(alone, image, members)
         return total / len(NAMES)
 
     def inference_variables(self, state):

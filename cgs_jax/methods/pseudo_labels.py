@@ -37,6 +37,16 @@ def merge(specialist_probs: jax.Array) -> jax.Array:
     return jnp.concatenate([background[..., None], specialist_probs[..., TARGET]], -1)
 
 
+def within(probs: jax.Array, members: jax.Array | None) -> jax.Array:
+    """Probabilities of all classes [B, *S, 1 + K] where only the organs `members` [K] can be: what
+    the others have is background's. None: all can be."""
+    if members is None:
+        return probs
+    organs = jnp.where(members, probs[..., 1:], 0)
+    others = jnp.sum(jnp.where(members, 0, probs[..., 1:]), -1, keepdims=True)
+    return jnp.concatenate([probs[..., :1] + others, organs], -1)
+
+
 def ihed_mask(votes: jax.Array, num_classes: int = 3) -> jax.Array:
     """True where the specialists' votes [B, *S, K] fit together: [B, *S].
 

@@ -39,6 +39,7 @@ import jax.numpy as jnp
 
 from cgs_jax.methods import augment, base, batches
 from cgs_jax.models.network import build
+from cgs_jax.models.prompted import merge
 from cgs_jax.runtime.errors import UserError
 
 TERMS = ("syn", "aux", "agg", "cons")
@@ -61,8 +62,6 @@ class Method(base.Method):
     CGS over it adds specialists, and labels that the student makes of the unlabelled part of the
     mixed images itself.
     """
-
-    asked = True
 
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
@@ -120,6 +119,10 @@ class Method(base.Method):
         ]
         pair = base.Pair(boxed, jax.lax.stop_gradient(boxed), outside)
         return base.Passes(asked, [pair], model_state, state.extra)
+
+    def generalist_probs(self, outputs, members):
+        """What is not a member is not asked for, so it takes nothing from the background."""
+        return jnp.exp(merge(outputs.prompts, members))
 
     def objective(self, passes, step):
         options, (plain, mixed, boxed) = self.config.method, passes.labelled

@@ -77,12 +77,15 @@ class Prompted(nn.Module):
         return nn.relu(packed.affine(x, factor, summand, pack))
 
 
-def merge(prompts: jax.Array) -> jax.Array:
+def merge(prompts: jax.Array, members: jax.Array | None = None) -> jax.Array:
     """Logits of all prompts [B, *S, N + 1, 2] -> log-probabilities of all classes [B, *S, 1 + N].
 
     Organ k has what its prompt gives it, background the least that the prompt of any organ gives to
-    all else; then the sum is made 1. The synthetic task has no say.
+    all else; then the sum is made 1. The synthetic task has no say, and with `members`, bool [N],
+    nor has any organ that is none of them.
     """
     log_probs = nn.log_softmax(prompts[..., :-1, :].astype(jnp.float32))
+    if members is not None:  # the others are surely not there
+        log_probs = jnp.where(members[:, None], log_probs, jnp.array([0, -jnp.inf]))
     background = jnp.min(log_probs[..., 0], -1, keepdims=True)
     return nn.log_softmax(jnp.concatenate([background, log_probs[..., 1]], -1))
