@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import pathlib
 import shutil
 import sys
 
@@ -105,6 +106,14 @@ THREE_LEVELS = {"model.channels": (8, 16, 16), "model.dropout": (0.1, 0.1, 0.1)}
         ({"model.dtype": "float16"}, "unknown model.dtype 'float16'"),
         ({"mesh.space": 3}, "mesh.data=-1 times mesh.space=3 must be the 1 devices"),
         ({"augment.degrees": 180.0}, "augment.degrees=180.0 must be between 0 and 90"),
+        ({"method.tau": 1.5}, "method.tau=1.5 must be between 0 and 1"),
+        ({"method.lambda_max": float("nan")}, "method.lambda_max must be at least 0, not nan"),
+        ({"optimizer.lr": float("inf")}, "optimizer.lr must be at least 0, not inf"),
+        ({"method.terms": ()}, "--config.method.terms is empty; there are: G_from_g"),
+        ({"model.channels": (8, 0)}, r"model.channels=\(8, 0\): whole numbers from 1 on"),
+        ({"model.channels": (8, 8.5)}, r"model.channels=\(8, 8.5\): whole numbers"),
+        ({"data.grow_at": ("a",), "data.grow_to": (0,)}, "shares of total_steps in rising order"),
+        ({"data.numbers": (1, 2.5, 3, 4)}, "organs have numbers of their own"),
     ],
 )
 def test_bad_options(trained, scans, fields, message):
@@ -200,6 +209,10 @@ def test_bad_bases(base, fields, message):
         (
             ["--config.data.root=/nonexistent/folder"],
             "no SegTHOR in '/nonexistent/folder': --config.data.root",
+        ),
+        (
+            ["--config.data.root=~/nonexistent"],
+            f"no SegTHOR in '{pathlib.Path.home()}/nonexistent': --config.data.root",
         ),
         (["--multihost"], "--multihost: coordinator_address should be defined"),
         (["--process=0"], "--coordinator, --processes and --process go with --multihost"),

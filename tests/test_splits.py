@@ -52,6 +52,20 @@ def test_random_split_keeps_patients_together():
     assert not patients[0] & patients[1] | patients[0] & patients[2] | patients[1] & patients[2]
 
 
+def test_lists_of_any_editor(tmp_path):
+    path = tmp_path / "train.txt"
+    path.write_text("a  # first\n\nb\na\n", encoding="utf-8-sig")
+    assert case_lists.read_list(path) == ["a", "b"]
+    path.write_text("a\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"train.txt is no text in UTF-8; save it as such"):
+        case_lists.read_list(path)
+
+
+def test_a_case_whose_patient_is_not_told_is_its_own():
+    assert case_lists.patient("x1", r"(p\d+)?") == "x1"
+    assert case_lists.patient("p12_a", r"(p\d+)?") == "p12"
+
+
 def test_no_test_cases_if_one_wants_none():
     data = nnunet.get_config().data
     cases = {f"c{i}": case_lists.Case(f"c{i}", (), ("x",) if i < 3 else None) for i in range(9)}

@@ -340,7 +340,10 @@ def test_cgs_over_it_adds_specialists_on_the_unlabelled_part():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method.terms": ("syn", "x")}, "unknown method.terms x; there are: syn, aux, agg, cons"),
+        (
+            {"method.terms": ("syn", "x")},
+            "unknown --config.method.terms x; there are: syn, aux, agg, cons",
+        ),
         ({"method.box": (0.5, 1.2)}, "method.box=.* two shares of a side"),
         ({"method.box_unlabelled": (0.6, 0.3)}, "method.box_unlabelled=.*smaller one first"),
     ],

@@ -163,13 +163,15 @@ def tell(splits: Splits, data: ConfigDict, member: str = "") -> None:
 
 
 def read_list(path: pathlib.Path) -> list[str]:
-    """Case names of one list file."""
+    """Case names of one list file, each once."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
     except FileNotFoundError:
         raise UserError(f"no case list {path}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is no text in UTF-8; save it as such") from None
     lines = (line.split("#")[0].strip() for line in text.splitlines())
-    return [line for line in lines if line]
+    return list(dict.fromkeys(line for line in lines if line))
 
 
 def part(splits: Splits, data: ConfigDict, task: str) -> Splits:
@@ -189,7 +191,7 @@ def patient(case: str, pattern: str) -> str:
     """Patient of a case: the first group of the regular expression `pattern`."""
     try:
         match = re.match(pattern, case)
-        return match.group(1) if match else case
+        return match.group(1) or case if match else case
     except (re.error, IndexError) as error:
         raise UserError(f"data.patient={pattern!r} needs a group in parentheses: {error}") from None
 

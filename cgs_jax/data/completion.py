@@ -81,8 +81,9 @@ def _check_labels(data):
         raise UserError(f"{len(classes)} organs; at most {MOST_CLASSES} are stored")
     if len(set(classes)) < len(classes):
         raise UserError(f"data.classes has a name twice: {', '.join(classes)}")
-    if len(set(numbers)) < len(numbers) or min(numbers, default=1) < 1:
-        raise UserError(f"data.numbers={data.numbers}: organs have numbers of their own, from 1 on")
+    whole = all(type(number) is int for number in numbers)
+    if not whole or len(set(numbers)) < len(numbers) or min(numbers, default=1) < 1:
+        raise UserError(f"data.numbers={data.numbers}: organs have numbers of their own, 1, 2, ...")
     if data.ignore < 0 or data.ignore in numbers:
         raise UserError(f"data.ignore={data.ignore}: a number that no organ has, or 0 for none")
     for region in data.regions:

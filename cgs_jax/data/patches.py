@@ -48,7 +48,8 @@ def check(data: ConfigDict, divisor: int, depth_divisor: int) -> None:
             raise UserError("data.exemplar is a slice; volumes have labelled cases: leave it out")
     if len(data.grow_at) != len(data.grow_to):
         raise UserError("data.grow_at and data.grow_to must have the same length")
-    if sorted(data.grow_at) != list(data.grow_at) or not all(0 <= at <= 1 for at in data.grow_at):
+    shares = all(isinstance(at, int | float) and 0 <= at <= 1 for at in data.grow_at)
+    if not shares or sorted(data.grow_at) != list(data.grow_at):
         raise UserError(f"data.grow_at={data.grow_at}: shares of total_steps in rising order")
     grids = [Grid.of(own) for own in tasks.members(data).values()]
     sizes = {grid.size for grid in grids if not grid.pixel}

@@ -282,6 +282,16 @@ def steps_of(config: ConfigDict, field: str) -> int:
     return round(share * config.total_steps)
 
 
+def check_terms(options: ConfigDict, known: Sequence[str], section: str = "method") -> None:
+    """Raises UserError where `options.terms`, of a `section` of the config, names another term than
+    those `known`."""
+    if wrong := set(options.terms) - set(known):
+        raise UserError(
+            f"unknown --config.{section}.terms {', '.join(sorted(wrong))}; "
+            f"there are: {', '.join(known)}"
+        )
+
+
 def scales(outputs: Outputs) -> jax.Array:
     """Logits of all classes at all scales of the decoder, finest first: [B, *S, scales, C]."""
     return jnp.concatenate([outputs.generalist[..., None, :], outputs.pyramid], -2)

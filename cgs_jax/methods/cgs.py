@@ -40,7 +40,7 @@ class Method(base.WithTeacher):
     def __init__(self, config: ConfigDict, specialists: bool = True):
         super().__init__(config, specialists and config.method.specialists)
         options = config.method
-        check_terms(options)
+        _check(options)
         if not self.specialists and tuple(options.terms) != ("G_from_g",):
             raise UserError("method.specialists=False goes with method.terms=('G_from_g',)")
         if options.plan not in ("lean", "full"):
@@ -145,7 +145,7 @@ class Over:
         if isinstance(method, Method) or not method.unlabelled:
             name = method.config.method.name
             raise UserError(f"base={name}: CGS lies over other methods with unlabelled images only")
-        check_terms(method.config.cgs, "cgs")
+        _check(method.config.cgs, "cgs")
         self.method = method
 
     def __getattr__(self, name):
@@ -162,16 +162,6 @@ class Over:
         metrics |= {"loss": loss + weight * added, **coverage}
         metrics |= {f"cgs/{name.removeprefix('unsup/')}": value for name, value in more.items()}
         return metrics["loss"], (passes.model_state, passes.extra, metrics)
-
-
-def check_terms(options: ConfigDict, section: str = "method") -> None:
-    """Raises UserError where `options.terms` of a `section` of the config names none of `TERMS`."""
-    wrong = set(options.terms) - set(TERMS)
-    if wrong:
-        raise UserError(
-            f"unknown --config.{section}.terms {', '.join(sorted(wrong))}; "
-            f"there are: {', '.join(TERMS)}"
-        )
 
 
 def consistency(pairs: Iterable[base.Pair], options: ConfigDict) -> tuple[base.Terms, base.Terms]:
@@ -228,6 +218,12 @@ def consistency_losses(
             terms |= {f"unsup/S_from_{name}_ce": ce, f"unsup/S_from_{name}_dice": dice}
         coverage[f"cover/{name}"] = jnp.mean(mask)
     return terms, coverage
+
+
+def _check(options, section="method"):
+    base.check_terms(options, TERMS, section)
+    if not options.terms:
+        raise UserError(f"--config.{section}.terms is empty; there are: {', '.join(TERMS)}")
 
 
 def _all_weak(views):

@@ -50,9 +50,7 @@ class Method(cps.Method):
     def __init__(self, config: ConfigDict, specialists: bool = False):
         super().__init__(config, specialists)
         options, count = config.method, config.batch.labelled
-        if wrong := set(options.terms) - set(TERMS):
-            wrong, known = ", ".join(sorted(wrong)), ", ".join(TERMS)
-            raise UserError(f"unknown --config.method.terms {wrong}; there are: {known}")
+        base.check_terms(options, TERMS)
         if options.predicts not in ("first", "mean"):
             raise UserError(f"unknown method.predicts {options.predicts!r}; there are: first, mean")
         synthesis.check(options)

@@ -66,9 +66,7 @@ class Method(base.Method):
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
         options = config.method
-        if wrong := set(options.terms) - set(TERMS):
-            known = ", ".join(TERMS)
-            raise UserError(f"unknown method.terms {', '.join(sorted(wrong))}; there are: {known}")
+        base.check_terms(options, TERMS)
         for name in ("box", "box_unlabelled"):
             sides = options[name]
             if len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:

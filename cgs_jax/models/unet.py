@@ -227,9 +227,11 @@ def check(model: Any, size: int) -> None:
     """Raises UserError where the options of `config.model` can not be, or images of `size`."""
     if len(model.channels) < 2:
         raise UserError("model.channels needs at least 2 levels")
+    if any(type(count) is not int or count < 1 for count in model.channels):
+        raise UserError(f"model.channels={model.channels}: whole numbers from 1 on, finest first")
     if size % stride(model):
         raise UserError(f"data.size={size} does not divide by {stride(model)}")
     if len(model.dropout) != len(model.channels):
         raise UserError("model.dropout and model.channels must have the same length")
-    if not all(0 <= rate <= 0.9 for rate in model.dropout):
+    if not all(isinstance(rate, int | float) and 0 <= rate <= 0.9 for rate in model.dropout):
         raise UserError(f"model.dropout={model.dropout}: rates are between 0 and 0.9")

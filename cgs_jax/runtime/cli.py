@@ -38,7 +38,7 @@ def cli(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
     if "traceback" not in flags.FLAGS:
         flags.DEFINE_boolean("traceback", False, "show where in the code an error arose")
     try:
-        _, *arguments = flags.FLAGS(sys.argv)
+        _, *arguments = flags.FLAGS([*map(_with_home, sys.argv)])
     except flags.Error as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # An error inside the config file arrives as its traceback: the last line says what it is.
@@ -86,6 +86,12 @@ class _OfPythonThreads:
 
     def __getattr__(self, name):
         return getattr(self._stream, name)
+
+
+def _with_home(argument: str) -> str:
+    """--root=~/scans as a shell expands --root ~/scans."""
+    name, equals, value = argument.partition("=")
+    return name + equals + (os.path.expanduser(value) if name.startswith("--") else value)
 
 
 def _quieten_libraries() -> None:

@@ -153,12 +153,16 @@ def check_same(
     fields aside."""
     saved, now = flatten(saved), flatten(config)
     for name in sorted(saved.keys() | now.keys()):
-        field = re.sub(r"^data\.members\.[^.]+\.", "data.", name)
-        if field not in free and saved.get(name) != now.get(name):
+        if of_any_member(name) not in free and saved.get(name) != now.get(name):
             raise UserError(
                 f"{workdir} was trained with {name}={saved.get(name)}, now it is {now.get(name)}; "
                 "give back the old value or choose another --workdir"
             )
+
+
+def of_any_member(name: str) -> str:
+    """'data.size' for 'data.members.heart.size'."""
+    return re.sub(r"^data\.members\.[^.]+\.", "data.", name)
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:

@@ -1,25 +1,50 @@
 """The configuration of a run, completed and checked once, before anything is made of it."""
 
-import operator
+import math
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from cgs_jax.data import completion, patches, tasks
 from cgs_jax.inference import predictor
 from cgs_jax.models import network
+from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.logs import say
 from cgs_jax.training import optimizers
 from cgs_jax.training.train_step import make_method
 
-AT_LEAST = {
-    "total_steps": 1,
-    "log_every": 1,
-    "eval_every": 1,
-    "eval_batch": 1,
-    "batch.labelled": 1,
-    "pseudo_slices": 0,
-    "precise_bn": 0,
+# The least and the greatest value of options; methods check what is theirs alone.
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "total_steps": (1, math.inf),
+    "log_every": (1, math.inf),
+    "eval_every": (1, math.inf),
+    "eval_batch": (1, math.inf),
+    "batch.labelled": (1, math.inf),
+    "pseudo_slices": (0, math.inf),
+    "precise_bn": (0, math.inf),
+    "optimizer.lr": (0, math.inf),
+    "optimizer.momentum": (0, 1),
+    "optimizer.momentum_squares": (0, 1),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.power": (0, math.inf),
+    "augment.rotate": (0, 1),
+    "augment.degrees": (0, 90),
+    "augment.jitter": (0, 1),
+    "augment.strength": (0, 1),
+    "method.lambda_max": (0, math.inf),
+    "method.tau": (0, 1),
+    "method.ema_decay": (0, 1),
+    "method.cutmix": (0, 1),
+    "method.copy_paste": (0, 1),
+    "method.doubt": (0, 1),
+    "method.samples": (1, math.inf),
+    "method.image_weight": (0, math.inf),
+    "method.feature_weight": (0, math.inf),
+    "cgs.lambda_max": (0, math.inf),
+    "cgs.tau": (0, 1),
+    "data.val_fraction": (0, 1),
+    "data.test_fraction": (0, 1),
 }
 
 
@@ -58,14 +83,17 @@ def check(config: ConfigDict) -> None:
     method = make_method(config)
     predictor.check(config, method)
     optimizers.make_optimizer(config)
-    least_of = AT_LEAST | {"batch.unlabelled": int(method.unlabelled)}
-    for name, least in least_of.items():
-        if operator.attrgetter(name)(config) < least:
-            raise UserError(f"{name} must be at least {least}")
-    if not 0 <= config.seed < 2**32:
-        raise UserError("seed must be between 0 and 2**32 - 1")
+    ranges = RANGES | {"batch.unlabelled": (int(method.unlabelled), math.inf)}
+    for name, value in run_folder.flatten(config).items():
+        least, most = ranges.get(run_folder.of_any_member(name), (-math.inf, math.inf))
+        if isinstance(value, int | float) and not (least <= value <= most and value < math.inf):
+            if most == math.inf:
+                raise UserError(f"{name} must be at least {least}, not {value}")
+            raise UserError(f"{name}={value} must be between {least} and {most}")
     flip = config.augment.flip
     if not (isinstance(flip, int | float) and 0 <= flip <= 1):
         raise UserError(f"augment.flip={flip}: a probability, or auto")
-    if not 0 <= config.augment.degrees <= 90:
-        raise UserError(f"augment.degrees={config.augment.degrees} must be between 0 and 90")
+    mixes = config.method.get("cutmix", 0) or config.method.get("alpha", 0)
+    images = config.batch.unlabelled if method.unlabelled else config.batch.labelled
+    if mixes and images == 1:
+        say("WARNING: with one image a step of its kind nothing is mixed: it meets itself alone")
