@@ -84,7 +84,8 @@ def plan(
       overrides: fields from the command line, which knows those of its method and model; these
         hold for the rows that have them, too.
       sweep_file: defines get_sweep(config) -> {row: (arguments of the config file, fields)}; the
-        fields come last, and a line says where one is not what `overrides` has.
+        fields come last, and a line says where one is not what `overrides` has. In place of the
+        fields may stand a function that makes them of the row's own config.
       wanted: rows to train; none: all. Others are checked if WORKDIR has runs of them, for they
         share its table.
 
@@ -93,21 +94,21 @@ def plan(
         trained otherwise.
     """
     path, _, arguments = config_file.partition(":")
-    default, _ = _config(path, arguments, overrides, {}, "the command line")
+    default, *_ = _config(path, arguments, overrides, {}, "the command line")
     rows, runs, said = _rows(sweep_file, default), [], set()
     wrong = set(wanted) - set(rows)
     if wrong:
         raise UserError(f"--rows {', '.join(sorted(wrong))}: there are {', '.join(rows)}")
     begun = {row for row in rows if (workdir / row).exists()}
     chosen = {row: rows[row] for row in rows if row in begun.union(wanted or rows)}
-    for row, (_, fields) in chosen.items():
-        for name, value in fields.items():
-            if value != overrides.get(name, value):
-                say(f"row {row}: {name} is {value}, not {overrides[name]}")
     for seed in range(default.seed, default.seed + seeds):
         for row, (more, fields) in chosen.items():
             together = ",".join(filter(None, (arguments, more)))
-            config, plain = _config(path, together, overrides, fields | {"seed": seed}, row)
+            config, plain, fields = _config(path, together, overrides, fields, row)
+            config.seed = seed
+            for name, value in fields.items() if seed == default.seed else ():
+                if value != overrides.get(name, value):
+                    say(f"row {row}: {name} is {value}, not {overrides[name]}")
             run = workdir / row / f"seed{seed}"
             command = [sys.executable, "-m", "cgs_jax.main", "--workdir", str(run), "--config"]
             command += [f"{path}:{together}" if together else path]
@@ -135,7 +136,7 @@ def _rows(path, config):
         for row, (arguments, fields) in rows.items():
             if not re.fullmatch(r"\w[\w.+-]*", row):
                 raise ValueError(f"{row!r} can not be the name of a folder")
-            if not isinstance(arguments, str) or not isinstance(fields, dict):
+            if not isinstance(arguments, str) or not (isinstance(fields, dict) or callable(fields)):
                 raise ValueError(f"{row!r} is not (arguments, fields)")
     except UserError:
         raise
@@ -157,7 +158,7 @@ def _module(path):
 
 
 def _config(path, arguments, overrides, fields, row):
-    """The config of a row, and the fields as its file alone has them."""
+    """The config of a row, all fields as its file alone has them, and those of the row."""
     try:
         config = _module(path).get_config(arguments or None)
     except ValueError as error:
@@ -168,14 +169,24 @@ def _config(path, arguments, overrides, fields, row):
         for k, v in overrides.items()
         if k in plain or not k.startswith(("method.", "cgs.", "model.", "data.members."))
     }
-    for name, value in (shared | fields).items():
-        if name not in plain:
+    _update(config, shared, plain, row)
+    if callable(fields):
+        try:
+            fields = fields(config)
+        except Exception as error:  # it is the user's code
+            raise UserError(f"{row}: {type(error).__name__}: {error}") from error
+    _update(config, fields, plain, row)
+    return config, plain, fields
+
+
+def _update(config, fields, known, row):
+    for name, value in fields.items():
+        if name not in known:
             raise UserError(f"{row}: there is no config field {name}")
         try:
             config.update_from_flattened_dict({name: value})
         except TypeError as error:
             raise UserError(f"{row}: {name}={value!r}: {error}") from None
-    return config, plain
 
 
 def train_all(runs: list[Run], at_once: int = 1) -> None:

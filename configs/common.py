@@ -30,9 +30,9 @@ def labelled_only(config: ConfigDict, strong: bool = False) -> dict[str, object]
 
 
 def without_specialists(config: ConfigDict) -> dict[str, object]:
-    """Fields of a row of a sweep with CGS without specialists: its generalist learns from the
-    teacher by one term instead of three, so by three times the weight, and unlabelled images weigh
-    as much against labelled ones as in CGS."""
+    """Fields of a row of a sweep, of the row's own `config`, with CGS without specialists: its
+    generalist learns from the teacher by one term instead of three, so by three times the weight,
+    and unlabelled images weigh as much against labelled ones as in CGS."""
     return {
         "method.specialists": False,
         "method.terms": ("G_from_g",),

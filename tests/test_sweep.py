@@ -189,6 +189,7 @@ def test_bad_sweeps(scans, tmp_path, capsys):
         (rows.replace("'a'", "'a/b'") % {}, "'a/b' can not be the name of a folder"),
         (rows % {"method.taw": 1}, "a: there is no config field method.taw"),
         (rows % {"data.size": "big"}, "a: data.size='big'"),
+        (rows % "lambda own: own.method.taw", "a: AttributeError: .*taw"),
         (rows.replace("=cgs", ":cgs") % {}, "a: config argument 'method:cgs': write"),
         (rows.replace("=cgs", "=cgx") % {}, "unknown method 'cgx'"),
     ):
@@ -204,6 +205,9 @@ def test_bad_sweeps(scans, tmp_path, capsys):
     assert (run.config.method.tau, run.config.method.lambda_max) == (0.8, 1.5)
     assert "--config.method.lambda_max=1.5" in run.command
     assert "configs/segthor.py:method=cgs" in run.command
+    third = rows % "lambda own: {'method.lambda_max': own.method.lambda_max / 2}"
+    _, (run,) = plan(third, overrides | given)  # of the row's own, not of the command line's method
+    assert run.config.method.lambda_max == 0.05
     two = "def get_sweep(config):\n    return {'a': ('', {}), 'b': ('method=cgx', {})}"
     names, (run,) = plan(two, wanted=["a"])  # what else is wrong does not matter
     assert (names, run.name) == (["a", "b"], "a seed 0")
@@ -224,6 +228,21 @@ def test_what_all_runs_tell_is_told_once(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sweep, "resolve", resolve)
     sweep.plan("configs/acdc.py", {}, "configs/sweeps/three.py", tmp_path, 2)
     assert capsys.readouterr().out == "grid: size 64\n"
+
+
+def test_weights_are_shares_of_the_data_sets_own(scans, tmp_path):
+    """configs/acdc.py has 1 for CGS on windows; the method of the command line does not matter."""
+    line, sweeps = "configs/acdc.py:method=supervised,recipe=patches", "configs/sweeps/"
+    for file, row, expected in (
+        ("ablation", "cgs", 1.0),
+        ("ablation", "cgs_third", 1 / 3),
+        ("ablation", "cgs_without_specialists", 3.0),
+        ("ablation", "fixmatch_teacher", 1.0),
+        ("weights", "cgs_triple_ramp_1", 3.0),
+        ("weights", "urpc_triple_ramp_1", 3 * 0.2),
+    ):
+        _, (run,) = sweep.plan(line, {}, f"{sweeps}{file}.py", tmp_path, 1, [row])
+        assert run.config.method.lambda_max == pytest.approx(expected), row
 
 
 @pytest.mark.parametrize("name", ["ablation", "plugin", "weights", "partly"])

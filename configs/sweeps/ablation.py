@@ -26,7 +26,6 @@ def get_sweep(config):
     `config` is that of the command line.
     """
     labelled_only = common.labelled_only(config)
-    alone = common.without_specialists(config)
     few = {"batch.labelled": config.batch.labelled, "batch.unlabelled": 0}
     return {
         "supervised": ("method=supervised", labelled_only),
@@ -39,12 +38,17 @@ def get_sweep(config):
         "supervised_strong": ("method=supervised", common.labelled_only(config, strong=True)),
         **{name: (f"method={name}", {}) for name in OTHERS},
         # by what CGS teaches with: a teacher that averages, and CutMix
-        "fixmatch_teacher": ("method=cgs", alone | {"method.tau": 0.95, "method.lambda_max": 1.0}),
+        "fixmatch_teacher": (
+            "method=cgs",
+            lambda own: (
+                common.without_specialists(own) | {"method.tau": 0.95, "method.lambda_max": 1.0}
+            ),
+        ),
         "cgs": ("method=cgs", {}),
         "cgs_without_ihed": ("method=cgs", {"method.ihed": False}),
         "cgs_without_cross": ("method=cgs", {"method.terms": ("G_from_g", "S_from_s")}),
         # as much unsupervised loss as without cross-consistency: two terms of six
-        "cgs_lambda_0.67": ("method=cgs", {"method.lambda_max": 2 / 3}),
-        "cgs_without_specialists": ("method=cgs", alone),
+        "cgs_third": ("method=cgs", lambda own: {"method.lambda_max": own.method.lambda_max / 3}),
+        "cgs_without_specialists": ("method=cgs", common.without_specialists),
         "cgs_binary": ("method=cgs", {"model.head_classes": 2}),
     }

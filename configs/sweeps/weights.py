@@ -6,6 +6,8 @@ python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/swee
 The best row of a method on the validation cases says at which weight it is to be compared.
 """
 
+import functools
+
 from configs import common
 from configs.sweeps.ablation import OTHERS
 
@@ -19,6 +21,10 @@ def get_sweep(config):
         own = common.get_config(method).method
         for ramp in sorted({own.ramp, 1.0}):
             for name, share in SHARES.items():
-                fields = {"method.lambda_max": share * own.lambda_max, "method.ramp": ramp}
+                fields = functools.partial(_weighed, share=share, ramp=ramp)
                 rows[f"{method}_{name}_ramp_{ramp:g}"] = (f"method={method}", fields)
     return rows
+
+
+def _weighed(own, share, ramp):
+    return {"method.lambda_max": share * own.method.lambda_max, "method.ramp": ramp}

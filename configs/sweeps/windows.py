@@ -25,6 +25,6 @@ def get_sweep(config):
         "anywhere": {"data.patch_anywhere": 0.5},
         "lr_0.01": {"optimizer.lr": 0.01},
         "lambda_2": {"method.lambda_max": 2.0},
-        "without_specialists": common.without_specialists(config),
+        "without_specialists": common.without_specialists,
     }
     return {name: ("method=cgs", fields) for name, fields in changes.items()}
