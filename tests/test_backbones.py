@@ -17,6 +17,8 @@ def test_each_backbone_has_its_own_options():
     assert unet_fields - fields == {"channels", "lanes"}
     assert acdc.get_config("recipe=patches").optimizer.lr == 0.02
     assert acdc.get_config("model=transunet,recipe=patches").optimizer.lr == 2e-4
+    for name, lr in (("unet", 1e-3), ("transunet", 1e-4)):
+        assert acdc.get_config(f"method=versemi,model={name}").optimizer.lr == lr
     for name in ("unet", "transunet"):
         config = acdc.get_config(f"model={name}")
         assert (network.backbone(config).levels(config.model), network.stride(config)) == (5, 16)

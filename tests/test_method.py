@@ -259,6 +259,21 @@ def test_training_starts_from_given_weights(tmp_path, suffix):
         train_step.init_state(method, mesh)
 
 
+def test_two_networks_from_one_file_differ(tmp_path):
+    """Their backbones are that of the file, their heads are not."""
+    config = tiny("cps", **{"model.weights": str(tmp_path / "weights.npz")})
+    variables = jax.jit(build(config, False).init)(jax.random.key(7), jnp.zeros((1, 16, 16, 1)))
+    np.savez(config.model.weights, **torch_weights.to_torch(variables))
+    state = train_step.init_state(train_step.make_method(config), make_mesh(config))
+    given = variables["params"]
+    for network, stats in zip(state.params.values(), state.model_state.values(), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, network["backbone"], given["backbone"])
+        jax.tree.map(np.testing.assert_array_equal, stats["batch_stats"], variables["batch_stats"])
+    heads = [tree["generalist"]["conv"]["kernel"] for tree in (*state.params.values(), given)]
+    for i in range(3):
+        assert np.abs(heads[i] - heads[i - 1]).max() > 1e-3
+
+
 def test_starting_weights_reach_every_network_of_a_state():
     """Two students and a teacher have them, each its own copy; momentum has not."""
     params, statistics = {"kernel": jnp.zeros(2)}, {"batch_stats": {"mean": jnp.zeros(2)}}

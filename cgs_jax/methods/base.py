@@ -64,11 +64,13 @@ class Method:
       specialists: whether the network has specialist heads.
       draws: batches of `config.batch` that one step takes.
       has_teacher: whether a teacher could predict in place of the student.
+      loads_heads: whether `config.model.weights` give heads, too, where they have any.
     """
 
     unlabelled = True
     draws = 1
     has_teacher = False
+    loads_heads = True
 
     def __init__(self, config: ConfigDict, specialists: bool = False):
         """`specialists`: with them, though the method alone has none."""

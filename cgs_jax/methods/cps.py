@@ -9,7 +9,10 @@ NAMES = ("first", "second")
 
 
 class Method(base.Method):
-    """Two networks that differ in their start, and their dropout, only; the first predicts."""
+    """Two networks that differ in their start, and their dropout, only; the first predicts. From
+    weights in a file both begin with the same backbone, and each with heads of its own."""
+
+    loads_heads = False
 
     def init(self, key, image):
         keys = dict(zip(NAMES, jax.random.split(key), strict=True))

@@ -66,6 +66,10 @@ def starting_weights(method: Method) -> tuple[Any, Any]:
     variables = jax.eval_shape(method.network.init, jax.random.key(0), _example(config))
     load = network.backbone(config).load_weights
     loaded = load(config.model.weights, variables)
+    if not method.loads_heads:
+        loaded = {
+            name: {**variables[name], "backbone": tree["backbone"]} for name, tree in loaded.items()
+        }
     return loaded["params"], {"batch_stats": loaded["batch_stats"]}
 
 

@@ -23,8 +23,9 @@ def update(config: ConfigDict) -> None:
     # True: one Dice loss for all drawn classes together, as in the released code; False: one each
     config.method.pooled_dice = False
 
-    # Adam as in the released code, without decay
-    config.optimizer.name = "adamw"
-    config.optimizer.lr = 1e-3
-    config.optimizer.momentum = 0.5
-    config.optimizer.weight_decay = 0.0
+    # Adam as in the released code, without decay; a backbone that has AdamW of its own keeps it
+    if config.optimizer.name != "adamw":
+        config.optimizer.name = "adamw"
+        config.optimizer.lr = 1e-3
+        config.optimizer.momentum = 0.5
+        config.optimizer.weight_decay = 0.0
