@@ -4,6 +4,7 @@ python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [
 """
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,11 @@ def find(
             if name in scans:
                 raise UserError(f"{scans[name][0]} and {path} would both be {name}; rename one")
             scans[name] = (path,)
+        for name in scans:
+            ending = ending_of(pathlib.Path(name))
+            first = re.sub(r"_\d{4}$", "", name.removesuffix(ending)) + ending
+            if first != name and first in scans:
+                say(f"WARNING: {name} is segmented as a scan of its own: the run has one channel")
     for name, paths in scans.items():
         target = output / name
         if target.exists() and any(map(target.samefile, paths)):

@@ -58,6 +58,9 @@ def test_table_by_hand():
     assert set(missing["against not trained yet"]) == {""}
     assert "| other | 2 | 45.00 ± 0.00 |" in tables.markdown(text)
     assert r"other & 2 & 45.00 $\pm$ 0.00" in tables.latex(text)
+    odd = pd.DataFrame([["1 %"]], ["a_1 & #2"], ["left|right"])
+    assert tables.markdown(odd).startswith(r"|  | left\|right |")
+    assert r"a\_1 \& \#2 & 1 \% \\" in tables.latex(odd)
 
 
 def test_bootstrap_interval_is_over_patients_and_seeds():

@@ -21,6 +21,7 @@ from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import NO_LABEL, normalise
 from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError
+from cgs_jax.scoring import summaries
 from configs import nnunet, segthor
 from layouts import STREAMS, everything, lists, nnunet_folder, save
 
@@ -212,6 +213,17 @@ def test_many_cases_share_few_open_files(thorax, monkeypatch):
     monkeypatch.setattr(cache, "MAPPED", 1)
     for few, all_of_them in zip(everything(cache.prepare(config)), expected, strict=True):
         np.testing.assert_array_equal(few, all_of_them)
+
+
+def test_what_no_validation_case_has_is_told(thorax):
+    config, root = thorax
+    path = root / "Patient_04" / "GT.nii.gz"
+    label = nib.load(path)
+    numbers = np.asarray(label.dataobj)
+    save(path, np.where(numbers == 3, 0, numbers).astype(np.uint8), label.affine)
+    prepared = cache.prepare(config)
+    assert summaries.absent(prepared, prepared.splits.val) == ["trachea"]
+    assert not summaries.absent(prepared, ["Patient_04", "Patient_05"])
 
 
 def test_a_scan_that_would_be_too_large_is_named(thorax):

@@ -268,6 +268,27 @@ def test_arrays_in_arrays_out(trained, scans, tmp_path):
     assert (in_windows.segment(scan.array) == labels).mean() > 0.8
 
 
+def test_names_that_may_be_mistaken(trained, scans, tmp_path, capsys):
+    """A second channel of a run that takes one, and endings in capitals."""
+    workdir, source = trained[0], scans / "scans" / "Patient_06" / "Patient_06.nii.gz"
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    for name in ("new_0000.nii.gz", "new_0001.nii.gz", "other_0002.nii.gz"):
+        shutil.copy(source, inputs / name)
+    written = predict.predict([workdir], inputs, tmp_path / "labels")
+    assert sorted(path.name for path in written) == [
+        "new.nii.gz",
+        "new_0001.nii.gz",
+        "other_0002.nii.gz",
+    ]
+    printed = capsys.readouterr().out
+    assert printed.count("WARNING") == 1
+    assert "WARNING: new_0001.nii.gz is segmented as a scan of its own: the run has one" in printed
+    (inputs / "new_0001.nii.gz").rename(inputs / "new_0001.NII.GZ")
+    with pytest.raises(UserError, match=r"_0001.NII.GZ: write its ending in small letters, .nii"):
+        predict.predict([workdir], inputs, tmp_path / "more")
+
+
 def test_prediction_scores_as_the_evaluation_says(trained, scans, tmp_path):
     """Labels written as NIfTI against the ground truth give the Dice of summary.json."""
     workdir, _ = trained

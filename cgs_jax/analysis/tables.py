@@ -5,6 +5,7 @@ Used by `cgs_jax.sweep` and `notebooks/ablation.ipynb`. Scores are in %, distanc
 
 import json
 import pathlib
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -193,6 +194,7 @@ def markdown(table: pd.DataFrame) -> str:
     """A table of texts in Markdown."""
     lines = [["", *table.columns], ["---"] * (1 + len(table.columns))]
     lines += [[name, *row] for name, row in zip(table.index, table.to_numpy(), strict=True)]
+    lines = ([cell.replace("|", r"\|") for cell in line] for line in lines)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -200,8 +202,8 @@ def latex(table: pd.DataFrame) -> str:
     """A table of texts as a LaTeX tabular."""
 
     def line(cells):
-        text = " & ".join(cells).replace("%", r"\%").replace("_", r"\_").replace("±", r"$\pm$")
-        return f"{text} \\\\\n"
+        text = " & ".join(re.sub(r"([%_&#$])", r"\\\1", cell) for cell in cells)
+        return text.replace("±", r"$\pm$") + " \\\\\n"
 
     body = "".join(line([n, *r]) for n, r in zip(table.index, table.to_numpy(), strict=True))
     head = line(["", *table.columns])

@@ -189,8 +189,15 @@ def ending_of(path: pathlib.Path) -> str:
 
 def scans_in(folder: pathlib.Path) -> list[pathlib.Path]:
     """Scans and label maps in a folder by their names, or `folder` itself if it is such a file;
-    without hidden files, and what 3D Slicer has segmented. None where it is not there."""
+    without hidden files, and what 3D Slicer has segmented. None where it is not there.
+
+    Raises:
+      UserError: an ending is in capitals, which other programs would not find.
+    """
     files = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
+    for path in files:
+        if not ending_of(path) and (ending := ending_of(pathlib.Path(path.name.lower()))):
+            raise UserError(f"{path}: write its ending in small letters, {ending}")
     return [path for path in files if ending_of(path) and not NO_SCAN.fullmatch(path.name)]
 
 

@@ -110,7 +110,10 @@ class Predictor:
             data, first = (tasks.members(m.config.data) for m in (method, methods[0]))
             for name, field in itertools.product(data | first, cache.OPTIONS):
                 if name not in data or name not in first or data[name][field] != first[name][field]:
-                    raise UserError(f"{workdir} and {workdirs[0]} differ in data.{field} {name}")
+                    raise UserError(
+                        f"{workdir} and {workdirs[0]} differ in data.{field} {name}; runs that are "
+                        "to predict together need the same, given when they are trained"
+                    )
         found = make_predictor(*methods)(*states)
         return found.of(task) if task else found
 

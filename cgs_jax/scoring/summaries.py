@@ -43,6 +43,16 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"no whole {path}; {workdir} has not finished") from None
 
 
+def absent(prepared: Prepared, cases: list[str]) -> list[str]:
+    """What `cases` are scored by, and no label of theirs has a voxel of."""
+    there = {}
+    for case in cases:
+        numbers = np.flatnonzero(np.bincount(prepared.volume(case).label.ravel()))
+        for organ, own in prepared.scored(case).items():
+            there[organ] = there.get(organ, False) or not set(own).isdisjoint(numbers.tolist())
+    return [organ for organ, found in there.items() if not found]
+
+
 def evaluate(
     predictor: Predictor, prepared: Prepared, cases: list[str], surface: bool, *scorings: Scoring
 ) -> list[Results]:

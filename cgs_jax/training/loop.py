@@ -73,6 +73,10 @@ def train(
     measure = pseudo_label_quality.make_measure(config, method, prepared)
     norm = jax.jit(optax.tree.norm)
     organs, zero_before = tasks.scored(config.data), set()
+    if nowhere := summaries.absent(prepared, prepared.splits.val):
+        say(
+            f"WARNING: no validation case has {', '.join(nowhere)}; the others choose the best step"
+        )
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )
@@ -100,7 +104,7 @@ def train(
             by_organ = {o: scores[f"val/{o}"] for o in organs if f"val/{o}" in scores}
             told = "  ".join(f"{organ} {dice:.1f}" for organ, dice in by_organ.items())
             say(f"step {step}  validation Dice {scores['val/dice']:.2f}  ({told})")
-            zero = {organ for organ, dice in by_organ.items() if dice == 0}
+            zero = {organ for organ, dice in by_organ.items() if dice == 0 and organ not in nowhere}
             stays = zero if step == config.total_steps else zero & zero_before
             if stays:
                 say(f"WARNING: validation Dice stays 0 for {', '.join(sorted(stays))}")
