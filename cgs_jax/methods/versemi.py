@@ -212,7 +212,9 @@ def dice_loss(
     if groups is None:
         groups = jnp.ones((len(probs), 1))
     of_images = (probs * target, probs * probs, target * target)
-    both, guess, truth = (jnp.sum(x.reshape(len(x), -1), 1) @ groups for x in of_images)
+    # No matrix product: on TPUs that would round the sums to 8 bits.
+    sums = (jnp.sum(x.reshape(len(x), -1), 1)[:, None] * groups for x in of_images)
+    both, guess, truth = (jnp.sum(of_groups, 0) for of_groups in sums)
     losses = 1 - (2 * both + DICE_EPS) / (guess + truth + DICE_EPS)
     there = truth > 0
     return jnp.sum(jnp.where(there, losses, 0)) / jnp.maximum(jnp.sum(there), 1)
