@@ -88,16 +88,16 @@ class Method(base.WithTeacher):
         k_student, k_teacher = jax.random.split(key)
         image, unlabelled = views["labelled"]["image"], views["unlabelled"]
         teacher, extra = self.teacher(state, unlabelled["weak"], k_teacher)
-        pseudo, where = pseudo_labels.from_teacher(teacher, self.config.method.tau), None
-        if self.config.method.copy_paste:  # where annotation hides organs, no term may count
-            where = jnp.ones_like(pseudo.confident)
-        own = unlabelled["strong"], pseudo, where
-        partner = batches.rolled(own)
+        own = unlabelled["strong"], pseudo_labels.from_teacher(teacher, self.config.method.tau)
+        partner, keep, where = batches.rolled(own), views["keep"], None
         if self.config.method.copy_paste:
             truth = self._truth(base.labelled(None, views))
-            pasted = views["labelled"]["strong"], truth, truth.confident
+            pasted = views["labelled"]["strong"], truth
             partner = batches.cutmix(views["unpasted"], partner, pasted)
-        strong, pseudo, where = batches.cutmix(views["keep"], own, partner)
+            # No term counts where annotation hides organs in what is pasted.
+            unpasted = jnp.expand_dims(views["unpasted"], range(1, keep.ndim))
+            where = keep | unpasted | truth.confident
+        strong, pseudo = batches.cutmix(keep, own, partner)
         labelled, mixed, model_state = self.student(
             params, state.model_state, image, strong, k_student
         )
