@@ -98,11 +98,11 @@ def find(
             if name in scans:
                 raise UserError(f"{scans[name][0]} and {path} would both be {name}; rename one")
             scans[name] = (path,)
-        for name in scans:
-            ending = ending_of(pathlib.Path(name))
-            first = re.sub(r"_\d{4}$", "", name.removesuffix(ending)) + ending
-            if first != name and first in scans:
-                say(f"WARNING: {name} is segmented as a scan of its own: the run has one channel")
+        first = lambda name: re.sub(r"_0\d{3}(?=\.)", "", name)  # noqa: E731
+        if second := [name for name in scans if first(name) in scans.keys() - {name}]:
+            more = f" (and {len(second) - 1} more)" if len(second) > 1 else ""
+            told = "is segmented as a scan of its own: the run has one channel"
+            say(f"WARNING: {second[0]}{more} {told}")
     for name, paths in scans.items():
         target = output / name
         if target.exists() and any(map(target.samefile, paths)):

@@ -172,7 +172,7 @@ def _config(path, arguments, overrides, fields, row):
     _update(config, shared, plain, row)
     if callable(fields):
         try:
-            fields = fields(config)
+            fields = dict(fields(config.copy_and_resolve_references()))
         except Exception as error:  # it is the user's code
             raise UserError(f"{row}: {type(error).__name__}: {error}") from error
     _update(config, fields, plain, row)

@@ -197,6 +197,10 @@ def test_the_mean_of_both_predicts():
     assert jnp.abs(one - other).max() > 1e-3
     mean = jax.jit(made["mean"].predict)(state, image)
     np.testing.assert_allclose(mean, (one + other) / 2, rtol=1e-5)
+    first_organ = np.array([True, False])
+    alone = jax.jit(made["mean"].predict)(state, image, first_organ)
+    expected = jnp.stack([mean[..., 0] + mean[..., 2], mean[..., 1], 0 * mean[..., 2]], -1)
+    np.testing.assert_allclose(alone, expected, rtol=1e-5)
     for method in made.values():
         of, stats = method.labelling_variables(state)
         assert of is params["first"]

@@ -1,6 +1,7 @@
 """Reading, caching and streaming."""
 
 import gzip
+import json
 import os
 import pathlib
 import sys
@@ -13,12 +14,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from cgs_jax.data import cache, completion, streams
-from cgs_jax.data.grid import resize
+from cgs_jax.data.grid import Grid, resize
 from cgs_jax.data.layouts import nnunet as nnunet_layout
 from cgs_jax.data.layouts import segthor as segthor_layout
 from cgs_jax.data.nifti import read_nifti
 from cgs_jax.data.streams import Stream
-from cgs_jax.data.volume import NO_LABEL, normalise
+from cgs_jax.data.volume import NO_LABEL, Volume, normalise
 from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import summaries
@@ -205,6 +206,41 @@ def test_damaged_entries_are_made_anew(thorax, reads):
     assert sorted(reads) == ["Patient_01", "Patient_02", "Patient_03"]
     assert young.exists()
     assert not old.exists()
+
+
+def test_who_is_slower_leaves_whole_entries(tmp_path):
+    """Of two processes that prepare one case the first has it; what is damaged is replaced."""
+    folder, grid = tmp_path / "case", Grid(8)
+    first, second = (Volume(np.full((1, 2, 8, 8), i, np.uint16), None, None) for i in (1, 2))
+    for volume in (first, second):
+        cache.write(folder, volume, grid)
+        assert np.load(folder / "image.npy").max() == 1
+    os.truncate(folder / "image.npy", 9)
+    cache.write(folder, second, grid)
+    assert np.load(folder / "image.npy").max() == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["case"]
+
+
+def test_a_scan_is_more_than_its_voxels(tmp_path):
+    """Runs know the voxel size, and the organs that a label marks, too."""
+    config, root = nnunet_folder(tmp_path)
+    (root / "partial_labels.json").write_text(json.dumps({"mine_001": ["head"]}))
+
+    def digests():
+        now = config.copy_and_resolve_references()
+        completion.complete(now.data)
+        return cache.prepare(now).digests()
+
+    before = digests()
+    assert digests() == before
+    (root / "partial_labels.json").write_text(json.dumps({"mine_001": ["tail"]}))
+    other = {case for case, found in digests().items() if found != before[case]}
+    assert other == {"mine_001"}
+    for name in ("imagesTr/mine_002_0000", "labelsTr/mine_002"):
+        scan = nib.load(root / f"{name}.nii.gz")
+        save(root / f"{name}.nii.gz", np.asarray(scan.dataobj), np.diag([2, 1, 1, 1]))
+    other = {case for case, found in digests().items() if found != before[case]}
+    assert other == {"mine_001", "mine_002"}
 
 
 def test_many_cases_share_few_open_files(thorax, monkeypatch):

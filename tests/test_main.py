@@ -14,6 +14,7 @@ from cgs_jax.analysis import tables
 from cgs_jax.data.grid import upsampled_labels
 from cgs_jax.data.nifti import read_nifti
 from cgs_jax.inference.predictor import Predictor
+from cgs_jax.runtime import run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import to_json
 from configs import nnunet
@@ -98,10 +99,16 @@ def test_a_run_keeps_its_scans(trained, scans, tmp_path, capsys):
     evaluate.evaluate([workdir], root=str(moved / "scans"))
     assert "WARNING" not in capsys.readouterr().out
     empty("Patient_06")
-    with pytest.raises(UserError, match="begun was trained .* label of Patient_06 has changed;"):
+    with pytest.raises(UserError, match="begun began with .* label of Patient_06 has changed;"):
         main.run(config, workdir)
     evaluate.evaluate([trained[0], trained[0]], root=str(moved / "scans"))
     assert "WARNING" in capsys.readouterr().out
+    told = json.loads((workdir / "scans.json").read_text())
+    of_another = {case: {"image": own["image"]} for case, own in told.items()}  # labelled there
+    run_folder.check_scans(of_another, workdir, finished=False)
+    (workdir / "scans.json").write_text("[]")
+    with pytest.raises(UserError, match=r"scans.json is damaged: .* scans are not compared"):
+        evaluate.evaluate([workdir])
 
 
 def test_specialists_can_predict(trained, scans):

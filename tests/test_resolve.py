@@ -8,9 +8,10 @@ from cgs_jax import sweep
 from cgs_jax.data import cache, tasks
 from cgs_jax.evaluate import scans
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.training.resolve import resolve
+from cgs_jax.training.resolve import check, resolve
 from layouts import nnunet_folder, save
 from runs import TINY
+from steps import tiny
 
 
 def test_a_completed_copy_that_nobody_changes(tmp_path):
@@ -66,6 +67,23 @@ def test_mirror_images_are_off_where_names_tell_sides(tmp_path, capsys):
     config.augment.flip = "often"
     with pytest.raises(UserError, match="augment.flip=often"):
         resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "warns"),
+    [
+        ("cgs", {"batch.unlabelled": 1}, True),
+        ("cgs", {"batch.labelled": 1}, False),
+        ("cgs", {"batch.unlabelled": 1, "method.plan": "full"}, False),
+        ("versemi", {"batch.labelled": 1}, True),
+        ("ict", {"batch.unlabelled": 1}, True),
+        ("mean_teacher", {"batch.unlabelled": 1}, False),
+    ],
+)
+def test_one_image_meets_nobody(method, fields, warns, capsys):
+    config = tiny(method, **fields)
+    check(config)
+    assert ("WARNING: images are mixed" in capsys.readouterr().out) == warns
 
 
 def test_shapes_may_be_trusted(tmp_path):

@@ -190,6 +190,7 @@ def test_bad_sweeps(scans, tmp_path, capsys):
         (rows % {"method.taw": 1}, "a: there is no config field method.taw"),
         (rows % {"data.size": "big"}, "a: data.size='big'"),
         (rows % "lambda own: own.method.taw", "a: AttributeError: .*taw"),
+        (rows % "lambda own: None", "a: TypeError"),
         (rows.replace("=cgs", ":cgs") % {}, "a: config argument 'method:cgs': write"),
         (rows.replace("=cgs", "=cgx") % {}, "unknown method 'cgx'"),
     ):

@@ -205,12 +205,15 @@ class Prepared:
         return {name: own for name, own in task.scored().items() if marked.issuperset(own)}
 
     def digests(self) -> dict[str, dict[str, str]]:
-        """Of each case what changes with its 'image', and with its 'label' where the label is used,
-        whatever files they are kept in."""
+        """Of each case what changes with its 'image', voxel size included, and with its 'label' and
+        the organs that this marks where the label is used; whatever files they are kept in."""
         used, found = {*self.splits.labelled, *self.splits.val, *self.splits.test}, {}
         for case, entry in self._about.items():
-            whats = ("image", "label") if case in used else ("image",)
-            found[case] = {what: entry["digests"][what] for what in whats}
+            found[case] = {"image": entry["digests"]["image"]}
+            if case in used:
+                organs = self._entries[case].annotated
+                text = entry["digests"]["label"] + (",".join(sorted(organs)) if organs else "")
+                found[case]["label"] = _digest(text.encode())
         return found
 
     def has_label(self, case: str) -> bool:
@@ -297,7 +300,6 @@ def _prepare_task(task, splits):
         if _is_whole(folders[name]):  # another process was faster
             return
         volume = _read(module, cases[name], data)
-        shutil.rmtree(folders[name], ignore_errors=True)
         with about(cases[name].image[0]):
             write(folders[name], volume, Grid.of(data))
 
@@ -309,6 +311,13 @@ def _prepare_task(task, splits):
         raise UserError(f"{problem}; choose a folder with --config.data.cache") from error
     annotated = {name: cases[name].annotated for name in names}
     return {name: Entry(folders[name], task, annotated[name]) for name in names}, splits
+
+
+def _digest(*parts):
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]
 
 
 def _is_whole(folder):
@@ -323,10 +332,11 @@ def _is_whole(folder):
 
 def _remove_leftovers(cache):
     """What a kill has left; entries that another process is writing are younger than a day."""
-    for folder in cache.glob(f"{UNFINISHED}*"):
-        with contextlib.suppress(FileNotFoundError):
-            if folder.stat().st_mtime < time.time() - 24 * 3600:
-                shutil.rmtree(folder, ignore_errors=True)
+    for path in cache.glob(f"{UNFINISHED}*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime > time.time() - 24 * 3600:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def folder_of(data: ConfigDict) -> pathlib.Path:
@@ -367,7 +377,7 @@ def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
             if array is None:
                 continue
             array = np.ascontiguousarray(array)
-            digests[what] = hashlib.sha256(array).hexdigest()[:16]
+            digests[what] = _digest(array, repr((array.shape, spacing)).encode())
             np.save(unfinished / f"{what}.npy", array)
             if not same:
                 resampled = np.ascontiguousarray(to_grid(array, spacing))
@@ -380,7 +390,9 @@ def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
         try:
             unfinished.rename(folder)
         except OSError:
-            if not folder.exists():  # another process was faster
-                raise
+            if _is_whole(folder):  # another process was faster
+                return
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -86,7 +86,8 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
         array = array[..., 0]
     if array.ndim != 3 or not array.size:
         raise UserError(f"{path} has shape {nifti.shape}; one 3D volume per file is read")
-    spacings = nib.affines.voxel_sizes(nifti.affine)  # pixdim may say else; places are by this
+    # pixdim may say else, but places are by the affine; its noise would round sizes of grids up
+    spacings = nib.affines.voxel_sizes(nifti.affine).round(6)
     if not (np.isfinite(nifti.affine).all() and min(spacings) > 0):
         raise UserError(f"{path}: its affine has no usable numbers; repair its header")
     if slicing == "stored":
@@ -196,7 +197,9 @@ def scans_in(folder: pathlib.Path) -> list[pathlib.Path]:
     """
     files = sorted(folder.iterdir()) if folder.is_dir() else [folder] if folder.exists() else []
     for path in files:
-        if not ending_of(path) and (ending := ending_of(pathlib.Path(path.name.lower()))):
+        small = pathlib.Path(path.name.lower())
+        odd = path.is_file() and not ending_of(path) and not NO_SCAN.fullmatch(small.name)
+        if odd and (ending := ending_of(small)):
             raise UserError(f"{path}: write its ending in small letters, {ending}")
     return [path for path in files if ending_of(path) and not NO_SCAN.fullmatch(path.name)]
 

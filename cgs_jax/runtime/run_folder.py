@@ -88,21 +88,24 @@ def check_scans(digests: dict[str, dict[str, str]], workdir: pathlib.Path, finis
       UserError: a run would go on with other scans.
     """
     path = workdir / "scans.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    changed = [
-        f"the {what} of {case}"
-        for case, old in before.items()
-        for what in ("image", "label")
-        if case in digests and old.get(what) != digests[case].get(what)
-    ]
+    try:
+        before = json.loads(path.read_text()) if path.exists() else {}
+        changed = [
+            f"the {what} of {case}"
+            for case, old in before.items()
+            for what, now in digests.get(case, {}).items()
+            if old.get(what, now) != now  # of other runs other labels are used
+        ]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}; without it scans are not compared") from None
     if not changed:
         return
-    problem = f"{workdir} was trained with other scans: {changed[0]} has changed"
+    problem = f"{workdir} began with other scans: {changed[0]} has changed"
     if more := len(changed) - 1:
         problem += f", and {more} more"
     if not finished:
         raise UserError(f"{problem}; give back the old files, or choose another --workdir")
-    say(f"WARNING: {problem}; its scores are those of the new ones")
+    say(f"WARNING: {problem}; scores are of the scans as they are now")
 
 
 def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:

@@ -47,9 +47,9 @@ def absent(prepared: Prepared, cases: list[str]) -> list[str]:
     """What `cases` are scored by, and no label of theirs has a voxel of."""
     there = {}
     for case in cases:
-        numbers = np.flatnonzero(np.bincount(prepared.volume(case).label.ravel()))
+        label = prepared.volume(case).label
         for organ, own in prepared.scored(case).items():
-            there[organ] = there.get(organ, False) or not set(own).isdisjoint(numbers.tolist())
+            there[organ] = there.get(organ, False) or any((label == i).any() for i in own)
     return [organ for organ, found in there.items() if not found]
 
 

@@ -74,9 +74,8 @@ def train(
     norm = jax.jit(optax.tree.norm)
     organs, zero_before = tasks.scored(config.data), set()
     if nowhere := summaries.absent(prepared, prepared.splits.val):
-        say(
-            f"WARNING: no validation case has {', '.join(nowhere)}; the others choose the best step"
-        )
+        told = "it counts as 0 in every case where it is found"
+        say(f"WARNING: no validation case has {', '.join(nowhere)}; {told}")
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )

@@ -39,6 +39,7 @@ RANGES = {
     "method.copy_paste": (0, 1),
     "method.doubt": (0, 1),
     "method.samples": (1, math.inf),
+    "method.alpha": (0.001, math.inf),
     "method.image_weight": (0, math.inf),
     "method.feature_weight": (0, math.inf),
     "cgs.lambda_max": (0, math.inf),
@@ -85,15 +86,18 @@ def check(config: ConfigDict) -> None:
     optimizers.make_optimizer(config)
     ranges = RANGES | {"batch.unlabelled": (int(method.unlabelled), math.inf)}
     for name, value in run_folder.flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value}: give a finite number")
         least, most = ranges.get(run_folder.of_any_member(name), (-math.inf, math.inf))
-        if isinstance(value, int | float) and not (least <= value <= most and value < math.inf):
+        if isinstance(value, int | float) and not least <= value <= most:
             if most == math.inf:
                 raise UserError(f"{name} must be at least {least}, not {value}")
             raise UserError(f"{name}={value} must be between {least} and {most}")
     flip = config.augment.flip
     if not (isinstance(flip, int | float) and 0 <= flip <= 1):
         raise UserError(f"augment.flip={flip}: a probability, or auto")
-    mixes = config.method.get("cutmix", 0) or config.method.get("alpha", 0)
-    images = config.batch.unlabelled if method.unlabelled else config.batch.labelled
-    if mixes and images == 1:
-        say("WARNING: with one image a step of its kind nothing is mixed: it meets itself alone")
+    own = config.method
+    labelled = "box" in own or not method.unlabelled  # are what is mixed
+    count = config.batch.labelled if labelled else config.batch.unlabelled
+    if count == 1 and own.get("plan") != "full" and not {"cutmix", "alpha", "box"}.isdisjoint(own):
+        say("WARNING: images are mixed with others of their batch, and one alone has none")
