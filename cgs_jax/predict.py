@@ -19,7 +19,7 @@ from cgs_jax.data.nifti import ENDINGS, Scan, channels_of, ending_of, read_chann
 from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.cli import cli
-from cgs_jax.runtime.errors import UserError, about
+from cgs_jax.runtime.errors import UserError, naming
 from cgs_jax.runtime.files import folder
 from cgs_jax.runtime.logs import say
 
@@ -57,7 +57,7 @@ def predict(
         for name, paths in tqdm(files.items(), "segmenting", unit="scan", disable=None):
             try:
                 image, scan = read_channels(paths, predictor.task.data)
-                with about(paths[0]):
+                with naming(paths[0]):
                     Grid.of(predictor.task.data).shape(image.shape[1:], scan.spacing)
             except UserError as error:
                 problems.append(str(error))

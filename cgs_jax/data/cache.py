@@ -31,7 +31,7 @@ from cgs_jax.data.grid import Grid
 from cgs_jax.data.tasks import Task
 from cgs_jax.data.volume import NO_LABEL, Case, Volume, check_label
 from cgs_jax.runtime import threads
-from cgs_jax.runtime.errors import UserError, about
+from cgs_jax.runtime.errors import UserError, naming
 
 VERSION = 3  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
@@ -300,7 +300,7 @@ def _prepare_task(task, splits):
         if _is_whole(folders[name]):  # another process was faster
             return
         volume = _read(module, cases[name], data)
-        with about(cases[name].image[0]):
+        with naming(cases[name].image[0]):
             write(folders[name], volume, Grid.of(data))
 
     _remove_leftovers(cache)

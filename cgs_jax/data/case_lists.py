@@ -191,7 +191,7 @@ def patient(case: str, pattern: str) -> str:
     """Patient of a case: the first group of the regular expression `pattern`."""
     try:
         match = re.match(pattern, case)
-        return match.group(1) or case if match else case
+        return (match and match.group(1)) or case
     except (re.error, IndexError) as error:
         raise UserError(f"data.patient={pattern!r} needs a group in parentheses: {error}") from None
 

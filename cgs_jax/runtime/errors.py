@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def about(what: Any) -> Iterator[None]:
+def naming(what: Any) -> Iterator[None]:
     """Errors of the user in here begin with `what` they are about, such as a file."""
     try:
         yield
