@@ -79,7 +79,8 @@ if __name__ == "__main__":
         )
         say(describe(facts))
         pixel = Grid.of(config.data).pixel if "data.spacing" in given else 0
-        found = proposal.of_scans(facts, stride, jax.default_backend(), poolings, pixel)
+        strides = given.get("model.depth_strides", ())
+        found = proposal.of_scans(facts, stride, jax.default_backend(), poolings, pixel, strides)
         if "data.size" in given:  # squares are wanted
             found = {name: value for name, value in found.items() if not name.startswith("data.")}
         if config.method.name == "supervised":

@@ -101,6 +101,8 @@ def test_volumes_are_proposed_by_their_spacing():
     found = proposal.of_scans(heart, 16, "tpu", 4)
     assert found["model.depth_strides"] == (1, 1, 2, 2)  # 10 mm by 1.5, 3, 6 and 12
     assert (found["data.depth"], found["data.patch"]) == (12, 128)
+    found = proposal.of_scans(heart, 16, "tpu", 4, depth_strides=(2, 2, 2, 2))
+    assert (found["model.depth_strides"], found["data.depth"]) == ((2, 2, 2, 2), 16)
 
 
 def test_a_folder_is_taken_as_it_is_without_an_option(tmp_path):

@@ -1,7 +1,7 @@
 """Grid and windows for scans as they are: rules of thumb, which docs/own_data.md explains."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,12 @@ ANYWHERE = {"data.patch_anywhere": 0.5, "data.patch_foreground": 0.4}
 
 
 def of_scans(
-    facts: Mapping[str, Facts], stride: int, platform: str, poolings: int = 0, pixel: float = 0
+    facts: Mapping[str, Facts],
+    stride: int,
+    platform: str,
+    poolings: int = 0,
+    pixel: float = 0,
+    depth_strides: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Fields of the configuration: the grid, what a step sees of it, and how much of it.
 
@@ -31,9 +36,10 @@ def of_scans(
       platform: 'cpu', or another.
       poolings: how often a backbone for volumes pools them; 0: the network sees slices.
       pixel: millimetres to resample slices to, where that is given.
+      depth_strides: how the levels of a backbone for volumes pool slices, where that is given.
     """
     if poolings:
-        return _of_volumes(facts, poolings, stride, platform)
+        return _of_volumes(facts, poolings, stride, platform, depth_strides)
     largest = LARGEST.get(platform, LARGEST["other"])
     shapes = np.array([of.shape[1:] for of in facts.values()])
     pixels = np.array([of.spacing[1:] for of in facts.values()])
@@ -49,13 +55,13 @@ def of_scans(
     return fields | (ANYWHERE if patch < extent else {})
 
 
-def _of_volumes(facts, poolings, stride, platform):
+def _of_volumes(facts, poolings, stride, platform, depth_strides):
     spacings = np.array([of.spacing for of in facts.values()])
     between, pixel = np.median(spacings[:, 0]), np.median(spacings[:, 1:])
     extents = 1 + (np.array([of.shape for of in facts.values()]) - 1) * spacings
     depth, *sides = np.median(extents / (between, pixel, pixel), 0)
-    strides, thick, wide = [], between, pixel
-    for _ in range(poolings):
+    strides, thick, wide = list(depth_strides), between, pixel
+    for _ in range(0 if strides else poolings):
         strides.append(1 if thick > 2 * wide else 2)
         thick, wide = thick * strides[-1], 2 * wide
     most = LARGEST_OF_VOLUMES.get(platform, LARGEST_OF_VOLUMES["other"])
