@@ -61,6 +61,8 @@ def test_table_by_hand():
     odd = pd.DataFrame([["1 %"]], ["a_1 & #2"], ["left|right"])
     assert tables.markdown(odd).startswith(r"|  | left\|right |")
     assert r"a\_1 \& \#2 & 1 \% \\" in tables.latex(odd)
+    assert r"left|right" in tables.latex(odd)
+    assert r"\textbackslash{}x\^{}2\{\}" in tables.latex(odd.rename(columns=lambda _: r"\x^2{}"))
 
 
 def test_bootstrap_interval_is_over_patients_and_seeds():

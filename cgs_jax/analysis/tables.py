@@ -5,7 +5,6 @@ Used by `cgs_jax.sweep` and `notebooks/ablation.ipynb`. Scores are in %, distanc
 
 import json
 import pathlib
-import re
 from functools import partial
 from typing import NamedTuple
 
@@ -190,6 +189,12 @@ def as_text(table: pd.DataFrame, first: str) -> pd.DataFrame:
     return pd.DataFrame.from_dict(lines, "index")
 
 
+LATEX = str.maketrans(
+    {sign: f"\\{sign}" for sign in "%_&#${}"}
+    | {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}", "±": r"$\pm$"}
+)
+
+
 def markdown(table: pd.DataFrame) -> str:
     """A table of texts in Markdown."""
     lines = [["", *table.columns], ["---"] * (1 + len(table.columns))]
@@ -202,8 +207,7 @@ def latex(table: pd.DataFrame) -> str:
     """A table of texts as a LaTeX tabular."""
 
     def line(cells):
-        text = " & ".join(re.sub(r"([%_&#$])", r"\\\1", cell) for cell in cells)
-        return text.replace("±", r"$\pm$") + " \\\\\n"
+        return " & ".join(cell.translate(LATEX) for cell in cells) + " \\\\\n"
 
     body = "".join(line([n, *r]) for n, r in zip(table.index, table.to_numpy(), strict=True))
     head = line(["", *table.columns])
