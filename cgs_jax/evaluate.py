@@ -60,8 +60,9 @@ def evaluate(
     if len(workdirs) > 1:
         together = Predictor.restore(workdirs, options)
         prepared = scans(together.config, splits, root, cache)
+        digests = prepared.digests()
         for workdir in workdirs:
-            run_folder.check_scans(prepared.digests(), workdir, finished=True)
+            run_folder.check_scans(digests, workdir, finished=True)
         summary = {"runs": list(map(str, workdirs))}
         summary |= predictor.prediction_options(together.config)
         return summary | summaries.score(together, prepared)

@@ -98,8 +98,8 @@ def find(
             if name in scans:
                 raise UserError(f"{scans[name][0]} and {path} would both be {name}; rename one")
             scans[name] = (path,)
-        first = lambda name: re.sub(r"_0\d{3}(?=\.)", "", name)  # noqa: E731
-        if second := [name for name in scans if first(name) in scans.keys() - {name}]:
+        firsts = {name: re.sub(r"_0\d{3}(?=\.)", "", name) for name in scans}
+        if second := [name for name, first in firsts.items() if first != name and first in scans]:
             more = f" (and {len(second) - 1} more)" if len(second) > 1 else ""
             told = "is segmented as a scan of its own: the run has one channel"
             say(f"WARNING: {second[0]}{more} {told}")

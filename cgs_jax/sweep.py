@@ -8,6 +8,7 @@ WORKDIR/ROW/seedN; its output is in log.txt there.
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -95,7 +96,8 @@ def plan(
     """
     path, _, arguments = config_file.partition(":")
     default, *_ = _config(path, arguments, overrides, {}, "the command line")
-    rows, runs, said = _rows(sweep_file, default), [], set()
+    rows, runs = _rows(sweep_file, default), []
+    once = functools.cache(say)  # most runs tell the same
     wrong = set(wanted) - set(rows)
     if wrong:
         raise UserError(f"--rows {', '.join(sorted(wrong))}: there are {', '.join(rows)}")
@@ -106,9 +108,9 @@ def plan(
             together = ",".join(filter(None, (arguments, more)))
             config, plain, fields = _config(path, together, overrides, fields, row)
             config.seed = seed
-            for name, value in fields.items() if seed == default.seed else ():
+            for name, value in fields.items():
                 if value != overrides.get(name, value):
-                    say(f"row {row}: {name} is {value}, not {overrides[name]}")
+                    once(f"row {row}: {name} is {value}, not {overrides[name]}")
             run = workdir / row / f"seed{seed}"
             command = [sys.executable, "-m", "cgs_jax.main", "--workdir", str(run), "--config"]
             command += [f"{path}:{together}" if together else path]
@@ -121,9 +123,7 @@ def plan(
             with contextlib.redirect_stdout(io.StringIO()) as told:
                 config = resolve(config, saved)
             for text in told.getvalue().splitlines():
-                if text not in said:  # most runs tell the same
-                    say(text)
-                    said.add(text)
+                once(text)
             if saved:
                 run_folder.check_same(saved, config, run)
             runs.append(Run(f"{row} seed {seed}", run, config, command))

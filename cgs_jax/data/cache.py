@@ -6,8 +6,9 @@ is written under another name and renamed when whole. It holds
 
 - `image.npy` uint16 [C, D, H, W], and `label.npy` uint8 [D, H, W] where there is a label file;
 - `image_GRID.npy` and `label_GRID.npy`, the same on the training grid, where that is another;
-- `case.json`: shape, whether there is a label, spacing, a digest of image and label each, and the
-  bytes of the other files: an entry whose files have not as many is made anew.
+- `case.json`: shape, the numbers that the label has, or null where there is none, spacing, a digest
+  of image and label each, and the bytes of the other files: an entry whose files have not as many
+  is made anew.
 """
 
 import contextlib
@@ -218,6 +219,10 @@ class Prepared:
 
     def has_label(self, case: str) -> bool:
         """Whether there is a label file."""
+        return self.numbers(case) is not None
+
+    def numbers(self, case: str) -> list[int] | None:
+        """What occurs in its label, of 0 to 255; None where there is no label file."""
         return self._about[case]["label"]
 
     def volume(self, case: str) -> Volume:
@@ -313,6 +318,11 @@ def _prepare_task(task, splits):
     return {name: Entry(folders[name], task, annotated[name]) for name in names}, splits
 
 
+def _occurrences(label):
+    """How often each of 0 to 255 occurs; by slice, for a count has eight bytes a voxel."""
+    return sum(np.bincount(of_slice.ravel(), minlength=256) for of_slice in label)
+
+
 def _digest(*parts):
     found = hashlib.sha256()
     for part in parts:
@@ -382,7 +392,8 @@ def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
             if not same:
                 resampled = np.ascontiguousarray(to_grid(array, spacing))
                 np.save(unfinished / f"{what}_{grid.name}.npy", resampled)
-        about = {"shape": image.shape, "label": label is not None, "spacing": spacing}
+        numbers = None if label is None else np.flatnonzero(_occurrences(label)).tolist()
+        about = {"shape": image.shape, "label": numbers, "spacing": spacing}
         sizes = {path.name: path.stat().st_size for path in unfinished.iterdir()}
         about |= {"digests": digests, "bytes": sizes}
         (unfinished / "case.json").write_text(json.dumps(about))

@@ -47,9 +47,8 @@ def absent(prepared: Prepared, cases: list[str]) -> list[str]:
     """What `cases` are scored by, and no label of theirs has a voxel of."""
     there = {}
     for case in cases:
-        label = prepared.volume(case).label
         for organ, own in prepared.scored(case).items():
-            there[organ] = there.get(organ, False) or any((label == i).any() for i in own)
+            there.setdefault(organ, set()).update(set(own).intersection(prepared.numbers(case)))
     return [organ for organ, found in there.items() if not found]
 
 

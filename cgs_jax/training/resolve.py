@@ -13,7 +13,8 @@ from cgs_jax.runtime.logs import say
 from cgs_jax.training import optimizers
 from cgs_jax.training.train_step import make_method
 
-# The least and the greatest value of options; methods check what is theirs alone.
+# The least and the greatest value of options that are numbers, but for what a part of the program
+# checks itself, beside what else it asks of its options.
 RANGES = {
     "seed": (0, 2**32 - 1),
     "total_steps": (1, math.inf),
