@@ -46,15 +46,15 @@ class Specialists(nn.Module):
       num_classes: 3 or 2.
       depth: hidden layers; the published heads have one.
       group: heads of a group; the last may have fewer.
-      piece_bytes: of hidden maps in training; where those of one layer are more, the batch is cut
-        into pieces, whose maps are made again for the gradient.
+      piece_bytes: where there are more of hidden maps in training, and heads have one hidden layer,
+        the batch is cut into pieces, whose maps are made again for the gradient; None: never.
     """
 
     num_targets: int
     num_classes: int = 3
     depth: int = 1
     group: int = 4
-    piece_bytes: int = 2**62
+    piece_bytes: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, pack: int, train: bool) -> tuple[jax.Array, ...]:
@@ -74,17 +74,16 @@ class Specialists(nn.Module):
         if self.depth > 1:
             return tuple(_logits(h, *own, pack) for h, own in zip(maps, last, strict=True))
 
-        def heads(x, layers):
-            return tuple(_logits(_hidden(x, one, pack), *two, pack) for one, two in layers)
+        def heads(x, groups):
+            return tuple(_logits(_hidden(x, hidden, pack), *own, pack) for hidden, own in groups)
 
         return in_pieces(heads, pieces)(x, list(zip(first, last, strict=True)))
 
     def _pieces(self, x):
         """How many pieces of the batch the hidden maps are made in."""
-        if self.depth != 1:
+        if self.depth != 1 or self.piece_bytes is None:
             return 1
-        wanted = -(-x.nbytes * self.num_targets // self.piece_bytes)
-        return next(n for n in range(min(wanted, len(x)), len(x) + 1) if len(x) % n == 0)
+        return min(-(-x.nbytes * self.num_targets // self.piece_bytes), len(x))
 
     def _first_layer(self, x, pack, train, parts, pieces):
         """Of each group of heads the means of the features, and kernel and summand of the hidden
@@ -98,7 +97,7 @@ class Specialists(nn.Module):
             pixels = tuple(range(x.ndim - 1))
             centre = jnp.mean(x.astype(jnp.float32), pixels).reshape(pack, f).mean(0)
             products = in_pieces(functools.partial(_products, pack=pack), pieces)(x, centre)
-            mean, var = jnp.zeros(()), _linear_variance(products.sum(0), x.size, pack, flat)
+            mean, var = jnp.zeros(()), _linear_variance(products.sum(0) / (x.size // f), pack, flat)
             bias = jnp.einsum("i,kif->kf", centre, flat) + bias
         factor, summand = BatchNorm(name="bn")(mean, var, bias)
         kernel = kernel * factor.reshape(k, *ones, 1, f)
@@ -194,15 +193,16 @@ def _logits(x, kernel, bias, pack):
 
 
 def _products(x, centre, pack):
-    """Sums [1, C, C] over all pixels of the products of centred channels."""
+    """Sums over all pixels of the products of centred channels: [1, C, C], so that the sums of
+    several pieces of a batch can be put in a row."""
     x = _centred(x, centre, pack)
     return jnp.einsum("b...i,b...j->ij", x, x, preferred_element_type=jnp.float32)[None]
 
 
-def _linear_variance(products, size, pack, kernel):
-    """Variance [K, F] of `x @ kernel[k]` over all pixels of a centred map of `size` numbers, from
-    the products of its channels."""
+def _linear_variance(products, pack, kernel):
+    """Variance [K, F] of `x @ kernel[k]` over all pixels of a centred map, from the products of its
+    channels, summed over packs and divided by the number of pixels."""
     f = kernel.shape[1]
-    covariance = jnp.einsum("pipj->ij", products.reshape(pack, f, pack, f)) / (size // f)
+    covariance = jnp.einsum("pipj->ij", products.reshape(pack, f, pack, f))
     var = jnp.einsum("kif,ij,kjf->kf", kernel, covariance, kernel)
     return jnp.maximum(var, 0)

@@ -83,7 +83,7 @@ def build(
     choose_lowering(model, jax.default_backend())
     options = _own(model)
     heads = {"num_classes": model.head_classes, "depth": model.head_depth}
-    heads |= {"group": model.head_group, "piece_bytes": model.head_bytes}
+    heads |= {"group": model.head_group, "piece_bytes": model.get("head_bytes") or None}
     heads["num_targets"] = len(config.data.classes)
     return Network(
         backbone=lambda **kw: module.Backbone(**options, **kw),
@@ -101,8 +101,9 @@ LANES = {"tpu": 128, "gpu": 64}
 # How many specialists share a convolution by default; elsewhere 4. One by one, a step on a v5e has
 # a seventh less memory and a tenth fewer FLOPs; on CPUs it is as fast, and compiles longer.
 HEAD_GROUP = {"tpu": 1}
-# Beyond how many bytes specialists' hidden maps are made in pieces by default; elsewhere never. On
-# CPUs a step on 24 slices of 256 x 256 has a quarter less memory, and takes as long.
+# Beyond how many bytes specialists' hidden maps are made in pieces by default; elsewhere, and where
+# several devices share a batch, never. On a CPU a step on 24 slices of 256 x 256 has a quarter less
+# of arrays, and takes as long.
 HEAD_BYTES = {"cpu": 2**25}
 
 
@@ -113,8 +114,8 @@ def choose_lowering(model: ConfigDict, platform: str) -> None:
         model.lanes = LANES.get(platform, 1)
     if not model.get("head_group"):  # runs of earlier versions lack it
         model.head_group = HEAD_GROUP.get(platform, Specialists.group)
-    if not model.get("head_bytes"):
-        model.head_bytes = HEAD_BYTES.get(platform, Specialists.piece_bytes)
+    if not model.get("head_bytes") and jax.device_count() == 1:
+        model.head_bytes = HEAD_BYTES.get(platform, 0)
 
 
 def stride(config: ConfigDict) -> int:

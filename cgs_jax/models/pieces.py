@@ -10,60 +10,54 @@ import jax.numpy as jnp
 
 
 def in_pieces(function: Callable[[jax.Array, Any], Any], count: int) -> Callable:
-    """`function(x, weights)` of `count` pieces of the batch, one after the other.
+    """`function(x, weights)` of `count` pieces of the batch, one after the other; for the gradient,
+    which is written out, each piece is computed again.
 
-    XLA runs what does not depend on each other in any order, and on CPUs it merges a second
-    computation with the first in spite of `jax.checkpoint`. So the weights of a piece have a
-    summand that is 0, and that is known only when the piece before is done.
+    XLA orders independent work as it likes, and on CPUs it merges a second computation with the
+    first in spite of `jax.checkpoint`. So to the weights of a piece a 0 is added that is known only
+    when the piece before is done.
 
     Args:
-      function: x [B, ...] and any pytree -> pytree of arrays whose first axis may be cut as the
-        batch, or is 1.
-      count: of pieces, which must divide B; 1 leaves the function as it is.
+      function: x [B, ...] and a pytree of floats -> pytree of arrays [B, ...], or [1, ...] of what
+        is summed over the batch.
+      count: of pieces; 1 leaves the function as it is. On several devices pieces would have to be
+        sent around.
 
     Returns:
-      What takes x and weights as `function`; of an array whose first axis is 1 it makes `count`.
+      What takes x and weights as `function`, and makes [count, ...] of its [1, ...].
     """
     if count == 1:
         return function
 
     def forward(x, weights):
         made, after = [], jnp.zeros(())
-        for i in range(count):
-            made.append(function(_piece(x, i, count), _after(after, weights)))
+        for piece in jnp.array_split(x, count):
+            made.append(function(piece, _after(after, weights)))
             after = _nothing(made[-1])
-        return jax.tree.map(lambda *parts: _join(parts), *made), (x, weights)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), *made), (x, weights)
 
     def backward(kept, gradients):
         x, weights = kept
         of_x, of_weights, after = [], [], jnp.zeros(())
-        for i in range(count):
-            own = jax.tree.map(lambda g, i=i: _piece(g, i, count), gradients)
-            after = after + _nothing(own)
-            _, pull_back = jax.vjp(function, _piece(x, i, count), _after(after, weights))
+        for i, piece in enumerate(jnp.array_split(x, count)):
+            own = jax.tree.map(lambda g, i=i: jnp.array_split(g, count)[i], gradients)
+            after = after + _nothing(own)  # nor is a piece made before its gradient has come
+            _, pull_back = jax.vjp(function, piece, _after(after, weights))
             made = pull_back(own)
             after = _nothing(made)
             of_x.append(made[0])
             of_weights.append(made[1])
-        return _join(of_x), jax.tree.map(lambda *parts: sum(parts), *of_weights)
+        return jnp.concatenate(of_x), jax.tree.map(lambda *parts: sum(parts), *of_weights)
 
     mapped = jax.custom_vjp(lambda *inputs: forward(*inputs)[0])
     mapped.defvjp(forward, backward)
     return mapped
 
 
-def _piece(x, i, count):
-    """Every `count`-th of the batch, so that each device has a share of each piece."""
-    return x.reshape(-1, count, *x.shape[1:])[:, i]
-
-
-def _join(parts):
-    return jnp.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
-
-
 def _nothing(tree):
     """0, which is known when all arrays of `tree` are."""
-    return sum(0 * x.ravel()[0].astype(jnp.float32) for x in jax.tree.leaves(tree))
+    some = sum(x[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(tree))
+    return jnp.where(jnp.isfinite(some), 0 * some, 0)
 
 
 def _after(nothing, tree):
