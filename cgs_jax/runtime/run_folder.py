@@ -33,7 +33,6 @@ FREE = (
     "test",
     "model.lanes",
     "model.head_group",
-    "model.head_bytes",
     "mesh.data",
     "mesh.space",
     "mesh.shard_params",
