@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cgs_jax.methods import base, cgs, losses, pseudo_labels
-from cgs_jax.models import packed, torch_weights, unet
+from cgs_jax.models import packed, pieces, torch_weights, unet
 from cgs_jax.models.heads import Specialists
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime.devices import make_mesh
@@ -153,14 +153,17 @@ def test_packed_convolution(size):
 
 
 def test_packed_network_computes_the_same():
-    """Outputs, statistics, losses and gradients, whatever the lanes and the groups of heads."""
+    """Outputs, statistics, losses and gradients, whatever the lanes, the groups of heads and the
+    pieces of the batch that these are made in."""
     config = tiny(size=32)
     config.data.classes = tuple("abcde")
     config.model.update(channels=(4, 4, 8), dropout=(0.0, 0.0, 0.0))
     image = jax.random.uniform(jax.random.key(0), (2, 32, 32, 1))
     label = jax.random.randint(jax.random.key(2), (2, 32, 32), 0, 6, jnp.uint8)
     results = []
-    for config.model.lanes, config.model.head_group in ((1, 2), (16, 1), (1, 5)):
+    half = 5 * 32 * 32 * 4 * 4  # bytes of hidden maps of one image
+    for lanes, group, bytes_ in ((1, 2, 10**9), (16, 1, 10**9), (1, 5, 10**9), (1, 2, half)):
+        config.model.update(lanes=lanes, head_group=group, head_bytes=bytes_)
         network = build(config, specialists=True)
         variables = variables if results else jax.jit(network.init)(jax.random.key(1), image)  # noqa: F821
 
@@ -178,6 +181,28 @@ def test_packed_network_computes_the_same():
         results.append((total, state, terms, grads, heads, generalists))
     for others in results[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), others, results[0])
+
+
+def test_pieces_need_less_memory_for_the_same():
+    """Gradients by the batch, and by what all pieces share, of a sum that has wide maps inside."""
+
+    def wide(x, weights):
+        return {"values": jnp.tanh(x @ weights) @ weights.T, "sum": jnp.sum(x**2, (0, 1))[None]}
+
+    def loss(x, weights, count):
+        made = pieces.in_pieces(wide, count)(x, weights)
+        return jnp.sum(made["values"] ** 3) + jnp.sum(made["sum"].sum(0) ** 2)
+
+    rng, found = np.random.default_rng(0), []
+    x, weights = (rng.normal(size=s).astype(np.float32) / 4 for s in ((6, 50, 8), (8, 512)))
+    weights /= 20
+    for count in (1, 4):  # of 2, 2, 1 and 1
+        compiled = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2).lower(x, weights, count)
+        compiled = compiled.compile()
+        found.append((compiled(x, weights), compiled.memory_analysis().temp_size_in_bytes))
+    (whole, most), (cut, least) = found
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), cut, whole)
+    assert least < most / 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

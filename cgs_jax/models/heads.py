@@ -1,10 +1,13 @@
 """Generalist and specialist heads on a shared feature map (Wang et al., IEEE TMI 2025)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from cgs_jax.models import packed
+from cgs_jax.models.pieces import in_pieces
 from cgs_jax.models.unet import BatchNorm, Conv, dropout, statistics
 
 stacked_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
@@ -43,53 +46,65 @@ class Specialists(nn.Module):
       num_classes: 3 or 2.
       depth: hidden layers; the published heads have one.
       group: heads of a group; the last may have fewer.
+      piece_bytes: where there are more of hidden maps in training, and heads have one hidden layer,
+        the batch is cut into pieces, whose maps are made again for the gradient; None: never.
     """
 
     num_targets: int
     num_classes: int = 3
     depth: int = 1
     group: int = 4
+    piece_bytes: int | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, pack: int, train: bool) -> tuple[jax.Array, ...]:
         k, f, c = self.num_targets, x.shape[-1] // pack, self.num_classes
         parts = [slice(i, i + self.group) for i in range(0, k, self.group)]
-        maps = [x] * len(parts)
+        pieces, first = self._pieces(x) if train else 1, [None] * len(parts)
         if self.depth:
-            maps = self._first_layer(x, pack, train, parts)
-        for i in range(2, self.depth + 1):
-            maps = self._hidden_layer(maps, pack, f, train, parts, i)
+            x, first = self._first_layer(x, pack, train, parts, pieces)
+        if self.depth > 1:
+            maps = [_hidden(x, own, pack) for own in first]
+            for i in range(2, self.depth + 1):
+                maps = self._hidden_layer(maps, pack, f, train, parts, i)
         kernel = self.param("conv2_kernel", stacked_init, (k, *[3] * (x.ndim - 2), f, c))
         bias = self.param("conv2_bias", nn.initializers.zeros, (k, c))
-        logits = []
-        for part, h in zip(parts, maps, strict=True):
-            n = len(bias[part])
-            wide = _block_diagonal(kernel[part]) if self.depth else _side_by_side(kernel[part])
-            y = packed.affine(packed.conv(h, wide, pack), None, bias[part].ravel(), pack)
-            y = packed.unpack_pixels(y, pack)
-            logits.append(y.reshape(*y.shape[:-1], n, c))
-        return tuple(logits)
+        widened = _block_diagonal if self.depth else _side_by_side
+        last = [(widened(kernel[part]), bias[part]) for part in parts]
+        if self.depth > 1:
+            return tuple(_logits(h, *own, pack) for h, own in zip(maps, last, strict=True))
 
-    def _first_layer(self, x, pack, train, parts):
+        def heads(x, groups):
+            return tuple(_logits(_hidden(x, hidden, pack), *own, pack) for hidden, own in groups)
+
+        return in_pieces(heads, pieces)(x, list(zip(first, last, strict=True)))
+
+    def _pieces(self, x):
+        """How many pieces of the batch the hidden maps are made in."""
+        if self.depth != 1 or self.piece_bytes is None:
+            return 1
+        return min(-(-x.nbytes * self.num_targets // self.piece_bytes), len(x))
+
+    def _first_layer(self, x, pack, train, parts, pieces):
+        """The features, and of each group of heads kernel and summand of what makes hidden maps of
+        them, and the means to be subtracted before. Where the batch is in pieces each of them does
+        that by itself; otherwise the features come back centred, and there are no means."""
         k, f, ones = self.num_targets, x.shape[-1] // pack, [1] * (x.ndim - 2)
         kernel = self.param("conv1_kernel", stacked_init, (k, *ones, f, f))
         bias = self.param("conv1_bias", nn.initializers.zeros, (k, f))
         flat = kernel.reshape(k, f, f)
-        mean, var, centre = None, None, jnp.zeros(f)
+        mean, var, centre, offset = None, None, None, bias
         if train:
             pixels = tuple(range(x.ndim - 1))
             centre = jnp.mean(x.astype(jnp.float32), pixels).reshape(pack, f).mean(0)
-            x = packed.affine(x, None, -centre, pack).astype(x.dtype)
-            mean, var = jnp.zeros(()), _linear_variance(x, pack, flat)
-        offset = jnp.einsum("i,kif->kf", centre, flat) + bias
+            offset = jnp.einsum("i,kif->kf", centre, flat) + bias
+            if pieces == 1:
+                x, centre = _centred(x, centre, pack), None
+            products = in_pieces(functools.partial(_products, pack=pack), pieces)(x, centre)
+            mean, var = jnp.zeros(()), _linear_variance(products.sum(0), x.size // f, pack, flat)
         factor, summand = BatchNorm(name="bn")(mean, var, offset)
         kernel = kernel * factor.reshape(k, *ones, 1, f)
-        maps = []
-        for part in parts:
-            y = packed.conv(x, _side_by_side(kernel[part]), pack)
-            y = packed.affine(y, None, summand[part].ravel(), pack)
-            maps.append(nn.leaky_relu(y, 0.01).astype(x.dtype))
-        return maps
+        return x, [(_side_by_side(kernel[part]), summand[part].ravel(), centre) for part in parts]
 
     def _hidden_layer(self, maps, pack, f, train, parts, i):
         k, ones = self.num_targets, [1] * (maps[0].ndim - 2)
@@ -160,10 +175,37 @@ def _block_diagonal(kernel):
     return blocks.reshape(*sides, n * f, n * c)
 
 
-def _linear_variance(x, pack, kernel):
-    """Variance [K, F] of `x @ kernel[k]` over all pixels of a map without mean."""
+def _centred(x, centre, pack):
+    return x if centre is None else packed.affine(x, None, -centre, pack).astype(x.dtype)
+
+
+def _hidden(x, layer, pack):
+    """Features -> hidden maps of n heads, side by side; without such a layer the features."""
+    if layer is None:
+        return x
+    kernel, summand, centre = layer
+    y = packed.affine(packed.conv(_centred(x, centre, pack), kernel, pack), None, summand, pack)
+    return nn.leaky_relu(y, 0.01).astype(x.dtype)
+
+
+def _logits(x, kernel, bias, pack):
+    """[B, *S, n, c] of n heads."""
+    y = packed.affine(packed.conv(x, kernel, pack), None, bias.ravel(), pack)
+    y = packed.unpack_pixels(y, pack)
+    return y.reshape(*y.shape[:-1], *bias.shape)
+
+
+def _products(x, centre, pack):
+    """Sums over all pixels of the products of centred channels: [1, C, C], so that the sums of
+    several pieces of a batch can be put in a row."""
+    x = _centred(x, centre, pack)
+    return jnp.einsum("b...i,b...j->ij", x, x, preferred_element_type=jnp.float32)[None]
+
+
+def _linear_variance(products, pixels, pack, kernel):
+    """Variance [K, F] of `x @ kernel[k]` over the pixels of a centred map, from the sums of the
+    products of its channels."""
     f = kernel.shape[1]
-    products = jnp.einsum("b...i,b...j->ij", x, x, preferred_element_type=jnp.float32)
-    covariance = jnp.einsum("pipj->ij", products.reshape(pack, f, pack, f)) / (x.size // f)
+    covariance = jnp.einsum("pipj->ij", products.reshape(pack, f, pack, f)) / pixels
     var = jnp.einsum("kif,ij,kjf->kf", kernel, covariance, kernel)
     return jnp.maximum(var, 0)

@@ -14,7 +14,7 @@ from cgs_jax.runtime.by_name import load_by_name
 from cgs_jax.runtime.errors import UserError
 
 # Options of `config.model` that do not belong to the backbone.
-SHARED = ("name", "dtype", "head_classes", "head_depth", "head_group", "weights")
+SHARED = ("name", "dtype", "head_classes", "head_depth", "head_group", "head_bytes", "weights")
 CHOICES = {"dtype": ("float32", "bfloat16"), "head_classes": (2, 3)}
 
 
@@ -83,7 +83,7 @@ def build(
     choose_lowering(model, jax.default_backend())
     options = _own(model)
     heads = {"num_classes": model.head_classes, "depth": model.head_depth}
-    heads["group"] = model.head_group
+    heads |= {"group": model.head_group, "piece_bytes": model.get("head_bytes") or None}
     heads["num_targets"] = len(config.data.classes)
     return Network(
         backbone=lambda **kw: module.Backbone(**options, **kw),
@@ -101,14 +101,21 @@ LANES = {"tpu": 128, "gpu": 64}
 # How many specialists share a convolution by default; elsewhere 4. One by one, a step on a v5e has
 # a seventh less memory and a tenth fewer FLOPs; on CPUs it is as fast, and compiles longer.
 HEAD_GROUP = {"tpu": 1}
+# Beyond how many bytes specialists' hidden maps are made in pieces by default; elsewhere, and where
+# several devices share a batch, never. On a CPU a step on 24 slices of 256 x 256 has a quarter less
+# of arrays, and takes as long.
+HEAD_BYTES = {"cpu": 2**25}
 
 
 def choose_lowering(model: ConfigDict, platform: str) -> None:
-    """Puts what is best on `platform` where `head_group` is 0, or `lanes`, if there is such."""
+    """Puts what is best on `platform` where `head_group` or `head_bytes` is 0, or `lanes`, if there
+    is such."""
     if model.get("lanes") == 0:
         model.lanes = LANES.get(platform, 1)
     if not model.get("head_group"):  # runs of earlier versions lack it
         model.head_group = HEAD_GROUP.get(platform, Specialists.group)
+    if not model.get("head_bytes") and jax.device_count() == 1:
+        model.head_bytes = HEAD_BYTES.get(platform, 0)
 
 
 def stride(config: ConfigDict) -> int:
@@ -150,8 +157,9 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"unknown model.{name} {value!r}; there are: {known}")
     if config.model.head_depth < 0:
         raise UserError("model.head_depth must be at least 0")
-    if config.model.get("head_group", 0) < 0:
-        raise UserError("model.head_group must be at least 1, or 0 for the best of the platform")
+    for name in ("head_group", "head_bytes"):
+        if config.model.get(name, 0) < 0:
+            raise UserError(f"model.{name} must be at least 1, or 0 for the best of the platform")
 
 
 def _own(model):

@@ -33,6 +33,7 @@ FREE = (
     "test",
     "model.lanes",
     "model.head_group",
+    "model.head_bytes",
     "mesh.data",
     "mesh.space",
     "mesh.shard_params",
