@@ -29,7 +29,7 @@ from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import make_predictor
 from cgs_jax.runtime import devices, processes
 from cgs_jax.runtime.cli import cli, output_file
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import UserError, check_choice
 from cgs_jax.runtime.files import to_json, write_text
 from cgs_jax.runtime.logs import say
 from cgs_jax.scoring import summaries
@@ -73,7 +73,7 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
         if "loop" in stages:
             result["loop"] = time_loop(config, method, prepared, mesh, seconds, compiled)
         if "evaluation" in stages:
-            result["evaluation"] = time_evaluation(config, method, prepared, mesh)
+            result["evaluation"] = time_evaluation(method, prepared, mesh)
     return result | {"bound": bound(result)}
 
 
@@ -226,9 +226,7 @@ def time_loop(
     return {"ms": 1000 * (end - start) / (last - first), "steps": last - first}
 
 
-def time_evaluation(
-    config: ConfigDict, method: Any, prepared: cache.Prepared, mesh: Mesh
-) -> dict[str, float]:
+def time_evaluation(method: Any, prepared: cache.Prepared, mesh: Mesh) -> dict[str, float]:
     """Prediction alone, and evaluation with all metrics, of the validation volumes."""
     state = train_step.init_state(method, mesh)
     predictor = make_predictor(method)(state)
@@ -334,9 +332,8 @@ if __name__ == "__main__":
     flags.mark_flags_as_required(["config"])
 
     def _main(_):
-        unknown = set(_STAGES.value) - set(STAGES)
-        if unknown:
-            raise UserError(f"unknown stage {min(unknown)!r}; there are: {', '.join(STAGES)}")
+        for stage in _STAGES.value:
+            check_choice("stage", stage, STAGES)
         if not _SECONDS.value > 0:
             raise UserError("--seconds must be more than 0")
         stages = set(_STAGES.value) | ({"step"} if "specialists" in _STAGES.value else set())

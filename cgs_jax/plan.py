@@ -73,7 +73,7 @@ if __name__ == "__main__":
             raise UserError("plan looks at one data set: give the --config of each member")
         config = ConfigDict(config.to_dict())
         stride, poolings = network.stride(config), network.poolings(config)
-        network.backbone(config).check(config.model, stride)
+        network.backbone(config).check(config.model)
         completion.complete(config.data, None, stride, poolings)
         facts = fingerprint.of_cases(
             tasks.layout(config.data).find(config.data).values(), config.data

@@ -14,7 +14,7 @@ import pytest
 
 from cgs_jax import aot, benchmark
 from cgs_jax.methods import base, cgs, pseudo_labels
-from cgs_jax.models import torch_weights
+from cgs_jax.models import network, torch_weights
 from cgs_jax.models.network import Outputs, build
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
@@ -199,6 +199,17 @@ def test_step_compiles_for_a_tpu_that_is_not_here(fields):
     gradients = 4 * 2e6 if not fields else 1000
     assert result["collectives"]["all-reduce"]["bytes"] > gradients
     assert result["collectives"]["collective-permute"]["count"] > 10  # rows of the neighbours
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu", "cpu"])
+def test_what_is_chosen_for_another_platform_stays(platform):
+    """A step that is compiled for it here, on a CPU, is that of its own machines."""
+    model = tiny().model
+    network.choose_lowering(model, platform)
+    chosen = model.to_dict()
+    network.choose_lowering(model, "cpu")
+    assert model.to_dict() == chosen
+    assert min(model.lanes, model.head_group, model.head_bytes) > 0
 
 
 def test_what_specialists_cost():

@@ -35,8 +35,8 @@ def complete(
         data.partial |= data.ignore > 0  # where nobody annotated, no organ is annotated
         facts = functools.cache(lambda: fingerprint.of_training(data))  # looked up if needed
         _complete_grid(data, saved, facts, stride, poolings)
-        found = {"spacing": ("median", lambda: fingerprint.median_pixel(facts()))}
-        found["slice_spacing"] = ("median", lambda: fingerprint.median_slice(facts()))
+        found = {"spacing": ("median", lambda: fingerprint.median(facts(), "spacing"))}
+        found["slice_spacing"] = ("median", lambda: fingerprint.median(facts(), "slice_spacing"))
         found["normalise"] = ("auto", lambda: fingerprint.normalisation(data))
         for field, (left_open, look_up) in found.items():
             if data[field] == left_open:
@@ -116,7 +116,7 @@ def _fitting(data, facts, stride, poolings):
     squares = {"size": data.size, "spacing": 0, "slice_spacing": 0, "patch": 0}
     if data.size != "auto":
         return squares
-    pixel = fingerprint.median_pixel(facts()) if data.spacing == "median" else data.spacing
+    pixel = fingerprint.median(facts(), "spacing") if data.spacing == "median" else data.spacing
     pixel = pixel if isinstance(pixel, int | float) else 0
     fields = proposal.of_scans(facts(), stride, "other", poolings, pixel)
     found = squares | {name: fields.get(f"data.{name}", 0) for name in GRID}

@@ -87,17 +87,9 @@ def _look(case, data):
     return Facts(first.array.shape, first.spacing, voxels, intensities)
 
 
-def median_pixel(facts: Mapping[str, Facts]) -> float:
-    """For `data.spacing='median'`: millimetres of a pixel."""
-    return _median(facts, slice(1, 3))
-
-
-def median_slice(facts: Mapping[str, Facts]) -> float:
-    """For `data.slice_spacing='median'`: millimetres from slice to slice."""
-    return _median(facts, slice(0, 1))
-
-
-def _median(facts, axes):
+def median(facts: Mapping[str, Facts], field: str) -> float:
+    """Millimetres for the `field` 'spacing' of the data, of a pixel, or 'slice_spacing'."""
+    axes = {"spacing": slice(1, 3), "slice_spacing": slice(0, 1)}[field]
     return round(float(np.median([of.spacing[axes] for of in facts.values()])), 3)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from cgs_jax.data import itk
 from cgs_jax.data.volume import Case, Volume, finite, normalise
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import UserError, check_choice
 from cgs_jax.runtime.files import whole
 
 CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # x, y, z of RAS
@@ -68,8 +68,7 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
     Raises:
       UserError: not readable, damaged, not 3D, or without a usable place; names the file.
     """
-    if slicing not in SLICINGS:
-        raise UserError(f"unknown data.slicing {slicing!r}; there are: {', '.join(SLICINGS)}")
+    check_choice("data.slicing", slicing, SLICINGS)
     try:
         nifti = _load(path) if values else _header(path)
         array = np.asanyarray(nifti.dataobj) if values else np.broadcast_to(np.int8(0), nifti.shape)

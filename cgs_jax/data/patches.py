@@ -2,8 +2,8 @@
 small image.
 
 Where a window lies is a function of (seed, stream, place in the stream), so it is the same after a
-resume and on any number of processes. Validation, test and prediction see whole
-slices, or with `data.spacing` overlapping windows.
+resume and on any number of processes. Validation, test and prediction see whole slices, or with
+`data.spacing`, `data.depth` or `config.window` overlapping windows.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -69,8 +69,6 @@ def check(data: ConfigDict, divisor: int, depth_divisor: int) -> None:
     shares = data.patch_anywhere, data.patch_foreground
     if min(shares) < 0 or sum(shares) > 1:
         raise UserError("data.patch_anywhere and data.patch_foreground are shares of 1")
-    if data.patch_spread < 0:
-        raise UserError("data.patch_spread must be at least 0")
 
 
 def cut(

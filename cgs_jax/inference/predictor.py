@@ -26,7 +26,7 @@ from cgs_jax.methods.augment import to_image
 from cgs_jax.methods.base import Method
 from cgs_jax.models import network
 from cgs_jax.runtime import devices, run_folder
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import UserError, check_choice
 from cgs_jax.runtime.files import folder
 from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.train_state import TrainState
@@ -307,7 +307,7 @@ def make_predictor(*methods: Method) -> Callable[..., Predictor]:
 
 
 def combine(probs: jax.Array, how: str) -> jax.Array:
-    """Scores [B, H, W, C] of several predictions [M, B, H, W, C]; the highest names the class.
+    """Scores [B, *S, C] of several predictions [M, B, *S, C]; the highest names the class.
 
     'average' of the probabilities; 'confidence': at each pixel the surest prediction decides;
     'vote': the most named class, of equally often named ones the likelier.
@@ -329,9 +329,7 @@ def prediction_options(config: ConfigDict) -> dict[str, Any]:
 def check(config: ConfigDict, method: Method) -> None:
     """Raises UserError where an option of prediction has a value that can not be."""
     for name, known in CHOICES.items():
-        if config[name] not in known:
-            known = ", ".join(filter(None, known))
-            raise UserError(f"unknown {name} {config[name]!r}; there are: {known}")
+        check_choice(name, config[name], known)
     if config.inference != "generalist" and not method.specialists:
         raise UserError(f"inference={config.inference}: {config.method.name} trains no specialists")
     if config.predict_with and not method.has_teacher:

@@ -19,6 +19,8 @@ from cgs_jax.models.network import Outputs
 class Method(base.Method):
     """The student predicts."""
 
+    mixes = "unlabelled"
+
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
         self.second = second_is_active(config.seed, config.total_steps)

@@ -17,8 +17,8 @@ def to_image(slices: jax.Array) -> jax.Array:
     return slices.astype(jnp.float32) / LEVELS
 
 
-# Slices that are longer by more, in either direction, are turned as if they were not. Ratios of
-# ACDC are .69 to 1.57; a wider bound costs every step more, see `_rotate`.
+# Slices that are longer by more, in either direction, are turned as if they were so much longer.
+# Ratios of ACDC are .69 to 1.57; a wider bound costs every step more, see `_rotate`.
 MOST_LENGTHENED = 1.6
 
 

@@ -18,7 +18,7 @@ from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.methods import augment, batches, losses, pseudo_labels
 from cgs_jax.models.network import Outputs, build
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import UserError, check_choice
 from cgs_jax.training.train_state import TrainState
 
 Batch = dict[str, Any]
@@ -64,12 +64,14 @@ class Method:
       specialists: whether the network has specialist heads.
       draws: batches of `config.batch` that one step takes.
       has_teacher: whether a teacher could predict in place of the student.
+      mixes: 'labelled' or 'unlabelled', where images of that stream are mixed with each other.
       loads_heads: whether `config.model.weights` give heads, too, where they have any.
     """
 
     unlabelled = True
     draws = 1
     has_teacher = False
+    mixes = ""
     loads_heads = True
 
     def __init__(self, config: ConfigDict, specialists: bool = False):
@@ -97,9 +99,9 @@ class Method:
         beside an image is height by width of the slices before they were made square.
 
         Returns {'labelled': {'image', 'label'}, 'unlabelled': {'weak', 'strong'}}, images
-        [B, H, W, C]; the strong view is the weak one, jittered. Where images are annotated for some
+        [B, *S, C]; the strong view is the weak one, jittered. Where images are annotated for some
         organs only, 'annotated' [B, 1, 1, K] stands beside 'label', and 'member', those that its
-        data set has; or [B, H, W, K] where pixels may be left out: those are annotated for none.
+        data set has; or [B, *S, K] where pixels may be left out: those are annotated for none.
         """
         k_labelled, k_weak, k_strong = jax.random.split(key, 3)
         options = self.config.augment
@@ -159,7 +161,7 @@ class Method:
     def predict(
         self, state: TrainState, image: jax.Array, members: jax.Array | None = None
     ) -> jax.Array:
-        """[B, H, W, channels] -> class probabilities [M, B, H, W, C] of the heads that decide, in
+        """[B, *S, channels] -> class probabilities [M, B, *S, C] of the heads that decide, in
         evaluation mode. `members`, bool [K]: the organs that the images' data set has; there
         others have no probability. None: it has all."""
         params, model_state = self.inference_variables(state)
@@ -233,9 +235,7 @@ class WithTeacher(Method):
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
         self._teacher_predicts = (config.predict_with or self.predicts) == "teacher"
-        mode = config.method.teacher
-        if mode not in ("train", "eval"):
-            raise UserError(f"unknown --config.method.teacher {mode!r}; there are: eval, train")
+        check_choice("--config.method.teacher", config.method.teacher, ("eval", "train"))
 
     def init(self, key, image):
         params, model_state, _ = super().init(key, image)

@@ -8,7 +8,7 @@ student on the CutMixed strong view.
 `Method` is CGS by its own recipe; `Over` lays specialists and their terms over another method.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from cgs_jax.methods import augment, base, batches, losses, pseudo_labels
 from cgs_jax.methods.pseudo_labels import PseudoLabels
 from cgs_jax.models.network import Outputs
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import UserError, check_choice
 
 TERMS = ("G_from_g", "G_from_s", "G_from_e", "S_from_g", "S_from_s", "S_from_e")
 
@@ -43,12 +43,11 @@ class Method(base.WithTeacher):
         _check(options)
         if not self.specialists and tuple(options.terms) != ("G_from_g",):
             raise UserError("method.specialists=False goes with method.terms=('G_from_g',)")
-        if options.plan not in ("lean", "full"):
-            raise UserError(f"unknown --config.method.plan {options.plan!r}; there are: full, lean")
-        self.draws = 2 if options.plan == "full" else 1
-        if options.copy_paste and (
-            options.plan == "full" or config.batch.labelled != config.batch.unlabelled
-        ):
+        check_choice("--config.method.plan", options.plan, ("full", "lean"))
+        full = options.plan == "full"
+        self.draws = 2 if full else 1
+        self.mixes = "unlabelled" if options.cutmix and not full else ""
+        if options.copy_paste and (full or config.batch.labelled != config.batch.unlabelled):
             raise UserError(
                 "method.copy_paste is for plan=lean and as many labelled as unlabelled slices"
             )
@@ -164,7 +163,7 @@ class Over:
         return metrics["loss"], (passes.model_state, passes.extra, metrics)
 
 
-def consistency(pairs: Iterable[base.Pair], options: ConfigDict) -> tuple[base.Terms, base.Terms]:
+def consistency(pairs: Sequence[base.Pair], options: ConfigDict) -> tuple[base.Terms, base.Terms]:
     """Sums over the pairs of `consistency_losses`; a pair counts by its share."""
     terms, coverage = {}, {}
     shares = sum(pair.share for pair in pairs)

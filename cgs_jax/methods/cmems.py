@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from cgs_jax.data import tasks
 from cgs_jax.methods import augment, base, batches, cps, pseudo_labels, synthesis
 from cgs_jax.methods.cps import NAMES
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import UserError, check_choice
 
 TERMS = ("exemplar", "synthetic", "image", "feature")
 
@@ -51,8 +51,7 @@ class Method(cps.Method):
         super().__init__(config, specialists)
         options, count = config.method, config.batch.labelled
         base.check_terms(options, TERMS)
-        if options.predicts not in ("first", "mean"):
-            raise UserError(f"unknown method.predicts {options.predicts!r}; there are: first, mean")
+        check_choice("method.predicts", options.predicts, ("first", "mean"))
         synthesis.check(options)
         if options.rim < 0:
             raise UserError(f"method.rim={options.rim} must be at least 0 pixels")

@@ -13,6 +13,8 @@ from cgs_jax.methods import base, batches, mean_teacher
 class Method(base.WithTeacher):
     """The student predicts."""
 
+    mixes = "unlabelled"
+
     def passes(self, params, state, views, key):
         k_student, k_teacher, k_share = jax.random.split(key, 3)
         image = views["labelled"]["image"]

@@ -43,6 +43,6 @@ def noisy(key: jax.Array, image: jax.Array) -> jax.Array:
 
 
 def squared_error(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Mean over the classes of the squared difference of the softmaxes: [B, H, W]."""
+    """Mean over the classes of the squared difference of the softmaxes: [B, *S]."""
     student, teacher = (jax.nn.softmax(x.astype(jnp.float32)) for x in (student, teacher))
     return jnp.mean((student - teacher) ** 2, -1)

@@ -18,6 +18,7 @@ class Method(base.Method):
 
     def __init__(self, config: ConfigDict, specialists: bool = False):
         super().__init__(config, specialists or config.method.specialists)
+        self.mixes = "labelled" if config.method.cutmix else ""
 
     def views(self, batch, key):
         """As the base class; with probabilities of their own jittered, and CutMixed with the

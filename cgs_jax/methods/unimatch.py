@@ -15,6 +15,8 @@ SHARES = (0.25, 0.25, 0.5)  # of both strong views and of the perturbed stream
 class Method(base.Method):
     """The student teaches itself."""
 
+    mixes = "unlabelled"
+
     def views(self, batch, key):
         """As the base class, with two strong views and their CutMix boxes 'keep'."""
         k_base, k_second, k_keep = jax.random.split(key, 3)

@@ -63,6 +63,8 @@ class Method(base.Method):
     mixed images itself.
     """
 
+    mixes = "labelled"
+
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
         options = config.method

@@ -10,6 +10,8 @@ from cgs_jax.models import packed
 from cgs_jax.models.pieces import in_pieces
 from cgs_jax.models.unet import BatchNorm, Conv, dropout, statistics
 
+IN_ONE = 2**62  # bytes that no batch has
+
 stacked_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", batch_axis=(0,))
 
 
@@ -47,14 +49,14 @@ class Specialists(nn.Module):
       depth: hidden layers; the published heads have one.
       group: heads of a group; the last may have fewer.
       piece_bytes: where there are more of hidden maps in training, and heads have one hidden layer,
-        the batch is cut into pieces, whose maps are made again for the gradient; None: never.
+        the batch is cut into pieces, whose maps are made again for the gradient.
     """
 
     num_targets: int
     num_classes: int = 3
     depth: int = 1
     group: int = 4
-    piece_bytes: int | None = None
+    piece_bytes: int = IN_ONE
 
     @nn.compact
     def __call__(self, x: jax.Array, pack: int, train: bool) -> tuple[jax.Array, ...]:
@@ -81,7 +83,7 @@ class Specialists(nn.Module):
 
     def _pieces(self, x):
         """How many pieces of the batch the hidden maps are made in."""
-        if self.depth != 1 or self.piece_bytes is None:
+        if self.depth != 1:
             return 1
         return min(-(-x.nbytes * self.num_targets // self.piece_bytes), len(x))
 

@@ -8,10 +8,10 @@ import flax.linen as nn
 import jax
 from ml_collections import ConfigDict
 
-from cgs_jax.models.heads import Generalist, Pyramid, Specialists
+from cgs_jax.models.heads import IN_ONE, Generalist, Pyramid, Specialists
 from cgs_jax.models.prompted import Prompted, merge
 from cgs_jax.runtime.by_name import load_by_name
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import UserError, check_choice
 
 # Options of `config.model` that do not belong to the backbone.
 SHARED = ("name", "dtype", "head_classes", "head_depth", "head_group", "head_bytes", "weights")
@@ -83,7 +83,7 @@ def build(
     choose_lowering(model, jax.default_backend())
     options = _own(model)
     heads = {"num_classes": model.head_classes, "depth": model.head_depth}
-    heads |= {"group": model.head_group, "piece_bytes": model.get("head_bytes") or None}
+    heads |= {"group": model.head_group, "piece_bytes": model.head_bytes}
     heads["num_targets"] = len(config.data.classes)
     return Network(
         backbone=lambda **kw: module.Backbone(**options, **kw),
@@ -108,14 +108,15 @@ HEAD_BYTES = {"cpu": 2**25}
 
 
 def choose_lowering(model: ConfigDict, platform: str) -> None:
-    """Puts what is best on `platform` where `head_group` or `head_bytes` is 0, or `lanes`, if there
-    is such."""
+    """Replaces 0 in `head_group`, `head_bytes` and, where the backbone has them, `lanes` by what is
+    best on `platform`."""
     if model.get("lanes") == 0:
         model.lanes = LANES.get(platform, 1)
     if not model.get("head_group"):  # runs of earlier versions lack it
         model.head_group = HEAD_GROUP.get(platform, Specialists.group)
-    if not model.get("head_bytes") and jax.device_count() == 1:
-        model.head_bytes = HEAD_BYTES.get(platform, 0)
+    if not model.get("head_bytes"):
+        alone = jax.device_count() == 1
+        model.head_bytes = HEAD_BYTES.get(platform, IN_ONE) if alone else IN_ONE
 
 
 def stride(config: ConfigDict) -> int:
@@ -150,16 +151,9 @@ def check(config: ConfigDict) -> None:
             f"{name} has no option model.{min(unknown)}; a backbone is chosen by the argument of "
             f"the config file, --config FILE.py:model={name}"
         )
-    module.check(config.model, config.data.size)
+    module.check(config.model)
     for name, known in CHOICES.items():
-        if (value := config.model[name]) not in known:
-            known = ", ".join(map(str, known))
-            raise UserError(f"unknown model.{name} {value!r}; there are: {known}")
-    if config.model.head_depth < 0:
-        raise UserError("model.head_depth must be at least 0")
-    for name in ("head_group", "head_bytes"):
-        if config.model.get(name, 0) < 0:
-            raise UserError(f"model.{name} must be at least 1, or 0 for the best of the platform")
+        check_choice(f"model.{name}", config.model[name], known)
 
 
 def _own(model):

@@ -41,33 +41,25 @@ def _norm(torch_prefix, path):
     }
 
 
-def _names(levels: int, heads: int) -> dict[str, tuple[Any, ...]]:
-    """torch name -> path in the Flax variables; an integer at its end is a specialist's row."""
+def _names(flat: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[Any, ...]]:
+    """torch name -> path in the Flax variables `flat`; an integer at its end is a specialist's
+    row."""
+    levels = len({path[2] for path in flat if path[2].startswith("down")})
+    bias = flat.get(("params", "specialists", "conv2_bias"))
     names = _block("encoder.in_conv.conv_conv", ("backbone", "down0"))
     for i in range(1, levels):
         names |= _block(f"encoder.down{i}.maxpool_conv.1.conv_conv", ("backbone", f"down{i}"))
         names |= _conv(f"decoder.up{i}.conv1x1", ("backbone", f"up{i}_reduce"))
         names |= _block(f"decoder.up{i}.conv.conv_conv", ("backbone", f"up{i}"))
     names |= _conv("decoder.out_conv", ("generalist", "conv"))
-    for k in range(heads):
+    for k in range(0 if bias is None else bias.shape[0]):
         prefix = f"decoder.projection_heads.{k}"
-        for torch_layer, layer in (("0", "conv1"), ("3", "conv2")):
-            names[f"{prefix}.{torch_layer}.weight"] = (
-                "params",
-                "specialists",
-                f"{layer}_kernel",
-                k,
-            )
-            names[f"{prefix}.{torch_layer}.bias"] = ("params", "specialists", f"{layer}_bias", k)
+        for layer, own in (("0", "conv1"), ("3", "conv2")):
+            for kind, name in (("weight", "kernel"), ("bias", "bias")):
+                names[f"{prefix}.{layer}.{kind}"] = ("params", "specialists", f"{own}_{name}", k)
         for name, path in _norm(f"{prefix}.1", ("specialists", "bn")).items():
             names[name] = (*path, k)
     return names
-
-
-def _names_of(flat: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[Any, ...]]:
-    levels = len({path[2] for path in flat if path[2].startswith("down")})
-    bias = flat.get(("params", "specialists", "conv2_bias"))
-    return _names(levels, 0 if bias is None else bias.shape[0])
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], variables: Any, source: str) -> Any:
@@ -81,7 +73,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Any, source: str
     heads = {path[2] for path in flat if path[:2] == ("params", "specialists")}
     if heads and ("conv1_kernel" not in heads or "hidden2_kernel" in heads):
         raise UserError(f"{source}: PyTorch's specialists have model.head_depth=1")
-    names = _names_of(flat)
+    names = _names(flat)
     given = {k for k in state_dict if not k.endswith("num_batches_tracked")}
     for problem, odd in (("lacks", set(names) - given), ("has unknown", given - set(names))):
         if odd:
@@ -106,7 +98,7 @@ def to_torch(variables: Any) -> Arrays:
     """The torch state_dict of Flax variables, as numpy arrays."""
     flat = flax.traverse_util.flatten_dict(variables)
     state_dict = {}
-    for name, path in _names_of(flat).items():
+    for name, path in _names(flat).items():
         path, row = (path[:-1], path[-1]) if isinstance(path[-1], int) else (path, ...)
         value = np.asarray(flat[path])[row]
         state_dict[name] = np.moveaxis(value, (-1, -2), (0, 1)) if value.ndim > 3 else value

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from cgs_jax.models import packed, vit_weights
 from cgs_jax.models.resnet_vit import FORMS, Encoder
 from cgs_jax.models.unet import BatchNorm, conv_init, drop_channels, statistics
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import UserError, check_choice
 
 load_weights = vit_weights.load
 
@@ -95,10 +95,9 @@ def stride(model: Any) -> int:
     return 16
 
 
-def check(model: Any, size: int) -> None:
-    """Raises UserError where the options of `config.model` can not be, or images of `size`."""
-    if model.form not in FORMS:
-        raise UserError(f"unknown model.form {model.form!r}; there are: {', '.join(FORMS)}")
+def check(model: Any) -> None:
+    """Raises UserError where the options of `config.model` can not be."""
+    check_choice("model.form", model.form, FORMS)
     for name, length in (("units", 3), ("decoder", 5)):
         if len(model[name]) != length or min(model[name]) < 1:
             raise UserError(f"model.{name}={model[name]} must be {length} positive numbers")
@@ -115,5 +114,3 @@ def check(model: Any, size: int) -> None:
         raise UserError(f"model.hidden={model.hidden} must divide by model.heads={model.heads}")
     if not 0 <= model.dropout <= 0.9:
         raise UserError(f"model.dropout={model.dropout} must be between 0 and 0.9")
-    if size % 16:
-        raise UserError(f"data.size={size} does not divide by 16")

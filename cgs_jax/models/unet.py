@@ -156,7 +156,7 @@ class Backbone(nn.Module):
     def __call__(
         self, x: jax.Array, train: bool, perturb: bool = False
     ) -> list[tuple[jax.Array, int]]:
-        """[B, H, W, 1] in [0, 1] -> the bottleneck and the maps of the decoder, each [B, H, W / p,
+        """[B, H, W, C] in [0, 1] -> the bottleneck and the maps of the decoder, each [B, H, W / p,
         p * channels] and its pack p, from 1/16 of the resolution (with five levels) to all of it.
 
         `perturb` appends a copy whose encoder maps lose half of their channels on their way to the
@@ -223,14 +223,12 @@ def load_weights(source: str, variables: Any) -> Any:
     return torch_weights.from_torch(torch_weights.read(source), variables, source)
 
 
-def check(model: Any, size: int) -> None:
-    """Raises UserError where the options of `config.model` can not be, or images of `size`."""
+def check(model: Any) -> None:
+    """Raises UserError where the options of `config.model` can not be."""
     if len(model.channels) < 2:
         raise UserError("model.channels needs at least 2 levels")
     if any(type(count) is not int or count < 1 for count in model.channels):
         raise UserError(f"model.channels={model.channels}: whole numbers from 1 on, finest first")
-    if size % stride(model):
-        raise UserError(f"data.size={size} does not divide by {stride(model)}")
     if len(model.dropout) != len(model.channels):
         raise UserError("model.dropout and model.channels must have the same length")
     if not all(isinstance(rate, int | float) and 0 <= rate <= 0.9 for rate in model.dropout):

@@ -21,15 +21,12 @@ class Backbone(unet.Backbone):
     1. H and W divide by `stride`, D by `depth_stride`.
 
     Attributes:
-      channels: width of each level, finest first.
-      dropout: encoder dropout of each level.
       depth_strides: between each level and the next, 2 where the number of slices is halved, too,
-        or 1. A level before a 1 sees each slice alone: its kernels are 1 x 3 x 3.
+        or 1. A level before a 1 sees each slice alone: its kernels are 1 x 3 x 3. The others are
+        those of the UNet for slices.
     """
 
-    channels: Sequence[int] = (16, 32, 64, 128)
-    dropout: Sequence[float] = (0.05, 0.1, 0.2, 0.3)
-    depth_strides: Sequence[int] = (2, 2, 2)
+    depth_strides: Sequence[int] = (2, 2, 2, 2)
 
     def kernel_size(self, level):
         return (1 if (*self.depth_strides, 2)[level] == 1 else 3, 3, 3)
@@ -55,9 +52,9 @@ def depth_stride(model: Any) -> int:
     return math.prod(model.depth_strides)
 
 
-def check(model: Any, size: int) -> None:
-    """Raises UserError where the options of `config.model` can not be, or slices of `size`."""
-    unet.check(model, size)
+def check(model: Any) -> None:
+    """Raises UserError where the options of `config.model` can not be."""
+    unet.check(model)
     strides = tuple(model.depth_strides)
     if len(strides) != len(model.channels) - 1 or not set(strides) <= {1, 2}:
         raise UserError(

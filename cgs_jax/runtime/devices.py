@@ -1,4 +1,5 @@
-"""The mesh: 'data' splits batches, 'space' splits the rows of images; the state is on every device.
+"""The mesh: 'data' splits batches, 'space' splits the rows of images; the state is on every device,
+unless `mesh.shard_params` splits it, too.
 
 The compiler propagates shardings from the inputs and exchanges the rows that convolutions need from
 their neighbours.

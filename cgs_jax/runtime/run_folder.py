@@ -72,7 +72,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def save(config: ConfigDict, splits: Splits, workdir: pathlib.Path) -> None:
-    """Writes both files; config.json last, for it tells that there is a run."""
+    """Writes splits.json and config.json; the latter last, for it tells that there is a run."""
     write_text(workdir / "splits.json", to_json(splits._asdict(), indent=1) + "\n")
     write_text(workdir / "config.json", to_json(config.to_dict(), indent=2) + "\n")
 
@@ -110,7 +110,7 @@ def check_scans(digests: dict[str, dict[str, str]], workdir: pathlib.Path, finis
 
 
 def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
-    """Reads both files.
+    """Reads config.json and splits.json.
 
     Raises:
       UserError: `workdir` holds no run.

@@ -1,4 +1,4 @@
-"""Volumes -> slices -> prediction -> volumes -> scores per case and organ."""
+"""Scores of predicted volumes by case and organ, and their means."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""The training step and the loop around it."""
+"""The training loop: steps, what is logged of them, validation and checkpoints."""
 
 import contextlib
 import pathlib

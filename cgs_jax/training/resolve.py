@@ -13,8 +13,8 @@ from cgs_jax.runtime.logs import say
 from cgs_jax.training import optimizers
 from cgs_jax.training.train_step import make_method
 
-# The least and the greatest value of options that are numbers, but for what a part of the program
-# checks itself, beside what else it asks of its options.
+# The least and the greatest value of options that are numbers. What options ask of each other is
+# checked where they are used.
 RANGES = {
     "seed": (0, 2**32 - 1),
     "total_steps": (1, math.inf),
@@ -33,6 +33,9 @@ RANGES = {
     "augment.degrees": (0, 90),
     "augment.jitter": (0, 1),
     "augment.strength": (0, 1),
+    "model.head_depth": (0, math.inf),
+    "model.head_group": (0, math.inf),
+    "model.head_bytes": (0, math.inf),
     "method.lambda_max": (0, math.inf),
     "method.tau": (0, 1),
     "method.ema_decay": (0, 1),
@@ -45,6 +48,7 @@ RANGES = {
     "method.feature_weight": (0, math.inf),
     "cgs.lambda_max": (0, math.inf),
     "cgs.tau": (0, 1),
+    "data.patch_spread": (0, math.inf),
     "data.val_fraction": (0, 1),
     "data.test_fraction": (0, 1),
 }
@@ -76,9 +80,12 @@ def check(config: ConfigDict) -> None:
     where they are used, and those of the mesh where the devices are known."""
     network.check(config)
     stride = network.stride(config)
+    sizes = {"data.size": config.data.size}
     for name, own in tasks.members(config.data).items():
-        if name and own.size % stride:
-            raise UserError(f"data.members.{name}.size={own.size} does not divide by {stride}")
+        sizes |= {f"data.members.{name}.size": own.size} if name else {}
+    for name, size in sizes.items():
+        if size % stride:
+            raise UserError(f"{name}={size} does not divide by {stride}")
     patches.check(config.data, stride, network.depth_stride(config))
     if config.data.depth and config.mesh.space > 1:
         raise UserError("mesh.space splits rows of slices; with data.depth leave it at 1")
@@ -97,8 +104,5 @@ def check(config: ConfigDict) -> None:
     flip = config.augment.flip
     if not (isinstance(flip, int | float) and 0 <= flip <= 1):
         raise UserError(f"augment.flip={flip}: a probability, or auto")
-    own = config.method
-    labelled = "box" in own or not method.unlabelled  # are what is mixed
-    count = config.batch.labelled if labelled else config.batch.unlabelled
-    if count == 1 and own.get("plan") != "full" and not {"cutmix", "alpha", "box"}.isdisjoint(own):
-        say("WARNING: images are mixed with others of their batch, and one alone has none")
+    if method.mixes and config.batch[method.mixes] == 1:
+        say(f"WARNING: {method.mixes} images are mixed with each other, but a step sees only one")

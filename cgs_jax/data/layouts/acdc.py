@@ -45,7 +45,7 @@ def _truth(path: pathlib.Path) -> pathlib.Path:
 
 
 def read(case: Case, data: ConfigDict) -> Volume:
-    """The case in [0, 1], min-max scaled as a whole volume."""
+    """The case in [0, 1], by `data.normalise`."""
     if case.image[0].suffix == ".h5":
         return arrays.read_arrays(case, lambda image: volume.normalise(image, data.normalise))
     return nifti.read_nifti_case(case, data)
