@@ -99,7 +99,7 @@ def test_bad_scans(thorax, file, damage, message):
     ("change", "message"),
     [
         ({"labelled_2": ["Patient_01", "Patient_77"]}, "labelled cases .* such as Patient_77"),
-        ({"labelled_2": []}, "no labelled cases"),
+        ({"labelled_2": []}, "no labelled cases for .*, 4 of 5 cases have labels"),
         ({"labelled_2": ["Patient_04"]}, "labelled case Patient_04 is not a training case"),
         ({"val": ["Patient_01"]}, "patient Patient_01 is in train and in val"),
         ({"test": ["Patient_03"]}, "test case Patient_03 has no label"),

@@ -62,6 +62,15 @@ def test_voxels_are_as_large_as_the_affine_says(tmp_path):
     assert read.spacing == pytest.approx((5, 0.7, 2.5))
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("meter", 1e-3), ("micron", 1e3), ("mm", 1)])
+def test_other_units_become_millimetres(tmp_path, unit, factor):
+    affine = np.diag([0.7 * factor, 0.7 * factor, 5 * factor, 1])
+    scan = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), affine)
+    scan.header.set_xyzt_units(unit, "sec")
+    nib.save(scan, tmp_path / "scan.nii")
+    assert read_nifti(tmp_path / "scan.nii", "axial").spacing == pytest.approx((5, 0.7, 0.7))
+
+
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
 def test_a_header_tells_what_the_whole_file_tells(name, tmp_path):
     path = tmp_path / name
@@ -261,9 +270,10 @@ def test_what_no_validation_case_has_is_told(thorax):
     assert not summaries.absent(prepared, ["Patient_04", "Patient_05"])
 
 
-def test_a_scan_that_would_be_too_large_is_named(thorax):
+@pytest.mark.parametrize("spacing", [0.0001, 1000])
+def test_a_scan_that_would_be_too_large_or_a_point_is_named(thorax, spacing):
     config, _ = thorax
-    config.data.spacing, config.data.patch = 0.0001, 16
+    config.data.spacing, config.data.patch = spacing, 16
     with pytest.raises(UserError, match=r"Patient_0\d.nii.gz: a scan of .* voxels .* would"):
         cache.prepare(config)
 

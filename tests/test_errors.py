@@ -17,10 +17,8 @@ from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
 from cgs_jax.training.checkpoints import Checkpoints
-from cgs_jax.training.resolve import resolve
 from configs import segthor
 from runs import command, config_of, start
-from steps import tiny
 
 
 @pytest.mark.parametrize(
@@ -229,25 +227,6 @@ def test_command_line_errors_are_one_line(scans, tmp_path, options, message):
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert message in lines[0]
-
-
-@pytest.mark.parametrize(
-    ("method", "fields", "stream"),
-    [
-        ("cgs", {}, "unlabelled"),
-        ("cgs", {"method.cutmix": 0.0}, ""),
-        ("supervised", {}, ""),
-        ("supervised", {"method.cutmix": 0.5}, "labelled"),
-        ("ad_mt", {}, "unlabelled"),
-    ],
-)
-def test_one_image_alone_can_not_be_mixed(capsys, method, fields, stream):
-    config = tiny(method, **{"batch.labelled": 1} | fields)
-    config.batch.unlabelled = min(config.batch.unlabelled, 1)
-    resolve(config)
-    printed = capsys.readouterr().out
-    assert printed.count("mixed with each other") == bool(stream)
-    assert f"WARNING: {stream} images" in printed or not stream
 
 
 def test_full_disk_is_one_line(monkeypatch, capsys):

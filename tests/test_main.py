@@ -262,14 +262,20 @@ def test_arrays_in_arrays_out(trained, scans, tmp_path):
     np.testing.assert_array_equal(given, before)
     for array, message in (
         (scan.array[0], r"the array has shape \(20, 20\); volumes are \[1, D, H, W\]"),
+        (scan.array[:0], r"the array has shape \(0, 20, 20\); volumes are \[1, D, H, W\]"),
         (np.full((1, 4, 4), np.nan), "the array has 16 voxels that are NaN or infinite"),
     ):
         with pytest.raises(UserError, match=message):
             predictor.segment(array)
+    for spacing in ((1.5, 1.5), (3, np.nan, 1), (3, 0, 1), (3, -1, 1), "abc"):
+        with pytest.raises(UserError, match="spacing=.*: give millimetres along D, H and W"):
+            predictor.segment(scan.array, spacing)
     with pytest.raises(UserError, match="unknown option 'window_size' of prediction; there are: "):
         Predictor.restore([workdir], {"window_size": 3})
     with pytest.raises(UserError, match="window=31 does not divide by 2"):
         Predictor.restore([workdir], {"window": 31})
+    with pytest.raises(UserError, match="an option of prediction has another type: .*window"):
+        Predictor.restore([workdir], {"window": "16"})
     in_windows = Predictor.restore(workdir, {"window": 16, "upsample": "nearest"})
     assert in_windows.config.window == 16
     assert (in_windows.segment(scan.array) == labels).mean() > 0.8

@@ -77,6 +77,10 @@ def test_mirror_images_are_off_where_names_tell_sides(tmp_path, capsys):
         ("cgs", {"batch.unlabelled": 1, "method.plan": "full"}, False),
         ("versemi", {"batch.labelled": 1}, True),
         ("ict", {"batch.unlabelled": 1}, True),
+        ("ad_mt", {"batch.unlabelled": 1}, True),
+        ("cgs", {"batch.unlabelled": 1, "method.cutmix": 0.0}, False),
+        ("supervised", {"batch.labelled": 1, "method.cutmix": 0.5}, True),
+        ("supervised", {"batch.labelled": 1}, False),
         ("mean_teacher", {"batch.unlabelled": 1}, False),
     ],
 )

@@ -110,8 +110,13 @@ def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
     it needs one, or where a patient is in two of train, val and test."""
     for name, listed in splits._asdict().items():
         if not listed and not (name == "test" and data.test_fraction == 0):
-            advice = "; to do without, --config.data.test_fraction=0" if name == "test" else ""
-            raise UserError(f"no {name} cases for {data.root}; see --config.data.splits{advice}")
+            count = sum(bool(case.label) for case in cases.values())
+            problem = f"no {name} cases for {data.root}, {count} of {len(cases)} cases have labels"
+            advice = "see --config.data.splits"
+            if name == "test" or count and data.test_fraction and not data.splits:
+                what = "" if name == "test" else " test cases"
+                advice += f"; to do without{what}, --config.data.test_fraction=0"
+            raise UserError(f"{problem}; {advice}")
         missing = [case for case in listed if case not in cases]
         if missing:
             raise UserError(

@@ -117,7 +117,7 @@ def _fitting(data, facts, stride, poolings):
     if data.size != "auto":
         return squares
     pixel = fingerprint.median(facts(), "spacing") if data.spacing == "median" else data.spacing
-    pixel = pixel if isinstance(pixel, int | float) else 0
+    pixel = pixel if isinstance(pixel, int | float) and pixel > 0 else 0
     fields = proposal.of_scans(facts(), stride, "other", poolings, pixel)
     found = squares | {name: fields.get(f"data.{name}", 0) for name in GRID}
     found["size"] = found["size"] or (data.patch != "auto" and data.patch) or found["patch"]

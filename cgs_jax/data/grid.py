@@ -59,7 +59,8 @@ class Grid(NamedTuple):
         for axis, target in enumerate(targets):
             if target:
                 found[axis] = 1 + round((shape[axis] - 1) * spacing[axis] / target)
-        if any(targets) and (max(found) > LARGEST or math.prod(found) > MOST_VOXELS):
+        lost = self.pixel and min(found[1:]) == 1 < min(shape[1:])
+        if lost or any(targets) and (max(found) > LARGEST or math.prod(found) > MOST_VOXELS):
             was, would = (" x ".join(map(str, x)) for x in (shape, found))
             raise UserError(
                 f"a scan of {was} voxels with a voxel size of {spacing} mm would have {would}; "

@@ -22,6 +22,7 @@ from cgs_jax.runtime.files import whole
 CANONICAL_AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # x, y, z of RAS
 ENDINGS = (".nii.gz", ".nii", *itk.ENDINGS)  # of file names
 NO_SCAN = re.compile(r"\..*|.*\.seg\.nrrd")
+MILLIMETRES = {1: 1000.0, 3: 0.001}  # of a header's metre and micron; else millimetres are meant
 SLICINGS = ("stored", "coarsest", *CANONICAL_AXES)
 
 
@@ -76,6 +77,8 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
         raise UserError(f"no such file: {path}") from None
     except PermissionError:
         raise UserError(f"{path} is not readable: check its permissions") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; put the scan in its place") from None
     except UserError:
         raise
     except Exception as error:
@@ -86,7 +89,8 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
     if array.ndim != 3 or not array.size:
         raise UserError(f"{path} has shape {nifti.shape}; one 3D volume per file is read")
     # pixdim may say else, but places are by the affine; its noise would round sizes of grids up
-    spacings = nib.affines.voxel_sizes(nifti.affine).round(6)
+    unit = MILLIMETRES.get(int(nifti.header["xyzt_units"]) % 8, 1.0)
+    spacings = (unit * nib.affines.voxel_sizes(nifti.affine)).round(6)
     if not (np.isfinite(nifti.affine).all() and min(spacings) > 0):
         raise UserError(f"{path}: its affine has no usable numbers; repair its header")
     if slicing == "stored":

@@ -43,13 +43,16 @@ def finite(image: np.ndarray, path: pathlib.Path) -> np.ndarray:
     """Returns the image as float32.
 
     Raises:
-      UserError: it holds NaN or infinity; names the file.
+      UserError: it holds NaN, infinity or what is one in float32; names the file.
     """
     _check_numbers(image, path, "intensity")
-    image = np.ascontiguousarray(image, np.float32)
+    with np.errstate(over="ignore"):
+        image = np.ascontiguousarray(image, np.float32)
     bad = np.count_nonzero(~np.isfinite(image))
     if bad:
-        raise UserError(f"{path} has {bad} voxels that are NaN or infinite; repair or remove it")
+        raise UserError(
+            f"{path} has {bad} voxels that are NaN or infinite in float32; repair or remove it"
+        )
     return image
 
 

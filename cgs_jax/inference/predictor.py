@@ -110,9 +110,10 @@ class Predictor:
             data, first = (tasks.members(m.config.data) for m in (method, methods[0]))
             for name, field in itertools.product(data | first, cache.OPTIONS):
                 if name not in data or name not in first or data[name][field] != first[name][field]:
+                    full = f"members.{name}.{field}" if name else field
                     raise UserError(
-                        f"{workdir} and {workdirs[0]} differ in data.{field} {name}; runs that are "
-                        "to predict together need the same, given when they are trained"
+                        f"{workdir} and {workdirs[0]} differ in data.{full}; runs that are to "
+                        "predict together need the same, given when they are trained"
                     )
         found = make_predictor(*methods)(*states)
         return found.of(task) if task else found
@@ -140,7 +141,8 @@ class Predictor:
             `data.slice_spacing`.
 
         Raises:
-          UserError: other axes or channels, a voxel that is no number, or a spacing is lacking.
+          UserError: other axes or channels, a voxel that is no number, or a spacing that is lacking
+            or can not be.
         """
         ((_, (label,)),) = self.labels([(None, self.volume(array, spacing))], self.scoring)
         return label
@@ -149,9 +151,13 @@ class Predictor:
         """Intensities -> the volume that `labels` takes, each channel normalised on its own."""
         data, image = self.task.data, np.asarray(array)
         image = image[None] if image.ndim == 3 else image
-        if image.ndim != 4 or len(image) != data.channels:
+        if image.ndim != 4 or len(image) != data.channels or not image.size:
             shape = np.shape(array)
             raise UserError(f"the array has shape {shape}; volumes are [{data.channels}, D, H, W]")
+        if spacing is not None:
+            known = np.shape(spacing) == (3,) and np.asarray(spacing).dtype.kind in "fiu"
+            if not (known and np.isfinite(spacing).all() and min(spacing) > 0):
+                raise UserError(f"spacing={spacing}: give millimetres along D, H and W")
         channels = (normalise(finite(x, "the array"), data.normalise) for x in image)
         return Volume(cache.quantise(np.stack(list(channels))), None, spacing)
 
@@ -273,7 +279,10 @@ def load_run(workdir: pathlib.Path, options: Mapping[str, Any] | None = None) ->
     if unknown := set(options or {}) - set(run_folder.PREDICTION):
         known = ", ".join(run_folder.PREDICTION)
         raise UserError(f"unknown option {min(unknown)!r} of prediction; there are: {known}")
-    config.update(options or {})
+    try:
+        config.update(options or {})
+    except TypeError as error:
+        raise UserError(f"an option of prediction has another type: {error}") from None
     method = make_method(FrozenConfigDict(config))
     check(config, method)
     return method

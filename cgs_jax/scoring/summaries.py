@@ -52,6 +52,12 @@ def absent(prepared: Prepared, cases: list[str]) -> list[str]:
     return [organ for organ, found in there.items() if not found]
 
 
+def unannotated(prepared: Prepared, cases: list[str], data: ConfigDict) -> list[str]:
+    """What of all that is scored none of `cases` is scored by, for no label of theirs marks it."""
+    marked = {organ for case in cases for organ in prepared.scored(case)}
+    return [organ for organ in tasks.scored(data) if organ not in marked]
+
+
 def evaluate(
     predictor: Predictor, prepared: Prepared, cases: list[str], surface: bool, *scorings: Scoring
 ) -> list[Results]:

@@ -80,13 +80,12 @@ def check(config: ConfigDict) -> None:
     where they are used, and those of the mesh where the devices are known."""
     network.check(config)
     stride = network.stride(config)
-    sizes = {"data.size": config.data.size}
     for name, own in tasks.members(config.data).items():
-        sizes |= {f"data.members.{name}.size": own.size} if name else {}
-    for name, size in sizes.items():
-        if size % stride:
-            raise UserError(f"{name}={size} does not divide by {stride}")
+        if name and own.size % stride:
+            raise UserError(f"data.members.{name}.size={own.size} does not divide by {stride}")
     patches.check(config.data, stride, network.depth_stride(config))
+    if config.data.size % stride:
+        raise UserError(f"data.size={config.data.size} does not divide by {stride}")
     if config.data.depth and config.mesh.space > 1:
         raise UserError("mesh.space splits rows of slices; with data.depth leave it at 1")
     method = make_method(config)
@@ -105,4 +104,4 @@ def check(config: ConfigDict) -> None:
     if not (isinstance(flip, int | float) and 0 <= flip <= 1):
         raise UserError(f"augment.flip={flip}: a probability, or auto")
     if method.mixes and config.batch[method.mixes] == 1:
-        say(f"WARNING: {method.mixes} images are mixed with each other, but a step sees only one")
+        say("WARNING: images are mixed with others of their batch, and one alone has none")
