@@ -159,9 +159,9 @@ def test_annotated_organs_alone_are_scored(prepared):
     (results,) = summaries.evaluate(found, data, cases, False, found.scoring)
     assert set(results["brain/mine_003"]) == {"brain/head", "brain/tail"}
     assert set(results["neck/mine_000"]) == {"neck/cord"}
-    unannotated = summaries.unannotated(data, cases[:1], config.data)
-    assert unannotated == ["neck/tail", "neck/cord"]
-    assert summaries.unannotated(data, cases, config.data) == ["neck/tail"]
+    organs = tasks.scored(config.data)
+    assert summaries.unannotated(data, cases[:1], organs) == ["neck/tail", "neck/cord"]
+    assert summaries.unannotated(data, cases, organs) == ["neck/tail"]
 
 
 def test_a_collection_is_trained_scored_and_predicts(folders, tmp_path):

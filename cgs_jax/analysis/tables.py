@@ -1,7 +1,7 @@
 """Runs as pandas frames, and the table that compares them.
 
-Used by `cgs_jax.sweep` and `notebooks/ablation.ipynb`. Scores are in %, distances in
-voxels, or in millimetres where the name ends in `_mm`.
+Used by `cgs_jax.sweep` and `notebooks/ablation.ipynb`. Scores are in %, distances in voxels, or in
+millimetres where the name ends in `_mm`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Errors that a person can act on."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 
@@ -9,10 +9,9 @@ class UserError(Exception):
     """Bad input or option. The message names it and says what to do; shown without traceback."""
 
 
-def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
+def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
     """Raises UserError unless the `value` of the option `name` is among the `known`; '' among them
     stands for none."""
-    known = list(known)
     if value not in known:
         there = ", ".join(str(one) for one in known if one != "")
         raise UserError(f"unknown {name} {value!r}; there are: {there}")

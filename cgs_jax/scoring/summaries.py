@@ -52,10 +52,10 @@ def absent(prepared: Prepared, cases: list[str]) -> list[str]:
     return [organ for organ, found in there.items() if not found]
 
 
-def unannotated(prepared: Prepared, cases: list[str], data: ConfigDict) -> list[str]:
-    """What of all that is scored none of `cases` is scored by, for no label of theirs marks it."""
+def unannotated(prepared: Prepared, cases: list[str], organs: list[str]) -> list[str]:
+    """Those of `organs` that none of `cases` is scored by, for no label of theirs marks them."""
     marked = {organ for case in cases for organ in prepared.scored(case)}
-    return [organ for organ in tasks.scored(data) if organ not in marked]
+    return [organ for organ in organs if organ not in marked]
 
 
 def evaluate(

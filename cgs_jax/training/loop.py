@@ -76,7 +76,7 @@ def train(
     if nowhere := summaries.absent(prepared, prepared.splits.val):
         told = "it counts as 0 in every case where it is found"
         say(f"WARNING: no validation case has {', '.join(nowhere)}; {told}")
-    if unknown := summaries.unannotated(prepared, prepared.splits.val, config.data):
+    if unknown := summaries.unannotated(prepared, prepared.splits.val, organs):
         told = "the best checkpoint is chosen without; see --config.data.splits"
         say(f"WARNING: no validation case is annotated for {', '.join(unknown)}; {told}")
     progress = tqdm(

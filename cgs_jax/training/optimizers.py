@@ -6,7 +6,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.errors import check_choice
 
 
 def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -16,16 +16,15 @@ def make_optimizer(config: ConfigDict) -> tuple[optax.GradientTransformation, op
       UserError: there is no optimiser of that name.
     """
     o = config.optimizer
+    check_choice("optimizer.name", o.name, ("adamw", "sgd"))
     schedule = optax.polynomial_schedule(o.lr, 0.0, o.power, max(config.total_steps, 1))
     if o.name == "sgd":
         return sgd(schedule, o.momentum, o.weight_decay), schedule
-    if o.name == "adamw":
-        # Loshchilov and Hutter, 1711.05101
-        optimizer = optax.adamw(
-            schedule, o.momentum, o.momentum_squares, weight_decay=o.weight_decay, mask=_kernels
-        )
-        return optimizer, schedule
-    raise UserError(f"unknown optimizer.name {o.name!r}; there are: adamw, sgd")
+    # Loshchilov and Hutter, 1711.05101
+    optimizer = optax.adamw(
+        schedule, o.momentum, o.momentum_squares, weight_decay=o.weight_decay, mask=_kernels
+    )
+    return optimizer, schedule
 
 
 def sgd(
