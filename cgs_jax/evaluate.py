@@ -124,10 +124,10 @@ def write(
     worst_middle_best = [ranked[i] for i in sorted({0, len(ranked) // 2, len(ranked) - 1})]
     shown = plots.show(best, prepared, worst_middle_best)
     plots.save(plots.overlays(shown, organs), workdir / "overlays.png", dpi=110)
-    figure = plots.curves(read_lines(workdir / "metrics.jsonl"), tasks.scored(data))
-    if figure:  # else metrics.jsonl was not kept
-        plots.save(figure, workdir / "curves.png", dpi=120)
-    report.write(workdir, best.config, summary, shown)
+    curves = plots.curves(read_lines(workdir / "metrics.jsonl"), tasks.scored(data))
+    if curves:  # else metrics.jsonl was not kept
+        plots.save(curves, workdir / "curves.png", dpi=120)
+    report.write(workdir, best.config, summary, shown, curves)
     for name in names:
         say(str(workdir / name))
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 
 from cgs_jax.analysis import plots
 from cgs_jax.data import tasks
 from cgs_jax.runtime import run_folder
-from cgs_jax.runtime.files import read_lines, to_json, write_text
+from cgs_jax.runtime.files import to_json, write_text
 from cgs_jax.runtime.logs import time_spent
 from cgs_jax.scoring import metrics, summaries
 
@@ -23,13 +24,15 @@ TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 
 
 def write(
-    workdir: pathlib.Path, config: ConfigDict, summary: dict[str, Any], cases: list[plots.Shown]
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    summary: dict[str, Any],
+    cases: list[plots.Shown],
+    curves: Figure | None,
 ) -> None:
     """Writes the report of a tested run; `cases` are shown slice by slice."""
-    lines = read_lines(workdir / "metrics.jsonl")
     minutes, hardware = time_spent(workdir)
     organs = tasks.organs(config.data)
-    figure = plots.curves(lines, tasks.scored(config.data))
     split = summaries.final_split(summary)
     name = summaries.SPLITS[split]
     data = {
@@ -44,7 +47,7 @@ def write(
         },
         "organs": {organ: to_hex(plots.colour(i)) for i, organ in enumerate(organs)},
         "errors": plots.ERRORS,
-        "curves": _svg(figure) if figure else None,
+        "curves": _svg(curves) if curves else None,
         "summary": {s: summary[s] for s in summaries.SPLITS if s in summary},
         "splits": summaries.SPLITS,
         "heads": metrics.HEADINGS | {"voxels": "true voxels"},

@@ -1,6 +1,7 @@
 """What the files of a data set tell of its configuration."""
 
 import functools
+import math
 import pathlib
 
 from ml_collections import ConfigDict
@@ -95,6 +96,10 @@ def _check_labels(data):
 
 def _complete_grid(data, saved, facts, stride, poolings):
     """What of GRID is 'auto': squares where `data.size` is given, else what fits the scans."""
+    for field in ("spacing", "slice_spacing"):
+        value, number = data[field], isinstance(data[field], int | float)
+        if value not in ("auto", "median") and not (number and 0 <= value < math.inf):
+            raise UserError(f"data.{field}={value}: give millimetres, such as 1.5, or median")
     auto = [field for field in GRID if data.get(field) == "auto"]
     if auto and "patch" not in data:
         raise UserError(f"data.{auto[0]}=auto is for a data set by itself; give a number")
@@ -117,7 +122,7 @@ def _fitting(data, facts, stride, poolings):
     if data.size != "auto":
         return squares
     pixel = fingerprint.median(facts(), "spacing") if data.spacing == "median" else data.spacing
-    pixel = pixel if isinstance(pixel, int | float) and pixel > 0 else 0
+    pixel = 0 if pixel == "auto" else pixel
     fields = proposal.of_scans(facts(), stride, "other", poolings, pixel)
     found = squares | {name: fields.get(f"data.{name}", 0) for name in GRID}
     found["size"] = found["size"] or (data.patch != "auto" and data.patch) or found["patch"]

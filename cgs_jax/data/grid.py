@@ -34,10 +34,6 @@ class Grid(NamedTuple):
     @classmethod
     def of(cls, data: ConfigDict) -> "Grid":
         """Of a data set's options."""
-        for field in ("spacing", "slice_spacing"):
-            value = data[field]
-            if not isinstance(value, int | float) or not 0 <= value < np.inf:
-                raise UserError(f"data.{field}={value}: give millimetres, such as 1.5, or median")
         return cls(data.size, data.spacing, data.slice_spacing)
 
     @property
