@@ -25,6 +25,7 @@ from scipy import ndimage
 
 from cgs_jax.data import cache, case_lists, tasks
 from cgs_jax.data.grid import Grid
+from cgs_jax.data.prepared import Entry, Prepared
 from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import make_predictor
 from cgs_jax.runtime import devices, processes
@@ -78,7 +79,7 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
 
 
 @contextlib.contextmanager
-def data(config: ConfigDict) -> Iterator[cache.Prepared]:
+def data(config: ConfigDict) -> Iterator[Prepared]:
     """The prepared scans of `config`, or random ones where its folder is not there."""
     if pathlib.Path(config.data.root).exists():
         yield cache.prepare(config)
@@ -97,14 +98,14 @@ def data(config: ConfigDict) -> Iterator[cache.Prepared]:
                 label = np.searchsorted(cuts, smooth).astype(np.uint8)
                 image = cache.quantise(label / label.max())
                 image = np.stack([image] * config.data.channels)
-                entries[case] = cache.Entry(pathlib.Path(folder, case), task)
+                entries[case] = Entry(pathlib.Path(folder, case), task)
                 cache.write(entries[case].folder, Volume(image, label, None), Grid(size))
         volumes = config.data.depth > 0
-        yield cache.Prepared(entries, splits, config.data.classes, volumes=volumes)
+        yield Prepared(entries, splits, config.data.classes, volumes=volumes)
 
 
 def time_step(
-    config: ConfigDict, method: Any, prepared: cache.Prepared, mesh: Mesh, seconds: float
+    config: ConfigDict, method: Any, prepared: Prepared, mesh: Mesh, seconds: float
 ) -> tuple[dict[str, Any], Any]:
     """The jitted train step on batches that are on the devices already; returned with it."""
     state = train_step.init_state(method, mesh)
@@ -181,7 +182,7 @@ def ceilings(device: jax.Device, dtype: str) -> dict[str, float]:
 
 
 def time_input(
-    config: ConfigDict, method: Any, prepared: cache.Prepared, mesh: Mesh, seconds: float
+    config: ConfigDict, method: Any, prepared: Prepared, mesh: Mesh, seconds: float
 ) -> dict[str, float]:
     """Host batches, read one after the other on one core."""
     dataset = loop.host_batches(config, method, prepared, mesh)
@@ -199,7 +200,7 @@ def time_input(
 def time_loop(
     config: ConfigDict,
     method: Any,
-    prepared: cache.Prepared,
+    prepared: Prepared,
     mesh: Mesh,
     seconds: float,
     step: Any = None,
@@ -226,7 +227,7 @@ def time_loop(
     return {"ms": 1000 * (end - start) / (last - first), "steps": last - first}
 
 
-def time_evaluation(method: Any, prepared: cache.Prepared, mesh: Mesh) -> dict[str, float]:
+def time_evaluation(method: Any, prepared: Prepared, mesh: Mesh) -> dict[str, float]:
     """Prediction alone, and evaluation with all metrics, of the validation volumes."""
     state = train_step.init_state(method, mesh)
     predictor = make_predictor(method)(state)

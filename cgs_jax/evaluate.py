@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from cgs_jax.analysis import plots, report
 from cgs_jax.data import cache, tasks
 from cgs_jax.data.case_lists import Splits
+from cgs_jax.data.prepared import Prepared
 from cgs_jax.inference import predictor
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.methods.base import Method
@@ -79,7 +80,7 @@ def evaluate(
     return summary
 
 
-def scans(config: ConfigDict, splits: Splits, root: str = "", folder: str = "") -> cache.Prepared:
+def scans(config: ConfigDict, splits: Splits, root: str = "", folder: str = "") -> Prepared:
     """The prepared scans of a run; `root` and `folder`, of prepared data, say where they are now,
     if elsewhere. In there members of a collection have folders by their names."""
     config = ConfigDict(config.to_dict())
@@ -90,7 +91,7 @@ def scans(config: ConfigDict, splits: Splits, root: str = "", folder: str = "") 
 
 
 def best_and_last(
-    method: Method, prepared: cache.Prepared, checkpoints: Checkpoints, mesh: Mesh
+    method: Method, prepared: Prepared, checkpoints: Checkpoints, mesh: Mesh
 ) -> tuple[dict[str, Any], Predictor]:
     """What summary.json holds: scores of the best checkpoint and, as 'last', of the last one on
     validation and test volumes; and the best, as it predicts."""
@@ -109,7 +110,7 @@ def best_and_last(
 
 
 def write(
-    summary: dict[str, Any], best: Predictor, prepared: cache.Prepared, workdir: pathlib.Path
+    summary: dict[str, Any], best: Predictor, prepared: Prepared, workdir: pathlib.Path
 ) -> None:
     """Writes summary.json, of nnU-Net's folders theirs, too, the pictures and, last, the report."""
     data = best.config.data

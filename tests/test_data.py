@@ -254,7 +254,7 @@ def test_a_scan_is_more_than_its_voxels(tmp_path):
 def test_many_cases_share_few_open_files(thorax, monkeypatch):
     config, _ = thorax
     expected = everything(cache.prepare(config))
-    monkeypatch.setattr(cache, "MAPPED", 1)
+    monkeypatch.setattr("cgs_jax.data.prepared.MAPPED", 1)
     for few, all_of_them in zip(everything(cache.prepare(config)), expected, strict=True):
         np.testing.assert_array_equal(few, all_of_them)
 

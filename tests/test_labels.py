@@ -121,7 +121,7 @@ class Guess:
 
 def test_scored_volumes_do_not_stay_open(tmp_path, monkeypatch):
     """However many there are: a process may open about a thousand files."""
-    monkeypatch.setattr(cache, "MAPPED", 2)
+    monkeypatch.setattr("cgs_jax.data.prepared.MAPPED", 2)
     config, _ = folder(tmp_path, REGIONS, [0, 2, 4])
     prepared, opened, at_once = cache.prepare(config), [], []
     cases = [*prepared.splits.labelled, *prepared.splits.val, *prepared.splits.test]

@@ -9,6 +9,7 @@ import pytest
 from cgs_jax import main
 from cgs_jax.data import cache, case_lists, patches, streams, tasks
 from cgs_jax.data.grid import Grid
+from cgs_jax.data.prepared import Entry, Prepared
 from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import NO_LABEL, Volume
 from cgs_jax.runtime import devices, processes
@@ -30,8 +31,8 @@ def prepared(tmp_path_factory):
         assert {x.name for x in path.iterdir()} == {"image.npy", "label.npy", "case.json"}
     cases = list(folders)
     task = tasks.find(tiny().data, "")
-    entries = {case: cache.Entry(path, task) for case, path in folders.items()}
-    return cache.Prepared(entries, case_lists.Splits(cases, [], [], cases[:3]), task.data.classes)
+    entries = {case: Entry(path, task) for case, path in folders.items()}
+    return Prepared(entries, case_lists.Splits(cases, [], [], cases[:3]), task.data.classes)
 
 
 def options(**fields):

@@ -12,6 +12,7 @@ from scipy import ndimage
 from cgs_jax import main, predict
 from cgs_jax.data import cache, case_lists, streams, tasks
 from cgs_jax.data.grid import Grid
+from cgs_jax.data.prepared import Entry, Prepared
 from cgs_jax.data.streams import Stream
 from cgs_jax.data.volume import Volume
 from cgs_jax.methods import augment, pseudo_labels, synthesis, versemi
@@ -153,11 +154,11 @@ def prepared(tmp_path_factory):
     for i, depth in enumerate((5, 9, 12)):
         shape = (depth, 12 + i, 14)
         image = rng.permutation(np.prod(shape)).astype(np.uint16).reshape(1, *shape)
-        entries[f"c{i}"] = cache.Entry(folder / f"c{i}", task)
+        entries[f"c{i}"] = Entry(folder / f"c{i}", task)
         volume = Volume(image, (image[0] % 3).astype(np.uint8), (2.0, 1.0, 1.0))
         cache.write(entries[f"c{i}"].folder, volume, Grid.of(config))
     splits = case_lists.Splits(list(entries), [], [], ["c0", "c1"])
-    return cache.Prepared(entries, splits, config.classes, volumes=True)
+    return Prepared(entries, splits, config.classes, volumes=True)
 
 
 def test_windows_of_volumes(prepared):

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from cgs_jax.data import tasks
-from cgs_jax.data.cache import Prepared
+from cgs_jax.data.prepared import Prepared
 from cgs_jax.methods import augment, base
 from cgs_jax.methods.base import Method
 from cgs_jax.models import packed

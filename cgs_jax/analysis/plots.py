@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from scipy import ndimage
 
-from cgs_jax.data.cache import Prepared
+from cgs_jax.data.prepared import Prepared
 from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.files import whole

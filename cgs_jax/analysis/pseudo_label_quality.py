@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data import tasks
-from cgs_jax.data.cache import Prepared
 from cgs_jax.data.grid import Grid
+from cgs_jax.data.prepared import Prepared
 from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.methods import augment, pseudo_labels
 from cgs_jax.methods.base import Method

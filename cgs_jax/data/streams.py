@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data import patches, tasks
-from cgs_jax.data.cache import Prepared
 from cgs_jax.data.grid import Grid
+from cgs_jax.data.prepared import Prepared
 
 BLOCK = 64  # slices in which every data set of a collection has its share of a stream
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from cgs_jax.data import tasks
-from cgs_jax.data.cache import Prepared
+from cgs_jax.data.prepared import Prepared
 from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.inference.predictor import LITERATURE, Predictor, Scoring
 from cgs_jax.runtime import processes, threads

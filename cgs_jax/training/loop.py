@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cgs_jax.analysis import pseudo_label_quality
 from cgs_jax.data import streams, tasks
-from cgs_jax.data.cache import Prepared
+from cgs_jax.data.prepared import Prepared
 from cgs_jax.inference.predictor import Predictor, make_predictor
 from cgs_jax.methods.base import Method
 from cgs_jax.runtime import devices, processes, run_folder
