@@ -1,6 +1,9 @@
 """Segments scans with a trained run, or with several together.
 
-python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [--overwrite]
+python -m cgs_jax.predict --workdir RUN --input FILE_OR_FOLDER --output FOLDER [--overwrite] \
+    [--resume]
+
+If it is interrupted, the same command with --resume segments the scans that have no label map yet.
 """
 
 import pathlib
@@ -31,6 +34,7 @@ def predict(
     overwrite: bool = False,
     options: Mapping[str, Any] | None = None,
     task: str = "",
+    resume: bool = False,
 ) -> list[pathlib.Path]:
     """Writes one label map for every scan, with its grid and header, under its name.
 
@@ -38,15 +42,15 @@ def predict(
     and its label map CASE.nii.gz; of one channel it may have any name, and its label map the same.
 
     `options` such as {'inference': 'both'} replace the run's own. `task` names the member of a
-    collection whose scans these are; the labels are numbered as its own are. Returns the files
-    written.
+    collection whose scans these are; the labels are numbered as its own are. With `resume` label
+    maps that are there stay, and the other scans are segmented. Returns the files written.
 
     Raises:
       UserError: no run, no scans, a file that would be overwritten; or, after all others are
         written, a scan that can not be read.
     """
     predictor = Predictor.restore(workdirs, options, task)
-    files = find(source, output, overwrite, predictor.task.data.channels)
+    files = find(source, output, overwrite, predictor.task.data.channels, resume)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -76,10 +80,12 @@ def predict(
 
 
 def find(
-    source: pathlib.Path, output: pathlib.Path, overwrite: bool, channels: int
+    source: pathlib.Path, output: pathlib.Path, overwrite: bool, channels: int, resume: bool = False
 ) -> dict[str, tuple[pathlib.Path, ...]]:
     """The scans of `source`, a file or a folder, after checks of where their labels would go: the
-    files of their channels by the name of the label map."""
+    files of their channels by the name of the label map. With `resume` those that have none yet."""
+    if overwrite and resume:
+        raise UserError("--overwrite and --resume contradict each other; give one of them")
     if not source.exists():
         raise UserError(f"no such file or folder: {source}")
     files = scans_in(source)
@@ -103,13 +109,19 @@ def find(
             more = f" (and {len(second) - 1} more)" if len(second) > 1 else ""
             told = "is segmented as a scan of its own: the run has one channel"
             say(f"WARNING: {second[0]}{more} {told}")
+    todo = dict(scans)
     for name, paths in scans.items():
         target = output / name
         if target.exists() and any(map(target.samefile, paths)):
             raise UserError(f"--output would replace the input {target}; choose another folder")
-        if target.exists() and not overwrite:
-            raise UserError(f"{target} exists; choose another --output or give --overwrite")
-    return scans
+        if target.exists() and resume:
+            del todo[name]
+        elif target.exists() and not overwrite:
+            options = "--overwrite, or --resume for the scans that have none"
+            raise UserError(f"{target} exists; choose another --output or give {options}")
+    if resume:
+        say(f"{len(scans) - len(todo)} of {len(scans)} label maps are there already")
+    return todo
 
 
 def numbered(label: np.ndarray, numbers: Sequence[int]) -> np.ndarray:
@@ -136,6 +148,7 @@ if __name__ == "__main__":
     _INPUT = flags.DEFINE_string("input", None, "a scan, such as a NIfTI file, or a folder of them")
     _OUTPUT = flags.DEFINE_string("output", None, "folder for the label maps")
     _OVERWRITE = flags.DEFINE_boolean("overwrite", False, "replace label maps that are there")
+    _RESUME = flags.DEFINE_boolean("resume", False, "leave label maps that are there; do the rest")
     _TASK = flags.DEFINE_string(
         "task", "", "of a run on a collection: which member's scans these are"
     )
@@ -144,8 +157,16 @@ if __name__ == "__main__":
 
     def _main(_):
         workdirs = [folder(name) for name in _WORKDIRS.value]
-        scans, labels = pathlib.Path(_INPUT.value), pathlib.Path(_OUTPUT.value)
-        for path in predict(workdirs, scans, labels, _OVERWRITE.value, _options(), _TASK.value):
+        written = predict(
+            workdirs,
+            pathlib.Path(_INPUT.value),
+            pathlib.Path(_OUTPUT.value),
+            _OVERWRITE.value,
+            _options(),
+            _TASK.value,
+            _RESUME.value,
+        )
+        for path in written:
             say(str(path))
 
     cli(_main)

@@ -233,6 +233,7 @@ def test_predict_keeps_grid_header_and_name(trained, scans, tmp_path):
     with pytest.raises(UserError, match=r"b.nii is not a whole scan.*; 2 others are written to"):
         predict.predict([workdir], inputs, tmp_path / "labels", overwrite=True)
     assert (tmp_path / "labels" / "c.nii.gz").exists()
+    _check_resume(workdir, inputs, tmp_path / "labels")
     with pytest.raises(UserError, match="no such file or folder"):
         predict.predict([workdir], tmp_path / "nothing", tmp_path / "labels")
     with pytest.raises(UserError, match="holds no run"):
@@ -241,6 +242,20 @@ def test_predict_keeps_grid_header_and_name(trained, scans, tmp_path):
     blocked.write_text("")
     with pytest.raises(UserError, match="can not write to --output"):
         predict.predict([workdir], inputs, blocked / "labels")
+
+
+def _check_resume(workdir, inputs, labels):
+    """After an interruption what is there stays, and the rest comes."""
+    expected = (labels / "c.nii.gz").read_bytes()
+    (labels / "c.nii.gz").unlink()
+    (labels / "a.nii.gz").write_bytes(b"stays")
+    (inputs / "b.nii").unlink()
+    assert predict.predict([workdir], inputs, labels, resume=True) == [labels / "c.nii.gz"]
+    assert (labels / "c.nii.gz").read_bytes() == expected
+    assert (labels / "a.nii.gz").read_bytes() == b"stays"
+    assert predict.predict([workdir], inputs, labels, resume=True) == []
+    with pytest.raises(UserError, match="--overwrite and --resume contradict each other"):
+        predict.predict([workdir], inputs, labels, overwrite=True, resume=True)
 
 
 def test_arrays_in_arrays_out(trained, scans, tmp_path):
