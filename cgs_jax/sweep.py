@@ -62,7 +62,10 @@ class Run(NamedTuple):
         if not all((self.workdir / name).exists() for name in loop.RESULTS):
             return False
         tests = self.config.test and run_folder.load(self.workdir)[1].test
-        return not tests or "test" in summaries.read_summary(self.workdir)
+        try:
+            return not tests or "test" in summaries.read_summary(self.workdir)
+        except UserError:  # damaged; the run writes it anew
+            return False
 
     def step(self) -> int:
         """How far it is."""
@@ -288,6 +291,8 @@ class _Training:
             return f"killed by signal {-code}; see {self._log}"
         text = self._log.read_bytes()[self._begun :].decode(errors="replace")
         lines = text.strip().splitlines()
+        # A run that another process trains has that one's lines after its own.
+        lines = [line for line in lines if line.startswith("error: ")] or lines
         return f"{lines[-1] if lines else 'no output'}; see {self._log}"
 
 

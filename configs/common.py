@@ -75,8 +75,8 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.model.head_classes = 3  # background, organ, remaining; or 2: the organ and all else
     config.model.head_depth = 1  # hidden layers of a specialist
     config.model.head_group = 0  # specialists that share a convolution; 0: the best of the platform
-    # bytes of their hidden maps, beyond which one device makes them in pieces of the batch, and
-    # again for the gradient; 0: the best of the platform
+    # where the hidden maps of all specialists have more bytes, they are made for a few images at a
+    # time, and again for the gradient, which saves memory; 0: the best of the platform
     config.model.head_bytes = 0
     config.model.weights = ""  # file to start from, of a kind that the backbone reads
 

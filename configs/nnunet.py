@@ -23,7 +23,8 @@ def get_config(arg=None):
     for field in ("size", "patch", "spacing", "slice_spacing"):
         del config.data[field]
         config.data[field] = FieldReference("auto", field_type=object)
-    # Of scans that are larger than the windows these see all places, and organs often.
+    # Where scans are larger than windows, half of the windows lie anywhere, and four of ten are
+    # centred on an organ.
     config.data.patch_anywhere, config.data.patch_foreground = 0.5, 0.4
     # The paper's 2.0 lets wrong pseudo-labels win before small organs are found (docs/results.md).
     common.weigh_pseudo_labels(config, 0.5)

@@ -204,6 +204,8 @@ def test_bad_bases(base, fields, message):
     ("options", "message"),
     [
         (["--config.nosuch=3"], "unknown config field: 'nosuch'"),
+        (["--config.modell.lanes=1"], "unknown config field: 'modell.lanes' Did you mean"),
+        (["--config.model.layers=1"], "unknown config field: 'model.layers'"),
         (["--config=configs/nope.py"], "--config: [Errno 2] No such file or directory: 'configs/"),
         (["--config.total_steps=many"], "total_steps"),
         (["config.total_steps=3"], "unexpected argument 'config.total_steps=3'"),

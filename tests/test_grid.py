@@ -107,7 +107,7 @@ def test_spacing_that_can_not_be(tmp_path):
     with pytest.raises(UserError, match=r"give data.patch"):
         resolve(config)
     config.data.patch = 16
-    for wrong in ("wide", (1.0, 1.0), -1.0, float("nan")):
+    for wrong in ("wide", (1.0, 1.0), -1.0, float("nan"), True):
         config.data.spacing = wrong
         with pytest.raises(UserError, match=r"data.spacing="):
             resolve(config)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cgs_jax.data import cache, completion, streams
+from cgs_jax.data.case_lists import Splits
 from cgs_jax.data.grid import resize
 from cgs_jax.data.layouts import acdc as acdc_layout
 from cgs_jax.data.layouts import synapse as synapse_layout
@@ -149,6 +150,28 @@ def test_channels_of_array_files(tmp_path):
         volume = acdc_layout.read(case, data)
         np.testing.assert_array_equal(volume.image, [normalise(x, "minmax") for x in image])
         np.testing.assert_array_equal(volume.label, label)
+
+
+def test_faulty_slices_are_named(tmp_path, capsys):
+    """Files of one slice each: which of them has a wrong label, and which is not there."""
+    slices, config = tmp_path / "data" / "slices", acdc.get_config()
+    slices.mkdir(parents=True)
+    for i in range(1, 5):
+        with h5py.File(slices / f"patient001_frame01_slice_{i}.h5", "w") as file:
+            file["image"], file["label"] = np.eye(8), np.full((8, 8), 9 if i == 3 else 1)
+    for i in (2, 3):
+        with h5py.File(tmp_path / "data" / f"patient00{i}_frame01.h5", "w") as file:
+            file["image"], file["label"] = np.ones((2, 8, 8)), np.ones((2, 8, 8))
+    train, val, test = ([f"patient00{i}_frame01"] for i in (1, 2, 3))
+    config.data.root, config.data.size = str(tmp_path), 8
+    with pytest.raises(UserError, match="slice_3.h5 has label value 9"):
+        cache.prepare(config, Splits(train, val, test, train))
+    assert "WARNING" not in capsys.readouterr().out
+    (slices / "patient001_frame01_slice_3.h5").unlink()
+    prepared = cache.prepare(config, Splits(train, val, test, train))
+    told = f"WARNING: slice 3 of patient001_frame01 is not in {slices}; it is passed over"
+    assert capsys.readouterr().out.count(told) == 1
+    assert prepared.taught() == {config.data.classes[0]}
 
 
 def test_channels_of_nnunet(tmp_path):

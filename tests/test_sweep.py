@@ -81,6 +81,10 @@ def test_sweep_goes_on(swept, scans, tmp_path):
     assert str(workdir / "fixmatch" / "seed3" / "log.txt") in done.stderr
     assert "3/3 cgs seed 3  test Dice" in done.stdout
     assert (workdir / "supervised" / "seed3" / "summary.json").stat().st_mtime_ns == kept
+    (run,) = runs_of(swept, workdir / "supervised", "seed3")
+    assert run.finished()
+    (workdir / "supervised" / "seed3" / "summary.json").write_text('{"test": ')
+    assert not run.finished()  # it is damaged
     (workdir / "supervised" / "seed3" / "summary.json").unlink()
     assert tables.load(workdir).first == "cgs"  # the first that has finished
 

@@ -157,7 +157,12 @@ def _read(module: ModuleType, case: Case, data: ConfigDict) -> Volume:
             f"{case.image[0]} has {len(image)} channel(s); give --config.data.channels={len(image)}"
         )
     if label is not None:
-        label = check_label(label, image, case.label[0], data.classes, data.numbers, data.ignore)
+        # A file a slice, or one of the case: what is wrong is named by its file.
+        files = case.label if len(case.label) == len(label) else case.label[:1]
+        parts = np.array_split(label, len(files)), np.array_split(image, len(files), 1)
+        options = data.classes, data.numbers, data.ignore
+        checked = [check_label(*part, *options) for part in zip(*parts, files, strict=True)]
+        label = np.concatenate(checked)
     return Volume(quantise(image), label, spacing)
 
 

@@ -113,9 +113,10 @@ def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
             count = sum(bool(case.label) for case in cases.values())
             problem = f"no {name} cases for {data.root}, {count} of {len(cases)} cases have labels"
             advice = "see --config.data.splits"
-            if name == "test" or count and data.test_fraction and not data.splits:
-                what = "" if name == "test" else " test cases"
-                advice += f"; to do without{what}, --config.data.test_fraction=0"
+            if name == "test":
+                advice += "; to do without, --config.data.test_fraction=0"
+            elif count and not data.splits:
+                advice += ", or give less to data.val_fraction and data.test_fraction (0: no test)"
             raise UserError(f"{problem}; {advice}")
         missing = [case for case in listed if case not in cases]
         if missing:

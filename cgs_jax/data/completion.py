@@ -97,7 +97,7 @@ def _check_labels(data):
 def _complete_grid(data, saved, facts, stride, poolings):
     """What of GRID is 'auto': squares where `data.size` is given, else what fits the scans."""
     for field in ("spacing", "slice_spacing"):
-        value, number = data[field], isinstance(data[field], int | float)
+        value, number = data[field], type(data[field]) in (int, float)
         if value not in ("auto", "median") and not (number and 0 <= value < math.inf):
             raise UserError(f"data.{field}={value}: give millimetres, such as 1.5, or median")
     auto = [field for field in GRID if data.get(field) == "auto"]

@@ -116,8 +116,8 @@ def corner(
     share `data.patch_foreground` is centred, as far as the image allows, on a pixel of an organ,
     each organ of the image being equally likely; the centres of the others are at most
     `data.patch_spread` pixels beside that of the image along H and W, and along D anywhere.
-    `organs` looks up `places` of the image; where it is None or finds none, those others take the
-    share of the foreground.
+    `organs` looks up `places` of the image; where it is None or finds none, windows that would be
+    centred on an organ lie as those others do.
     """
     room = np.maximum(np.subtract(of, shape), 0)
     kind = rng.random_sample()

@@ -195,6 +195,15 @@ class Prepared:
                 found[case]["label"] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return found
 
+    def taught(self) -> set[str]:
+        """Organs that the labels of some labelled training case mark and hold."""
+        return {
+            organ
+            for case in self.splits.labelled
+            for organ in self.organs(case)
+            if 1 + self.task(case).data.classes.index(organ) in self.numbers(case)
+        }
+
     def has_label(self, case: str) -> bool:
         """Whether there is a label file."""
         return self.numbers(case) is not None

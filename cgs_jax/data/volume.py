@@ -120,7 +120,9 @@ def normalise(image: np.ndarray, how: Sequence[float] | str) -> np.ndarray:
         except (TypeError, ValueError):
             low = high = 0.0
         if not -np.inf < low < high < np.inf:
-            raise UserError(f"data.normalise={how!r}: give (low, high), minmax or percentile")
+            raise UserError(
+                f"data.normalise={how!r}: give (low, high), minmax or percentile, or auto"
+            )
     return np.clip((image - low) / max(high - low, 1e-6), 0, 1, dtype=np.float32)
 
 

@@ -342,7 +342,8 @@ def check(config: ConfigDict, method: Method) -> None:
     if config.inference != "generalist" and not method.specialists:
         raise UserError(f"inference={config.inference}: {config.method.name} trains no specialists")
     if config.predict_with and not method.has_teacher:
-        raise UserError(f"predict_with={config.predict_with}: {config.method.name} has no teacher")
+        name = f"predict_with={config.predict_with}: {config.method.name}"
+        raise UserError(f"{name} has no teacher that could predict")
     stride = network.stride(config)
     if config.window < 0 or config.window % stride:
         raise UserError(f"window={config.window} does not divide by {stride}; 0: whole slices")

@@ -1,6 +1,5 @@
 """What the command lines share: flags, the compilation cache, and errors as one line."""
 
-import ast
 import errno
 import inspect
 import logging
@@ -44,9 +43,7 @@ def cli(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
         # An error inside the config file arrives as its traceback: the last line says what it is.
         sys.exit("error: " + (lines[-1] if "Traceback" in str(error) else " ".join(lines)))
     except (AttributeError, KeyError) as error:  # how ml_collections answers an unknown field
-        told = str(error.args[0])  # with the quotes of the error that it was made of
-        told = ast.literal_eval(told) if told[:1] in "'\"" else told
-        sys.exit(f"error: unknown config field: {' '.join(told.split())}")
+        sys.exit(f"error: unknown config field: {_unknown_field(error)}")
     except (OSError, TypeError, ValueError) as error:
         sys.exit(_explain(error) or f"error: {' '.join(str(error).split())}")
     if arguments and not takes_arguments:
@@ -59,6 +56,16 @@ def cli(main: Callable[[list[str]], None], takes_arguments: bool = False) -> Non
         if not line:
             raise
         sys.exit(line)
+
+
+def _unknown_field(error):
+    """What `error` tells of a field, which it names by its last part, with the whole name."""
+    while isinstance(error.args[0], Exception):
+        error = error.args[0]
+    told = " ".join(str(error.args[0]).split())
+    names = [x.partition("=")[0].removeprefix("--config.") for x in sys.argv if "--config." in x]
+    whole = [name for name in names if told.startswith(tuple(f"'{x}'" for x in name.split(".")))]
+    return "'".join(["", whole[0], told.split("'", 2)[2]]) if whole else told
 
 
 def output_file(name: str | None) -> pathlib.Path | None:

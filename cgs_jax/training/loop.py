@@ -73,6 +73,10 @@ def train(
     measure = pseudo_label_quality.make_measure(config, method, prepared)
     norm = jax.jit(optax.tree.norm)
     organs, zero_before = tasks.scored(config.data), set()
+    taught = prepared.taught()
+    if untaught := [organ for organ in config.data.classes if organ not in taught]:
+        told = "nothing teaches it; see --config.data.splits"
+        say(f"WARNING: no labelled training case has {', '.join(untaught)}; {told}")
     if nowhere := summaries.absent(prepared, prepared.splits.val):
         told = "it counts as 0 in every case where it is found"
         say(f"WARNING: no validation case has {', '.join(nowhere)}; {told}")

@@ -5,8 +5,8 @@ python -m cgs_jax.sweep --config configs/nnunet.py --sweep configs/sweeps/partly
     --workdir runs/partly --seeds 3 --config.data.root=FOLDER
 
 FOLDER has `partial_labels.json` (docs/own_data.md); labelled cases that it does not list are wholly
-annotated. The table holds all rows against the first; train two rows alone (`--rows
-supervised_whole,supervised_partly`) to have them held against each other.
+annotated. The table holds all rows against the first; to have two rows held against each
+other, train them alone in another folder (`--rows supervised_whole,supervised_partly`).
 """
 
 from configs import common

@@ -22,7 +22,8 @@ def get_sweep(config):
         "strength_0.8": {"augment.strength": 0.8},
         "copy_paste": {"method.copy_paste": 0.5},
         "plan_full": {"method.plan": "full"},
-        "width_32": {"model.channels": (32, 64, 128, 256, 512)},
     }
+    if config.model.name == "unet":
+        changes["width_32"] = {"model.channels": (32, 64, 128, 256, 512)}
     rows = {name: ("method=cgs", fields) for name, fields in changes.items()}
     return rows | {"two_teachers": ("method=cgs,base=ad_mt", {})}  # in turn

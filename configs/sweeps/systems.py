@@ -13,6 +13,8 @@ def get_sweep(config):
 
     All rows have as many steps and slices a step.
     """
+    if config.data.name != "collection":
+        raise ValueError("it is for several data sets: --config configs/collection.py:members=...")
     methods = {"versemi": {}, "cgs": {}, "supervised": common.labelled_only(config)}
     rows = {method: (f"method={method}", fields) for method, fields in methods.items()}
     for name, own in config.data.members.items():

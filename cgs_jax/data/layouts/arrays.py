@@ -1,5 +1,6 @@
 """Cases stored as arrays, whole or slice by slice: `.h5` and `.npz` with keys image and label."""
 
+import functools
 import pathlib
 import re
 from typing import Any
@@ -9,6 +10,9 @@ import numpy as np
 
 from cgs_jax.data.volume import Case, Volume, finite
 from cgs_jax.runtime.errors import UserError
+from cgs_jax.runtime.logs import say
+
+_warn = functools.cache(say)  # cases are looked up several times
 
 
 def group_slices(folder: pathlib.Path, pattern: str) -> dict[str, Case]:
@@ -18,6 +22,10 @@ def group_slices(folder: pathlib.Path, pattern: str) -> dict[str, Case]:
         match = re.fullmatch(pattern, path.name)
         if match:
             found.setdefault(match[1], []).append((int(match[2]), path))
+    for name, paths in sorted(found.items()):
+        numbers = [number for number, _ in paths]
+        if lacking := sorted(set(range(min(numbers), max(numbers))).difference(numbers)):
+            _warn(f"WARNING: slice {lacking[0]} of {name} is not in {folder}; it is passed over")
     ordered = {name: tuple(path for _, path in sorted(paths)) for name, paths in found.items()}
     return {name: Case(name, files, files) for name, files in sorted(ordered.items())}
 
