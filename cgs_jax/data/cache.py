@@ -12,7 +12,6 @@ is written under another name and renamed when whole. It holds
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -27,7 +26,7 @@ from ml_collections import ConfigDict
 
 from cgs_jax.data import case_lists, exemplar, tasks
 from cgs_jax.data.grid import Grid
-from cgs_jax.data.prepared import Entry, Prepared
+from cgs_jax.data.prepared import Entry, Prepared, checksum
 from cgs_jax.data.volume import Case, Volume, check_label
 from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError, naming
@@ -109,13 +108,6 @@ def _occurrences(label):
     return sum(np.bincount(of_slice.ravel(), minlength=256) for of_slice in label)
 
 
-def _digest(*parts):
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(part)
-    return found.hexdigest()[:16]
-
-
 def _is_whole(folder):
     """Whether an entry is there with all its bytes; a crash of the machine may leave fewer."""
     try:
@@ -147,7 +139,7 @@ def digest(case: Case, options: Any) -> str:
         for path in (*case.image, *(case.label or ()))
     ]
     text = json.dumps([VERSION, options, files], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    return checksum(text.encode())[:12]
 
 
 def _read(module: ModuleType, case: Case, data: ConfigDict) -> Volume:
@@ -178,7 +170,7 @@ def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
             if array is None:
                 continue
             array = np.ascontiguousarray(array)
-            digests[what] = _digest(array, repr((array.shape, spacing)).encode())
+            digests[what] = checksum(array, repr((array.shape, spacing)).encode())
             np.save(unfinished / f"{what}.npy", array)
             if not same:
                 resampled = np.ascontiguousarray(to_grid(array, spacing))

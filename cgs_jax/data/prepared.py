@@ -192,7 +192,7 @@ class Prepared:
             if case in used:
                 organs = self._entries[case].annotated
                 text = entry["digests"]["label"] + (",".join(sorted(organs)) if organs else "")
-                found[case]["label"] = hashlib.sha256(text.encode()).hexdigest()[:16]
+                found[case]["label"] = checksum(text.encode())
         return found
 
     def taught(self) -> set[str]:
@@ -239,3 +239,11 @@ class Prepared:
             if tuple(shape) != to:
                 path = path.with_stem(f"{what}_{grid.name}")
         return np.asarray(np.load(path, mmap_mode="r"))  # views of a plain array are made faster
+
+
+def checksum(*parts: Any) -> str:
+    """16 digits that change with any of `parts`, which are bytes or contiguous arrays."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()[:16]

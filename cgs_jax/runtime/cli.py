@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -63,9 +64,12 @@ def _unknown_field(error):
     while isinstance(error.args[0], Exception):
         error = error.args[0]
     told = " ".join(str(error.args[0]).split())
-    names = [x.partition("=")[0].removeprefix("--config.") for x in sys.argv if "--config." in x]
-    whole = [name for name in names if told.startswith(tuple(f"'{x}'" for x in name.split(".")))]
-    return "'".join(["", whole[0], told.split("'", 2)[2]]) if whole else told
+    if part := re.match(r"'(\w+)'", told):
+        for argument in sys.argv:
+            name = argument.partition("=")[0].removeprefix("--config.")
+            if part[1] in name.split("."):
+                return told.replace(part[0], f"'{name}'", 1)
+    return told
 
 
 def output_file(name: str | None) -> pathlib.Path | None:

@@ -73,16 +73,7 @@ def train(
     measure = pseudo_label_quality.make_measure(config, method, prepared)
     norm = jax.jit(optax.tree.norm)
     organs, zero_before = tasks.scored(config.data), set()
-    taught = prepared.taught()
-    if untaught := [organ for organ in config.data.classes if organ not in taught]:
-        told = "nothing teaches it; see --config.data.splits"
-        say(f"WARNING: no labelled training case has {', '.join(untaught)}; {told}")
-    if nowhere := summaries.absent(prepared, prepared.splits.val):
-        told = "it counts as 0 in every case where it is found"
-        say(f"WARNING: no validation case has {', '.join(nowhere)}; {told}")
-    if unknown := summaries.unannotated(prepared, prepared.splits.val, organs):
-        told = "the best checkpoint is chosen without; see --config.data.splits"
-        say(f"WARNING: no validation case is annotated for {', '.join(unknown)}; {told}")
+    nowhere = _tell_what_is_lacking(config, prepared)
     progress = tqdm(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )
@@ -119,6 +110,22 @@ def train(
             if stop.asked:
                 return False
     return True
+
+
+def _tell_what_is_lacking(config, prepared):
+    """Warns of organs that labels do not teach or validate; returns those that validation cases are
+    scored by and none has."""
+    taught, val = prepared.taught(), prepared.splits.val
+    if untaught := [organ for organ in config.data.classes if organ not in taught]:
+        told = "nothing teaches it; see --config.data.splits"
+        say(f"WARNING: no labelled training case has {', '.join(untaught)}; {told}")
+    if nowhere := summaries.absent(prepared, val):
+        told = "it counts as 0 in every case where it is found"
+        say(f"WARNING: no validation case has {', '.join(nowhere)}; {told}")
+    if unknown := summaries.unannotated(prepared, val, tasks.scored(config.data)):
+        told = "the best checkpoint is chosen without; see --config.data.splits"
+        say(f"WARNING: no validation case is annotated for {', '.join(unknown)}; {told}")
+    return nowhere
 
 
 def host_batches(

@@ -23,9 +23,9 @@ def group_slices(folder: pathlib.Path, pattern: str) -> dict[str, Case]:
         if match:
             found.setdefault(match[1], []).append((int(match[2]), path))
     for name, paths in sorted(found.items()):
-        numbers = [number for number, _ in paths]
-        if lacking := sorted(set(range(min(numbers), max(numbers))).difference(numbers)):
-            _warn(f"WARNING: slice {lacking[0]} of {name} is not in {folder}; it is passed over")
+        numbers = {number for number, _ in paths}
+        if lacking := set(range(min(numbers), max(numbers))) - numbers:
+            _warn(f"WARNING: slice {min(lacking)} of {name} is not in {folder}; it is passed over")
     ordered = {name: tuple(path for _, path in sorted(paths)) for name, paths in found.items()}
     return {name: Case(name, files, files) for name, files in sorted(ordered.items())}
 
