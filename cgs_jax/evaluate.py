@@ -4,7 +4,8 @@ python -m cgs_jax.evaluate --workdir RUN [--workdir RUN ...] [--inference both] 
     [--upsample nearest] [--largest_component] [--window 128] [--root FOLDER] [--cache FOLDER] \
     [--output FILE.json]
 
-A finished run that predicts by its own options gets its summary, report and pictures anew.
+A finished run that predicts by its own options gets its summary, report and pictures anew, unless
+its folder is read-only.
 """
 
 import contextlib
@@ -43,7 +44,7 @@ def evaluate(
 
     Args:
       workdirs: trained runs. Of a single one the last checkpoint is scored, too, and its outputs
-        are written anew if it is finished and `options` change nothing.
+        are written anew if it is finished, its folder can be written and `options` change nothing.
       options: replace those of the first run, such as {'combine': 'vote'}.
       root, cache: where its scans and the prepared ones are now, if elsewhere.
 
@@ -71,6 +72,9 @@ def evaluate(
     own = predictor.prediction_options(method.config) == predictor.prediction_options(saved)
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         writes = own and checkpoints.latest == saved.total_steps
+        if writes and not run_folder.writable(workdir):
+            writes = False
+            say(f"{workdir} is read-only; its summary, report and pictures stay as they are")
         with run_folder.locked(workdir) if writes else contextlib.nullcontext():
             prepared = scans(method.config, splits, root, cache)
             run_folder.check_scans(prepared.digests(), workdir, finished=True)

@@ -210,6 +210,8 @@ def test_other_classes_than_numbers(tmp_path):
         ({"regions": (("x", (1, 9)),)}, "names organs besides 1 to 2"),
         ({"regions": ("abc",)}, "'abc' is not"),
         ({"classes": ("head", "head")}, "has a name twice"),
+        ({"classes": ("head", "mean")}, "rename the organ 'mean'"),
+        ({"regions": (("dice", (1, 2)),)}, "rename the organ 'dice'"),
     ],
 )
 def test_options_of_labels_that_can_not_be(tmp_path, fields, problem):

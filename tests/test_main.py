@@ -1,6 +1,7 @@
 """The programs as a user starts them: train, evaluate, predict."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -78,6 +79,16 @@ def test_evaluation_reproduces_the_scores(trained, tmp_path):
     begun = before_the_end(trained, tmp_path / "begun")
     assert evaluate.evaluate([begun])["last"]["step"] == 80
     assert not (begun / "summary.json").exists()
+
+
+def test_a_run_in_a_read_only_folder_is_scored(trained, monkeypatch, capsys):
+    """What may be written is asked of the system: tests may run as root, who may write anywhere."""
+    workdir, _ = trained
+    monkeypatch.setattr(os, "access", lambda path, mode: path != workdir)
+    monkeypatch.setattr(evaluate, "write", pytest.fail)
+    monkeypatch.setattr(run_folder, "locked", pytest.fail)
+    assert evaluate.evaluate([workdir]) == json.loads((workdir / "summary.json").read_text())
+    assert f"{workdir} is read-only" in capsys.readouterr().out
 
 
 def test_a_run_keeps_its_scans(trained, scans, tmp_path, capsys):

@@ -1,14 +1,21 @@
 """report.html: what is in it, and what a browser makes of it."""
 
+import base64
+import io
 import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cgs_jax.analysis import plots, report
+from cgs_jax.data import cache, completion
+from cgs_jax.scoring import summaries
+from layouts import nnunet_folder
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -56,6 +63,33 @@ def test_slices_of_a_case():
     np.testing.assert_array_equal((error != image).any(-1), truth[5] == 1)  # missed
     turned = plots.panels(shown._replace(slicing="axial"), 5)[1]
     np.testing.assert_array_equal(turned, overlay[::-1, ::-1])
+
+
+@pytest.mark.parametrize(("aspect", "size"), [(1, (40, 10)), (4, (40, 40)), (0.25, (160, 10))])
+def test_pixels_that_are_no_squares(aspect, size):
+    """Pictures of the report are as wide and high as the body, and leave no pixel out."""
+    full = np.ones((1, 10, 10), np.uint8)
+    shown = plots.Shown("a", 1.0, "stored", full, full, full, aspect)
+    (picture,) = report.slices(shown)["pictures"]
+    found = Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2])))
+    assert found.size == size
+    axes, *_ = plots.overlays([shown], ["organ"]).axes
+    assert axes.get_aspect() == aspect
+
+
+def test_shown_cases_know_the_aspect_of_their_pixels(tmp_path, monkeypatch):
+    config, _ = nnunet_folder(tmp_path)
+    completion.complete(config.data)
+    prepared = cache.prepare(config)
+    case = prepared.splits.val[0]
+    label = prepared.volume(case).label
+    monkeypatch.setattr(summaries, "segmented", lambda *_: [(case, (label,))])
+    read, predictor = prepared.volume, SimpleNamespace(scoring=None)
+    for spacing, aspect in (((1.0, 6.0, 1.5), 4), (None, 1)):
+        monkeypatch.setattr(prepared, "volume", lambda c, s=spacing: read(c)._replace(spacing=s))
+        (shown,) = plots.show(predictor, prepared, [(case, 100.0)])
+        assert shown.aspect == aspect
+        np.testing.assert_array_equal(shown.truth, shown.label)
 
 
 def test_pictures_show_the_body():

@@ -87,6 +87,7 @@ class Shown(NamedTuple):
     image: np.ndarray
     truth: np.ndarray  # numbers of organs count those of all data sets of a collection
     label: np.ndarray
+    aspect: float = 1.0  # height by width of a pixel
 
 
 def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]]) -> list[Shown]:
@@ -98,7 +99,10 @@ def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]
         marked = [i for i, organ in enumerate(task.data.classes, 1) if organ in known]
         label = np.where(volume.label == NO_LABEL, 0, label)
         labels = (np.where(np.isin(x, marked), x + task.first, 0) for x in (volume.label, label))
-        found[case] = Shown(case, dice[case], task.data.slicing, volume.image[0], *labels)
+        _, height, width = volume.spacing or (1.0, 1.0, 1.0)
+        found[case] = Shown(
+            case, dice[case], task.data.slicing, volume.image[0], *labels, height / width
+        )
     return [found[case] for case, _ in cases]
 
 
@@ -116,7 +120,9 @@ def panels(shown: Shown, at: int) -> list[np.ndarray]:
     """
     turned = slice(None) if shown.slicing == "stored" else slice(None, None, -1)
     mirrored = turned if shown.slicing in ("axial", "coronal") else slice(None)
-    image, truth, label = (np.asarray(x[at])[turned, mirrored] for x in shown[3:])
+    image, truth, label = (
+        np.asarray(x[at])[turned, mirrored] for x in (shown.image, shown.truth, shown.label)
+    )
     grey = np.repeat(image[..., None] / max(image.max(), 1), 3, -1)
     wrong = np.select(
         [truth == label, label == 0, truth == 0], [0, 1, 2], 3
@@ -150,7 +156,7 @@ def overlays(cases: list[Shown], organs: Sequence[str]) -> Figure:
         titles = (shown.case, "truth", f"prediction, Dice {shown.dice:.1f}", "error")
         pictures = np.stack(panels(shown, fullest_slice(shown.truth)))
         for axes, title, picture in zip(row, titles, pictures[:, *body(pictures)], strict=True):
-            axes.imshow(picture, interpolation="nearest")
+            axes.imshow(picture, interpolation="nearest", aspect=shown.aspect)
             axes.set_title(title, fontsize=9)
             axes.axis("off")
     patches = [Patch(color=colour(i), label=organ) for i, organ in enumerate(organs)]

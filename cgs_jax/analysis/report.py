@@ -84,6 +84,10 @@ def slices(shown):
     box, pictures = plots.body(functools.reduce(np.maximum, every)), []
     for panels in every:
         picture, file = Image.fromarray(np.concatenate(panels[:, *box], 1)), io.BytesIO()
+        # Pixels become squares, and none is left out.
+        wide, high = max(1, 1 / shown.aspect), max(1, shown.aspect)
+        size = round(picture.width * wide), round(picture.height * high)
+        picture = picture.resize(size, Image.Resampling.NEAREST)
         picture.thumbnail((len(panels) * WIDTH, WIDTH), Image.Resampling.NEAREST)
         picture.save(file, "JPEG", quality=88)
         pictures.append(_uri("jpeg", file))

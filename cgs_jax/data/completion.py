@@ -12,6 +12,7 @@ from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.logs import say
 
 MOST_CLASSES = NO_LABEL - 1
+RESERVED = {"mean", "dice"}  # the mean over the organs is a column, and a curve, beside theirs
 GRID = ("size", "spacing", "slice_spacing", "patch")  # of data
 
 
@@ -92,6 +93,8 @@ def _check_labels(data):
             raise UserError(f"data.regions: {region!r} is not (name, numbers of its organs)")
         if not set(region[1]) <= set(range(1, 1 + len(classes))):
             raise UserError(f"data.regions: {region} names organs besides 1 to {len(classes)}")
+    if taken := RESERVED & {*classes, *(name for name, _ in data.regions)}:
+        raise UserError(f"rename the organ {min(taken)!r}: tables of scores use that word")
 
 
 def _complete_grid(data, saved, facts, stride, poolings):

@@ -4,6 +4,7 @@ start fits."""
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
 import re
 import secrets
@@ -69,6 +70,11 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         if len(set(seen)) > 1:
             raise UserError(f"--workdir {workdir} is not one folder for all processes; share it")
         yield
+
+
+def writable(workdir: pathlib.Path) -> bool:
+    """Whether files can be made in the folder; of a bucket this is not known beforehand."""
+    return is_remote(workdir) or os.access(workdir, os.W_OK)
 
 
 def save(config: ConfigDict, splits: Splits, workdir: pathlib.Path) -> None:
