@@ -101,6 +101,50 @@ def test_nnunet_layout(tmp_path):
     assert config.data.classes == ("head", "tail")
 
 
+def test_nnunet_cases_may_lie_elsewhere(tmp_path, monkeypatch):
+    """`dataset` in dataset.json names the files; the same scans are the same cases."""
+    config, root = nnunet_folder(tmp_path)
+    completion.complete(config.data)
+    before = cache.prepare(config)
+    monkeypatch.setenv("ARCHIVE", str(tmp_path / "elsewhere"))
+    (root / "imagesTr").rename(tmp_path / "elsewhere")
+    (root / "labelsTr").rename(root / "own")
+    named = {
+        case: {"images": [f"$ARCHIVE/{case}_0000.nii.gz"], "label": f"own/{case}.nii.gz"}
+        for case in sorted({*before.splits.train, *before.splits.val, *before.splits.test})
+    }
+    for case in ("mine_009", "mine_010", "mine_011"):
+        del named[case]["label"]
+    described = json.loads((root / "dataset.json").read_text())
+
+    def write(dataset):
+        (root / "dataset.json").write_text(json.dumps(described | {"dataset": dataset}))
+
+    write(named)
+    after = cache.prepare(config)
+    assert after.splits == before.splits
+    assert after.digests() == before.digests()
+    case = next(iter(named))
+    for files, problem in (
+        ({"images": []}, f"images, a list of 1 .* see {case}"),
+        ({"label": "own/a.nii.gz"}, f"images, a list of 1 .* see {case}"),
+        ({"images": [1]}, f"images, a list of 1 .* see {case}"),
+        ("own/a.nii.gz", f"images, a list of 1 .* see {case}"),
+        ({"images": ["own/a.nii.gz"]}, f"{case} names .*own/a.nii.gz, which is not there"),
+        ({"images": ["dataset.json"]}, "dataset.json, which does not end with .nii.gz"),
+    ):
+        write(named | {case: files})
+        with pytest.raises(UserError, match=problem):
+            cache.prepare(config)
+    write([])
+    with pytest.raises(UserError, match="dataset must map each case"):
+        cache.prepare(config)
+    write(named)
+    save(root / "imagesTs" / f"{case}_0000.nii.gz", np.zeros((9, 8, 4), np.float32))
+    with pytest.raises(UserError, match=f"{case} is in dataset.json and in imagesTs"):
+        cache.prepare(config)
+
+
 def test_labels_that_belong_to_no_scan_are_refused(tmp_path):
     """Else their cases would train as unlabelled ones, or not at all."""
     config, root = nnunet_folder(tmp_path)

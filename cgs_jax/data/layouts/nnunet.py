@@ -1,12 +1,14 @@
 """Your own data in nnU-Net's raw layout (github.com/MIC-DKFZ/nnUNet, dataset format).
 
 `dataset.json`, `imagesTr/CASE_0000.nii.gz` and so on, a file a channel, `labelsTr/CASE.nii.gz`;
-images without a label file are the unlabelled pool. Cases of `imagesTs` that have a label in
+images without a label file are the unlabelled pool; `dataset` in dataset.json may name the files of
+training cases instead, wherever they lie. Cases of `imagesTs` that have a label in
 `labelsTs` are the test set. `partial_labels.json` {case: [organs]} names the cases whose label file
 marks some of the organs only. Numbers of labels may leave gaps, `ignore` marks voxels that nobody
 annotated, and an organ with a list of numbers is a region, see `regions`.
 """
 
+import os
 import pathlib
 
 from ml_collections import ConfigDict
@@ -19,6 +21,7 @@ from cgs_jax.runtime.files import read_json
 read = read_nifti_case
 PARTIAL = "partial_labels.json"
 LARGEST_NUMBER = 65535  # of a label
+TRAINING, TESTING = {"imagesTr": "labelsTr"}, {"imagesTs": "labelsTs"}
 
 
 def find(data: ConfigDict) -> dict[str, Case]:
@@ -27,8 +30,11 @@ def find(data: ConfigDict) -> dict[str, Case]:
     if ending not in ENDINGS:
         known = ", ".join(ENDINGS)
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; there are: {known}")
-    cases, count, listed = {}, channels(data), _partial_labels(data)
-    for images, labels in (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")):
+    count, listed, folders = channels(data), _partial_labels(data), TRAINING | TESTING
+    cases = _named_cases(data, ending, listed)
+    if cases:
+        folders = TESTING
+    for images, labels in folders.items():
         unused = set(scans_in(root / labels))
         for path in scans_in(root / images):
             if not path.name.endswith(ending):
@@ -37,7 +43,8 @@ def find(data: ConfigDict) -> dict[str, Case]:
             if path != files[0]:
                 continue
             if name in cases:
-                raise UserError(f"{name} is in imagesTr and in imagesTs of {root}")
+                training = "imagesTr" if folders != TESTING else "dataset.json"
+                raise UserError(f"{name} is in {training} and in imagesTs of {root}")
             label, test = root / labels / f"{name}{ending}", images == "imagesTs"
             unused.discard(label)
             if label.is_symlink() and not label.exists():
@@ -55,6 +62,30 @@ def find(data: ConfigDict) -> dict[str, Case]:
         raise UserError(f"no scans in {root / 'imagesTr'} (CASE_0000{ending})")
     if stray := sorted(case for case in listed if case not in cases or not cases[case].label):
         raise UserError(f"{root / PARTIAL}: there is no case {stray[0]} with a label")
+    return cases
+
+
+def _named_cases(data, ending, partly):
+    """The training cases that dataset.json names itself, {case: {"images": [a file a channel],
+    "label": file}}, without a label where there is none. Paths begin in `data.root`."""
+    path, count = pathlib.Path(data.root) / "dataset.json", channels(data)
+    named, cases = _description(data).get("dataset", {}), {}
+    for case, files in named.items() if isinstance(named, dict) else [("dataset", named)]:
+        files = files if isinstance(files, dict) else {}
+        images, label = files.get("images"), files.get("label")
+        own = [*(images if isinstance(images, list) else ()), *([label] if label else ())]
+        if len(own) != count + bool(label) or not all(isinstance(file, str) for file in own):
+            raise UserError(
+                f"{path}: dataset must map each case to images, a list of {count} file(s), and "
+                f"label, a file, or none; see {case}"
+            )
+        own = [path.parent / os.path.expandvars(file) for file in own]
+        for file in own:
+            if not file.exists() or not file.name.endswith(ending):
+                problem = "does not end with " + ending if file.exists() else "is not there"
+                raise UserError(f"{path}: {case} names {file}, which {problem}")
+        image, label = tuple(own[:count]), tuple(own[count:]) or None
+        cases[case] = Case(case, image, label, annotated=partly.get(case) if label else None)
     return cases
 
 
