@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # N processes of one run on the CPU of this machine, as on N hosts:
 #   bash launch/local_processes.sh N --config configs/segthor.py --workdir RUN ...
-# Process 0 talks here, the others into RUN.process<I>.log. Ctrl-C and SIGTERM save and stop.
+# Process 0 talks here, the others into RUN.process<I>.log, in this folder where RUN is in a bucket. Ctrl-C and SIGTERM save and stop.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 if ! [ "${1:-0}" -gt 0 ] 2>/dev/null; then
@@ -11,7 +11,8 @@ fi
 count=$1
 shift
 source launch/workdir.sh
-workdir=${workdir:-run}
+logs=${workdir:-run}
+case $logs in *://*) logs=$(basename "$logs") ;; esac
 python=${PYTHON:-.venv/bin/python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 export JAX_PLATFORMS=cpu
@@ -24,8 +25,8 @@ for ((i = 0; i < count; i++)); do
   if [ "$i" = 0 ]; then
     "${line[@]}" &
   else
-    mkdir -p "$(dirname "$workdir")"
-    "${line[@]}" >"$workdir.process$i.log" 2>&1 &
+    mkdir -p "$(dirname "$logs")"
+    "${line[@]}" >"$logs.process$i.log" 2>&1 &
   fi
   processes+=($!)
 done

@@ -9,7 +9,8 @@
 #     stop       SIGTERM to all workers: they save and end
 #     delete     give the slice back
 # What it takes from the environment, with its defaults:
-#   NAME=cgs ZONE=us-west4-a TYPE=v5litepod-16 VERSION=v2-alpha-tpuv5-lite SPOT=
+#   NAME=cgs ZONE=us-west4-a TYPE=v5litepod-16 VERSION=v2-alpha-tpuv5-lite SPOT= PYTHON=python3
+# PYTHON is that of the workers, 3.11 or newer; where Ubuntu 22.04 has none, install python3.11-venv.
 # --workdir and the data must be where all workers see them: a mounted bucket or NFS.
 # Example:
 #   ZONE=us-west4-a bash launch/tpu_pod.sh run --config configs/acdc.py --workdir /mnt/nfs/runs/acdc \
@@ -52,7 +53,7 @@ case $command in
     trap 'rm -f "$archive"' EXIT
     call git archive --format=tar.gz --output="$archive" HEAD
     call gcloud compute tpus tpu-vm scp "$archive" "$NAME:cgs_jax.tar.gz" --zone="$ZONE" --worker=all
-    on_workers all 'set -e; mkdir -p cgs_jax && tar xzf cgs_jax.tar.gz -C cgs_jax && cd cgs_jax && source launch/venv.sh -r requirements.txt jax[tpu]'
+    on_workers all 'set -e; mkdir -p cgs_jax && tar xzf cgs_jax.tar.gz -C cgs_jax && cd cgs_jax && PYTHON='"${PYTHON:-python3}"' source launch/venv.sh -r requirements.txt jax[tpu]'
     ;;
   run | resume)
     arguments=$(printf '%q ' "$@")

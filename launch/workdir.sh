@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Sourced by the other scripts: sets workdir to what --workdir of "$@" names, '' without.
+# Sourced by the other scripts: sets workdir to what --workdir of "$@" names, '' without, and tells
+# whether the run there is finished.
 # shellcheck disable=SC2034 # used by those scripts
 workdir=
 for ((i = 1; i <= $#; i++)); do
@@ -9,3 +10,10 @@ for ((i = 1; i <= $#; i++)); do
     --workdir) workdir=${!next} ;;
   esac
 done
+
+# finished PYTHON: whether that run is done. Python looks, for a shell does not see files of a bucket.
+finished() {
+  "$1" -c 'import sys
+from cgs_jax.runtime.files import folder
+sys.exit(not (folder(sys.argv[1]) / "summary.json").exists())' "$workdir"
+}

@@ -154,6 +154,11 @@ def test_workdir_without_a_whole_run(trained, scans, tmp_path):
         (8, {"batch.unlabelled": 6}, "8 devices; --config.mesh.data=2 --config.mesh.space=4 fit"),
         (8, {"mesh.space": 8, "data.size": 64}, "4 rows of .*; --config.mesh.data=4 --config.mesh"),
         (5, {}, "does not divide by mesh.data, 5 devices; use fewer devices"),
+        (
+            4,
+            {"batch.labelled": 2, "data.depth": 16},
+            "4 devices; use fewer devices, or another bat",
+        ),
     ],
 )
 def test_devices_that_do_not_share_the_work(count, fields, message):

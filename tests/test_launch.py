@@ -45,6 +45,37 @@ def test_tpu_pod_prints_its_lines(command, line):
     assert line in printed.stdout
 
 
+def test_tpu_workers_may_have_another_python(monkeypatch):
+    monkeypatch.setenv("PYTHON", "python3.11")
+    printed = run("bash", "launch/tpu_pod.sh", "--dry-run", "install")
+    assert "cd cgs_jax && PYTHON=python3.11 source launch/venv.sh -r" in printed.stdout
+
+
+def test_a_job_of_slurm_is_queued_until_it_is_finished(tmp_path):
+    """With stand-ins for the programs of SLURM."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("launch", "cgs_jax"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    for name, does in {
+        ".venv/bin/python": f'exec {sys.executable} "$@"',
+        "srun": 'echo srun "$@" >> done',
+        "scontrol": 'echo scontrol "$@" >> done',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    line = ["bash", "launch/slurm.sbatch", "--workdir", "run", "--config", "configs/acdc.py"]
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    for _ in range(2):
+        ended = subprocess.run(line, cwd=tmp_path, env=path, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "summary.json").touch()
+    trained, queued, again = (tmp_path / "done").read_text().splitlines()
+    program = "srun --kill-on-bad-exit=1 .venv/bin/python -m cgs_jax.main --multihost"
+    assert trained == again == " ".join([program, *line[2:]])
+    assert queued == "scontrol requeue 7"
+
+
 def test_kubernetes_pods_make_up_the_slice():
     jobset = yaml.safe_load((LAUNCH / "kubernetes.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
@@ -56,6 +87,7 @@ def test_kubernetes_pods_make_up_the_slice():
     script = pod["containers"][0]["args"][0]
     assert run("bash", "-n", "-c", script).returncode == 0
     assert "--multihost" in script
+    assert "finished python" in script
 
 
 @pytest.mark.parametrize("script", ["local_processes.sh", "slurm.sbatch", "tpu_pod.sh"])

@@ -144,11 +144,18 @@ def test_runs_score_together(trained, scans, tmp_path):
     assert both["test"]["cases"] == evaluate.evaluate([workdir], nearest)["test"]["cases"]
     heads = evaluate.evaluate([workdir], {"inference": "both"})
     assert heads["test"]["cases"] != summary["test"]["cases"]
-    for file, change, message in (
-        ("splits.json", lambda text: text["test"].pop(), "other validation or test cases"),
-        ("config.json", lambda text: text["data"].update(normalise=[0, 1]), "data.normalise"),
+
+    def to_collection(text):
+        text["data"].update(name="collection", members={"chest": dict(text["data"])})
+
+    for i, (file, change, message) in enumerate(
+        (
+            ("splits.json", lambda text: text["test"].pop(), "other validation or test cases"),
+            ("config.json", lambda text: text["data"].update(normalise=[0, 1]), "data.normalise"),
+            ("config.json", to_collection, "were trained on other data sets"),
+        )
     ):
-        other = tmp_path / file
+        other = tmp_path / str(i)
         shutil.copytree(workdir, other)
         text = json.loads((other / file).read_text())
         change(text)

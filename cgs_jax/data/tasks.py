@@ -102,8 +102,8 @@ def find(data: ConfigDict, name: str) -> Task:
         return known[name]
     if data.name != COLLECTION:
         raise UserError(f"--task {name}: this run was trained on one data set; leave it out")
-    problem = f"no task {name!r}" if name else "which task?"
-    raise UserError(f"{problem} This run was trained on: {', '.join(known)}; give one by --task")
+    problem = f"no task {name!r}:" if name else "which task?"
+    raise UserError(f"{problem} this run was trained on {', '.join(known)}; give one by --task")
 
 
 # Words that tell two organs apart whose pictures are mirror images, or nearly so.

@@ -108,8 +108,10 @@ class Predictor:
             if method.config.data.depth != methods[0].config.data.depth:
                 raise UserError(f"{workdir} and {workdirs[0]} differ in data.depth")
             data, first = (tasks.members(m.config.data) for m in (method, methods[0]))
-            for name, field in itertools.product(data | first, cache.OPTIONS):
-                if name not in data or name not in first or data[name][field] != first[name][field]:
+            if data.keys() != first.keys():
+                raise UserError(f"{workdir} and {workdirs[0]} were trained on other data sets")
+            for name, field in itertools.product(data, cache.OPTIONS):
+                if data[name][field] != first[name][field]:
                     full = f"members.{name}.{field}" if name else field
                     raise UserError(
                         f"{workdir} and {workdirs[0]} differ in data.{full}; runs that are to "

@@ -46,12 +46,13 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
         return ""
 
     if found := problem(data, space):
-        spaces = (space for space in range(1, count + 1) if count % space == 0)
+        most = 1 if config.data.depth else count  # only rows of slices are split
+        spaces = (space for space in range(1, most + 1) if count % space == 0)
         space = next((space for space in spaces if not problem(count // space, space)), None)
         fit = (
             f"--config.mesh.data={count // space} --config.mesh.space={space} fit" if space else ""
         )
-        raise UserError(f"{found}; {fit or 'use fewer devices'}")
+        raise UserError(f"{found}; {fit or 'use fewer devices, or another batch'}")
     return _mesh(data, space, devices)
 
 

@@ -23,6 +23,7 @@ RANGES = {
     "eval_batch": (1, math.inf),
     "batch.labelled": (1, math.inf),
     "pseudo_slices": (0, math.inf),
+    "mesh.shard_params": (0, math.inf),
     "precise_bn": (0, math.inf),
     "optimizer.lr": (0, math.inf),
     "optimizer.momentum": (0, 1),
