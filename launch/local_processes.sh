@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # N processes of one run on the CPU of this machine, as on N hosts:
 #   bash launch/local_processes.sh N --config configs/segthor.py --workdir RUN ...
-# Process 0 talks here, the others into RUN.process<I>.log, in this folder where RUN is in a bucket. Ctrl-C and SIGTERM save and stop.
+# Process 0 talks here, the others into RUN.process<I>.log, in this folder where RUN is in a bucket.
+# Ctrl-C and SIGTERM save and stop.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 if ! [ "${1:-0}" -gt 0 ] 2>/dev/null; then

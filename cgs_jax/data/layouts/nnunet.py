@@ -21,7 +21,7 @@ from cgs_jax.runtime.files import read_json
 read = read_nifti_case
 PARTIAL = "partial_labels.json"
 LARGEST_NUMBER = 65535  # of a label
-TRAINING, TESTING = {"imagesTr": "labelsTr"}, {"imagesTs": "labelsTs"}
+FOLDERS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))  # to train on, and to test on
 
 
 def find(data: ConfigDict) -> dict[str, Case]:
@@ -30,11 +30,10 @@ def find(data: ConfigDict) -> dict[str, Case]:
     if ending not in ENDINGS:
         known = ", ".join(ENDINGS)
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; there are: {known}")
-    count, listed, folders = channels(data), _partial_labels(data), TRAINING | TESTING
+    count, listed = channels(data), _partial_labels(data)
     cases = _named_cases(data, ending, listed)
-    if cases:
-        folders = TESTING
-    for images, labels in folders.items():
+    training = "dataset.json" if cases else "imagesTr"
+    for images, labels in FOLDERS[1:] if cases else FOLDERS:
         unused = set(scans_in(root / labels))
         for path in scans_in(root / images):
             if not path.name.endswith(ending):
@@ -43,7 +42,6 @@ def find(data: ConfigDict) -> dict[str, Case]:
             if path != files[0]:
                 continue
             if name in cases:
-                training = "imagesTr" if folders != TESTING else "dataset.json"
                 raise UserError(f"{name} is in {training} and in imagesTs of {root}")
             label, test = root / labels / f"{name}{ending}", images == "imagesTs"
             unused.discard(label)
