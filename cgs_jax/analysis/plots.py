@@ -99,10 +99,8 @@ def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]
         marked = [i for i, organ in enumerate(task.data.classes, 1) if organ in known]
         label = np.where(volume.label == NO_LABEL, 0, label)
         labels = (np.where(np.isin(x, marked), x + task.first, 0) for x in (volume.label, label))
-        _, height, width = volume.spacing or (1.0, 1.0, 1.0)
-        found[case] = Shown(
-            case, dice[case], task.data.slicing, volume.image[0], *labels, height / width
-        )
+        image, slicing = volume.image[0], task.data.slicing
+        found[case] = Shown(case, dice[case], slicing, image, *labels, volume.aspect)
     return [found[case] for case, _ in cases]
 
 

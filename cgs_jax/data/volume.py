@@ -38,6 +38,11 @@ class Volume(NamedTuple):
     label: np.ndarray | None
     spacing: tuple[float, float, float] | None
 
+    @property
+    def aspect(self) -> float:
+        """Height by width of a pixel; 1 where the files do not tell."""
+        return self.spacing[1] / self.spacing[2] if self.spacing else 1.0
+
 
 def finite(image: np.ndarray, path: pathlib.Path) -> np.ndarray:
     """Returns the image as float32.

@@ -31,7 +31,7 @@ def find(data: ConfigDict) -> dict[str, Case]:
         known = ", ".join(ENDINGS)
         raise UserError(f"{root / 'dataset.json'}: file_ending {ending!r}; there are: {known}")
     count, listed = channels(data), _partial_labels(data)
-    cases = _named_cases(data, ending, listed)
+    cases = _named_cases(data, ending, count, listed)
     training = "dataset.json" if cases else "imagesTr"
     for images, labels in FOLDERS[1:] if cases else FOLDERS:
         unused = set(scans_in(root / labels))
@@ -63,11 +63,11 @@ def find(data: ConfigDict) -> dict[str, Case]:
     return cases
 
 
-def _named_cases(data, ending, partly):
+def _named_cases(data, ending, count, partly):
     """The training cases that dataset.json names itself, {case: {"images": [a file a channel],
     "label": file}}, without a label where there is none. Paths begin in `data.root`."""
-    path, count = pathlib.Path(data.root) / "dataset.json", channels(data)
-    named, cases = _description(data).get("dataset", {}), {}
+    path, cases = pathlib.Path(data.root) / "dataset.json", {}
+    named = _description(data).get("dataset", {})
     for case, files in named.items() if isinstance(named, dict) else [("dataset", named)]:
         files = files if isinstance(files, dict) else {}
         images, label = files.get("images"), files.get("label")
