@@ -2,8 +2,9 @@
 
 python -m cgs_jax.benchmark --config configs/acdc.py --config.data.root=FOLDER --output acdc.json
 
-Without --config.data.root the scans are random, of training size. No result is a model: nothing is
-kept but the JSON.
+Where the folder --config.data.root is not there, the scans are random, of training size (not for
+configs/nnunet.py, whose folder names the organs). No result is a model: nothing is kept but the
+JSON.
 """
 
 import contextlib

@@ -46,7 +46,7 @@ def get_config(arg=None):
             raise ValueError(f"config argument members: configs/{file}.py is no data set")
         try:
             data = importlib.import_module(f"configs.{file}").get_config().data
-        except ImportError:
+        except (ImportError, AttributeError):  # such as the folder configs/methods
             raise ValueError(f"config argument members: there is no configs/{file}.py") from None
         own = ConfigDict({field: data.get_ref(field) for field in OWN})
         own.file = file

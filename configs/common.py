@@ -15,7 +15,7 @@ def parse(arg: str | None, **defaults: str) -> dict[str, str]:
         key, _, value = pair.partition("=")
         if key not in options or not value:
             raise ValueError(f"config argument {pair!r}: write {', '.join(options)} as NAME=VALUE")
-        if defaults[key].isdigit() and not value.isdigit():
+        if defaults[key].isdecimal() and not value.isdecimal():
             raise ValueError(f"config argument {pair!r}: {key} is a number")
         options[key] = value
     return options
@@ -41,10 +41,10 @@ def without_specialists(config: ConfigDict) -> dict[str, object]:
 
 
 def weigh_pseudo_labels(config: ConfigDict, weight: float) -> None:
-    """Sets `lambda_max` of what specialists and generalist learn from each other, if they do."""
-    for section in (config.method, config.get("cgs")):
-        if section and "terms" in section:
-            section.lambda_max = weight
+    """Sets `lambda_max` of CGS, by itself or over another method, if it is there."""
+    section = config.method if config.method.name == "cgs" else config.get("cgs")
+    if section:
+        section.lambda_max = weight
 
 
 def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
@@ -110,7 +110,8 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     # of a method with a teacher: 'student' or 'teacher'; '': whom the method's authors let predict
     config.predict_with = ""
     config.combine = "average"  # of several predictions; or 'confidence', the surest, or 'vote'
-    # windows of so many pixels a side decide together where slices are larger; 0: whole slices
+    # windows of so many pixels a side decide together where slices are larger; 0: whole slices, or
+    # with data.spacing and in volumes windows of data.patch
     config.window = 0
     # back to the grid of the scan: probabilities, 'linear'; or labels, 'nearest', as the literature
     config.upsample = "linear"

@@ -4,10 +4,10 @@
 # there; the paper's setting on ACDC with 7 and 3 labelled patients, side by side, for as many of 3
 # seeds as there is time; and what the other steps take, of float32 and of TransUNet.
 #   bash launch/accelerator.sh OUT [--acdc FOLDER] [--minutes MINUTES] [--tiny]
-# OUT gets a JSON file a figure, log.txt, and the runs on FOLDER, which has SSL4MIS's h5 files. The
-# same command leaves out what is done, and goes on with the runs. --tiny has small shapes, to try the
-# script on any machine. JAX_PYTHON names a Python that has the packages; without it .venv is made. The
-# exit code is 1 if a part did not finish.
+# OUT gets a JSON file a figure, log.txt, which has the comparison with PyTorch, and the runs on FOLDER,
+# which has SSL4MIS's h5 files. The same command leaves out what is done, and goes on with the runs.
+# --tiny has small shapes, to try the script on any machine. JAX_PYTHON names a Python that has the
+# packages; without it .venv is made. The exit code is 1 if a part did not finish.
 set -euo pipefail
 usage="bash launch/accelerator.sh OUT [--acdc FOLDER] [--minutes MINUTES] [--tiny]"
 fail() { echo "error: $1; $usage" >&2; exit 1; }

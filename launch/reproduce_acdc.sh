@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The paper's ACDC table: labelled slices alone, CGS, and CGS without specialists; Dice, Jaccard, 95HD
-# and ASD by organ over seeds, of the best and of the last checkpoint, by our scoring and by the
-# literature's. FOLDER has SSL4MIS's h5 files.
+# The paper's ACDC table: labelled slices alone, plainly and strongly augmented, CGS, and CGS without
+# specialists; Dice, Jaccard, 95HD and ASD by organ over seeds, of the best and of the last checkpoint,
+# by our scoring and by the literature's. FOLDER has SSL4MIS's h5 files.
 #   bash launch/reproduce_acdc.sh FOLDER [--labelled 3|7] [--recipe paper|patches] [--seeds N]
 #     [--workdir DIR] [OPTION ...]
 # Recipe paper: 30,000 steps of 24 whole slices of 256 x 256. Recipe patches: 10,000 steps of 12
@@ -43,7 +43,7 @@ measured=$(.venv/bin/python -m cgs_jax.benchmark --config "$config" "${fields[@]
   --stages step --seconds 10) || echo "no estimate of the time"
 echo "$measured"
 echo "$measured" | awk -v seeds="$seeds" '/^training/ {
-  printf "== all rows, %d seeds: about %.3g h of steps;", seeds, seeds * $5 * 10 / 3
+  printf "== the four rows, %d seeds: about %.3g h of steps;", seeds, seeds * $5 * 10 / 3
   print " compilation, validation and scores come on top" }'
 exec .venv/bin/python -m cgs_jax.sweep --config "$config" "${fields[@]}" \
   --sweep configs/sweeps/ablation.py --rows="$rows" --workdir "$workdir" --seeds "$seeds" \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sourced by the other scripts: sets workdir to what --workdir of "$@" names, '' without, and tells
-# whether the run there is finished.
+# whether the run there is finished, which writes its report last.
 # shellcheck disable=SC2034 # used by those scripts
 workdir=
 for ((i = 1; i <= $#; i++)); do
@@ -15,5 +15,5 @@ done
 finished() {
   "$1" -c 'import sys
 from cgs_jax.runtime.files import folder
-sys.exit(not (folder(sys.argv[1]) / "summary.json").exists())' "$workdir"
+sys.exit(not (folder(sys.argv[1]) / "report.html").exists())' "$workdir"
 }

@@ -335,7 +335,10 @@ def test_shares_of_pixels_stay_shares():
 def test_recipes_weigh_only_what_cgs_adds():
     own_data = nnunet.get_config("method=cgs,base=unimatch")
     assert (own_data.cgs.lambda_max, own_data.method.lambda_max) == (0.5, 2.0)
+    assert nnunet.get_config("method=cgs").method.lambda_max == 0.5
     assert nnunet.get_config("method=supervised").method.get("lambda_max") is None
+    for name in ("versemi", "cmems"):
+        assert nnunet.get_config(f"method={name}").method.lambda_max == 1.0
     weights = [acdc.get_config(f"recipe={name}").method.lambda_max for name in ("paper", "patches")]
     assert weights == [2.0, 1.0]
 

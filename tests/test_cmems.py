@@ -222,6 +222,7 @@ def test_the_mean_of_both_predicts():
         ("cmems", {"batch.labelled": 1}, "method.exemplars=0.5 of batch.labelled=1 must leave"),
         ("cmems", {"method.exemplars": 1.0}, "method.exemplars=1.0 of batch.labelled=2 must leave"),
         ("cmems", {"method.scale": (1.2, 0.8)}, r"method.scale=\(1.2, 0.8\): the least and the"),
+        ("cmems", {"method.scale": ("a", "b")}, r"method.scale=\('a', 'b'\): the least and the"),
         ("cmems", {"method.shift": -0.1}, "method.shift=-0.1 must be between 0 and 1"),
         ("cmems", {"method.jitter": 1.5}, "method.jitter=1.5 must be between 0 and 1"),
         ("cgs:cmems", {"method.terms": ("synthetic",)}, "CGS over cmems needs 'image' or"),

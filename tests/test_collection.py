@@ -203,6 +203,8 @@ def test_members_that_do_not_fit(folders, tmp_path):
         collection.get_config("members=brain@nnunet+brain@acdc")
     with pytest.raises(ValueError, match="no configs/liver.py"):
         collection.get_config("members=liver")
+    with pytest.raises(ValueError, match="no configs/methods.py"):  # a folder
+        collection.get_config("members=methods")
     config = config_of(folders)
     config.data.members.neck.root = str(tmp_path)
     with pytest.raises(UserError, match=r"neck: no .*--config.data.members.neck.root must hold"):

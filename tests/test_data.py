@@ -11,9 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from cgs_jax.data import cache, completion
+from cgs_jax.data import cache, completion, fingerprint, nifti
+from cgs_jax.data.fingerprint import Facts
 from cgs_jax.data.grid import Grid, resize
 from cgs_jax.data.layouts import nnunet as nnunet_layout
 from cgs_jax.data.layouts import segthor as segthor_layout
@@ -68,7 +69,45 @@ def test_other_units_become_millimetres(tmp_path, unit, factor):
     scan = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), affine)
     scan.header.set_xyzt_units(unit, "sec")
     nib.save(scan, tmp_path / "scan.nii")
-    assert read_nifti(tmp_path / "scan.nii", "axial").spacing == pytest.approx((5, 0.7, 0.7))
+    read = read_nifti(tmp_path / "scan.nii", "axial")
+    assert read.spacing == pytest.approx((5, 0.7, 0.7))
+    np.testing.assert_allclose(read.corners()[-1] - read.corners()[0], [0.7 * 3, 0, 0], atol=1e-6)
+
+
+def test_places_are_compared_in_millimetres(tmp_path):
+    """Voxels of 500 micrometres: a label that is half a voxel off lies elsewhere, one that is a
+    micrometre off does not."""
+    scan = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.diag([500, 500, 500, 1]))
+    scan.header.set_xyzt_units("micron", "sec")
+    data = ConfigDict({"slicing": "axial", "trust_shapes": False})
+    for off in (1, 300):
+        affine = np.diag([500.0, 500, 500, 1])
+        affine[0, 3] = off
+        label = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), affine, scan.header)
+        nib.save(scan, tmp_path / "scan.nii")
+        nib.save(label, tmp_path / "label.nii")
+        paths = tmp_path / "label.nii", tmp_path / "scan.nii"
+        read = read_nifti(paths[1], "axial")
+        if off == 1:
+            assert nifti.read_label(*paths, read, data).shape == (4, 4, 4)
+        else:
+            with pytest.raises(UserError, match="lies up to 0.3 mm off"):
+                nifti.read_label(*paths, read, data)
+
+
+def test_the_coarsest_axis_of_a_microscope(tmp_path):
+    scan = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([2.0, 0.5, 0.5, 1]))
+    scan.header.set_xyzt_units("micron", "sec")
+    nib.save(scan, tmp_path / "scan.nii")
+    assert read_nifti(tmp_path / "scan.nii", "coarsest").spacing == pytest.approx(
+        (2e-3, 5e-4, 5e-4)
+    )
+
+
+def test_median_spacing_has_significant_digits():
+    facts = {str(x): Facts((4, 4, 4), (5.0, x, x), None, []) for x in (4e-4, 4.4e-4, 5e-4)}
+    assert fingerprint.median(facts, "spacing") == 4.4e-4
+    assert fingerprint.median(facts, "slice_spacing") == 5.0
 
 
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])

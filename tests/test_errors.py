@@ -111,6 +111,7 @@ THREE_LEVELS = {"model.channels": (8, 16, 16), "model.dropout": (0.1, 0.1, 0.1)}
         ({"optimizer.lr": float("inf")}, "optimizer.lr=inf: give a finite number"),
         ({"optimizer.lr": -0.1}, "optimizer.lr must be at least 0, not -0.1"),
         ({"method.terms": ()}, "--config.method.terms is empty; there are: G_from_g"),
+        ({"method.terms": (1,)}, "unknown --config.method.terms 1; there are: G_from_g"),
         ({"model.channels": (8, 0)}, r"model.channels=\(8, 0\): whole numbers from 1 on"),
         ({"model.channels": (8, 8.5)}, r"model.channels=\(8, 8.5\): whole numbers"),
         ({"data.grow_at": ("a",), "data.grow_to": (0,)}, "shares of total_steps in rising order"),

@@ -68,6 +68,21 @@ def test_damaged_files_are_one_line(pair, tmp_path):
             nifti.read_nifti(path, "axial")
 
 
+def test_a_fourth_axis_of_length_1_stays_an_axis(pair):
+    """Label maps of such scans are of their shape, not of one with vectors."""
+    path = pair[1]
+    SimpleITK.WriteImage(SimpleITK.Image([5, 4, 3, 1], SimpleITK.sitkInt16), str(path))
+    scan = nifti.read_nifti(path, "axial")
+    assert scan.array.shape == (3, 4, 5)
+    stored = scan.to_stored(np.arange(60, dtype=np.uint8).reshape(3, 4, 5))
+    nifti.save(nib.Nifti1Image(stored, scan.nifti.affine), path)
+    read = SimpleITK.ReadImage(str(path))
+    assert (read.GetSize(), read.GetNumberOfComponentsPerPixel()) == ((5, 4, 3), 1)
+    np.testing.assert_array_equal(
+        nifti.read_nifti(path, "axial").array, np.arange(60).reshape(3, 4, 5)
+    )
+
+
 def test_without_the_package(pair, monkeypatch):
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
     with pytest.raises(UserError, match=f"{pair[1].name} is read by SimpleITK.*pip install"):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import yaml
 
+from cgs_jax.training.loop import RESULTS
 from runs import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -65,15 +66,17 @@ def test_a_job_of_slurm_is_queued_until_it_is_finished(tmp_path):
         (tmp_path / name).chmod(0o755)
     line = ["bash", "launch/slurm.sbatch", "--workdir", "run", "--config", "configs/acdc.py"]
     path = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
-    for _ in range(2):
+    for i in range(3):
         ended = subprocess.run(line, cwd=tmp_path, env=path, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
         (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "summary.json").touch()
-    trained, queued, again = (tmp_path / "done").read_text().splitlines()
+        for name in RESULTS[: i + 1]:  # the report comes last
+            (tmp_path / "run" / name).touch()
+    trained, queued, *more = (tmp_path / "done").read_text().splitlines()
     program = "srun --kill-on-bad-exit=1 .venv/bin/python -m cgs_jax.main --multihost"
-    assert trained == again == " ".join([program, *line[2:]])
+    assert trained == " ".join([program, *line[2:]])
     assert queued == "scontrol requeue 7"
+    assert more == [trained, queued, trained]
 
 
 def test_kubernetes_pods_make_up_the_slice():

@@ -16,13 +16,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 
 from cgs_jax.analysis import plots
 from cgs_jax.data import nifti
-from cgs_jax.runtime import devices, files, logs
+from cgs_jax.runtime import devices, files, logs, processes
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.training import train_step
+from cgs_jax.training import loop, train_step
 from cgs_jax.training.checkpoints import Checkpoints
+from cgs_jax.training.train_state import Metrics
 from runs import before_the_end, begin, command, config_of, saved_state, start
 
 
@@ -67,6 +69,27 @@ def test_stop_by_signal_saves(trained, scans, tmp_path, name):
     done = start(line)
     assert f"resuming {workdir} at step {saved}" in done.stdout
     assert_identical(workdir, trained, scans)
+
+
+def test_few_steps_are_under_way_when_a_run_is_to_stop():
+    """The host does not run ahead of a slow device: a stop would have to wait for all of that."""
+    made, under_way = [], []
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda _, x: x @ x, x))
+
+    def train_step(state, batch, seed):
+        state = slow(state)
+        made.append(Metrics(state[0, :1], ("loss",)))
+        return state, made[-1]
+
+    def batches():
+        for i in range(10):
+            under_way.append(sum(not metrics.values.is_ready() for metrics in made))
+            yield i
+
+    never = {"log_every": 100, "eval_every": 100, "total_steps": 100}
+    config, state = ConfigDict({"seed": 0} | never), np.eye(512, dtype=np.float32)
+    list(loop.steps(config, train_step, state, batches(), 0, None, processes.Stop()))
+    assert max(under_way) <= loop.AHEAD
 
 
 def copy_with_damage(trained, workdir, damage):

@@ -94,6 +94,19 @@ def test_lists_without_validation_hold_out_patients_with_labels(tmp_path):
         assert seed < 5 or splits.labelled == ["c1", "c3"]
 
 
+def test_scans_of_labelled_patients_do_not_validate(tmp_path):
+    """Only one of two scans of each labelled patient is in the list of labelled cases."""
+    data = nnunet.get_config("labelled=2").data
+    names = [f"p{i}_{phase}" for i in range(6) for phase in ("ED", "ES")]
+    cases = {name: case_lists.Case(name, (), ("x",)) for name in names}
+    listed = {"train": names[2:], "test": names[:2], "labelled_2": ["p1_ED", "p2_ED"]}
+    data.splits = lists(tmp_path, **listed)
+    for seed in range(10):
+        splits = case_lists.split(cases, data, seed)
+        case_lists.check(splits, cases, data)
+        assert splits.labelled == listed["labelled_2"]
+
+
 def test_folds_of_nnunet(tmp_path):
     config, root = nnunet_folder(tmp_path)
     names = [f"mine_{i:03d}" for i in range(9)]

@@ -248,6 +248,10 @@ def test_weights_are_shares_of_the_data_sets_own(scans, tmp_path):
     ):
         _, (run,) = sweep.plan(line, {}, f"{sweeps}{file}.py", tmp_path, 1, [row])
         assert run.config.method.lambda_max == pytest.approx(expected), row
+    for line in ("configs/acdc.py", "configs/acdc.py:method=supervised"):
+        rows = ["supervised", "supervised_fewer_slices"]
+        _, runs = sweep.plan(line, {}, f"{sweeps}ablation.py", tmp_path, 1, rows)
+        assert [run.config.batch.labelled for run in runs] == [24, 12]
 
 
 @pytest.mark.parametrize("name", ["ablation", "plugin", "weights", "partly"])

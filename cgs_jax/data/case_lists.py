@@ -52,7 +52,8 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     if (folder / "val.txt").exists():
         val = read_list(folder / "val.txt")
     else:
-        spare = [name for name in with_label if name not in (labelled or ())]
+        teach = {patient(name, data.patient) for name in labelled or ()}
+        spare = [name for name in with_label if patient(name, data.patient) not in teach]
         _, val = hold_out(spare, [data.val_fraction], seed, data.patient)
         held_out = {patient(name, data.patient) for name in val}
         train, with_label = (

@@ -74,6 +74,8 @@ def _fill(data, module, *fields):
 def _check_labels(data):
     """Raises UserError where names and numbers of labels can not be."""
     classes, (_, *numbers) = data.classes, stored_labels(data.classes, data.numbers)
+    if not all(isinstance(name, str) for name in classes):
+        raise UserError(f"data.classes={classes}: names of organs are texts")
     if len(numbers) != len(classes):
         raise UserError(
             f"data.classes has {len(classes)} names, and label files {len(numbers)} numbers of "
@@ -89,8 +91,11 @@ def _check_labels(data):
     if data.ignore < 0 or data.ignore in numbers:
         raise UserError(f"data.ignore={data.ignore}: a number that no organ has, or 0 for none")
     for region in data.regions:
-        if isinstance(region, str) or len(region) != 2 or not region[1]:
-            raise UserError(f"data.regions: {region!r} is not (name, numbers of its organs)")
+        match region:
+            case str(), (_, *_):
+                pass
+            case _:
+                raise UserError(f"data.regions: {region!r} is not (name, numbers of its organs)")
         if not set(region[1]) <= set(range(1, 1 + len(classes))):
             raise UserError(f"data.regions: {region} names organs besides 1 to {len(classes)}")
     if taken := RESERVED & {*classes, *(name for name, _ in data.regions)}:

@@ -90,7 +90,8 @@ def _look(case, data):
 def median(facts: Mapping[str, Facts], field: str) -> float:
     """Millimetres for the `field` 'spacing' of the data, of a pixel, or 'slice_spacing'."""
     axes = {"spacing": slice(1, 3), "slice_spacing": slice(0, 1)}[field]
-    return round(float(np.median([of.spacing[axes] for of in facts.values()])), 3)
+    found = np.median([of.spacing[axes] for of in facts.values()])
+    return float(f"{found:.4g}")  # a thousandth of a millimetre is much to a microscope
 
 
 def of_training(data: ConfigDict) -> dict[str, Facts]:

@@ -43,7 +43,8 @@ def save(image: nib.Nifti1Image, path: pathlib.Path) -> None:
     """Writes a volume, compressed, where its affine says."""
     sitk, affine = _sitk(path), TO_RAS @ image.affine
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    made = sitk.GetImageFromArray(np.asarray(image.dataobj).T)
+    array = np.asarray(image.dataobj).reshape(image.shape[:3])  # of four axes it makes vectors
+    made = sitk.GetImageFromArray(array.T)
     made.SetSpacing(spacing.tolist())
     made.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
     made.SetOrigin(affine[:3, 3].tolist())

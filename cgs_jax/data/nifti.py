@@ -40,7 +40,8 @@ class Scan(NamedTuple):
         index = np.vstack([np.zeros(3), np.diag(np.array(self.array.shape) - 1)])
         for axis in self.flipped:
             index[:, axis] = self.array.shape[axis] - 1 - index[:, axis]
-        return nib.affines.apply_affine(self.nifti.affine, index[:, np.argsort(self.permutation)])
+        stored = index[:, np.argsort(self.permutation)]
+        return _unit(self.nifti) * nib.affines.apply_affine(self.nifti.affine, stored)
 
     def stored(self) -> np.ndarray:
         """The array with the axes and directions of the file."""
@@ -89,8 +90,7 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
     if array.ndim != 3 or not array.size:
         raise UserError(f"{path} has shape {nifti.shape}; one 3D volume per file is read")
     # pixdim may say else, but places are by the affine; its noise would round sizes of grids up
-    unit = MILLIMETRES.get(int(nifti.header["xyzt_units"]) % 8, 1.0)
-    spacings = (unit * nib.affines.voxel_sizes(nifti.affine)).round(6)
+    spacings = (_unit(nifti) * nib.affines.voxel_sizes(nifti.affine)).round(6)
     if not (np.isfinite(nifti.affine).all() and min(spacings) > 0):
         raise UserError(f"{path}: its affine has no usable numbers; repair its header")
     if slicing == "stored":
@@ -100,6 +100,11 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
     array = np.flip(array.transpose(permutation), flipped)
     spacing = tuple(float(spacings[axis]) for axis in permutation)
     return Scan(array, spacing, permutation, flipped, nifti)
+
+
+def _unit(nifti):
+    """Millimetres of 1 in its affine."""
+    return MILLIMETRES.get(int(nifti.header["xyzt_units"]) % 8, 1.0)
 
 
 def _load(path):
@@ -147,7 +152,7 @@ def _orientation(path, affine, spacings, slicing):
     stored_axis = np.argsort(to_ras[:, 0])  # of RAS axes x, y, z
     if slicing == "coarsest":
         # Ties, up to rounding of the header, go to the axial direction.
-        of_axes = spacings[stored_axis].round(2).tolist()
+        of_axes = (spacings[stored_axis] / max(spacings)).round(3).tolist()
         cut = max(range(3), key=lambda axis: (of_axes[axis], axis))
     else:
         cut = CANONICAL_AXES[slicing]

@@ -243,9 +243,9 @@ def write(out, cases, size, depth, seed):
 
 if __name__ == "__main__":
     _OUT = flags.DEFINE_string("out", None, "folder to fill with Patient_01 to Patient_40")
-    _SIZE = flags.DEFINE_integer("size", 128, "rows and columns")
-    _DEPTH = flags.DEFINE_integer("depth", 32, "slices")
-    _SEED = flags.DEFINE_integer("seed", 0, "of all that is random")
+    _SIZE = flags.DEFINE_integer("size", 128, "rows and columns", lower_bound=1)
+    _DEPTH = flags.DEFINE_integer("depth", 32, "slices", lower_bound=1)
+    _SEED = flags.DEFINE_integer("seed", 0, "of all that is random", lower_bound=0)
     _LABELLED = flags.DEFINE_integer("labelled", 3, "training cases with labels", lower_bound=0)
     flags.mark_flag_as_required("out")
 

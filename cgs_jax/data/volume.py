@@ -30,8 +30,9 @@ class Case(NamedTuple):
 class Volume(NamedTuple):
     """A stack of slices.
 
-    `image` float32 [C, D, H, W] in [0, 1]; `label` uint8 [D, H, W], with NO_LABEL where nobody
-    annotated, or None; `spacing` millimetres along D, H, W, or None where the files do not tell.
+    `image` [C, D, H, W], float32 in [0, 1] as it is read, and once it is prepared uint16, 65535
+    times that; `label` uint8 [D, H, W], with NO_LABEL where nobody annotated, or None; `spacing`
+    millimetres along D, H, W, or None where the files do not tell.
     """
 
     image: np.ndarray

@@ -137,8 +137,9 @@ class Predictor:
         """Labels of one scan: uint8 [D, H, W], 0 is the background.
 
         Args:
-          array: intensities [C, D, H, W], or [D, H, W] of one channel, in the unit and orientation
-            of the run's scans; they are normalised as those were.
+          array: intensities [C, D, H, W], or [D, H, W] of one channel, in the orientation and unit
+            of the run's scans, after TransUNet's arrays of Synapse in Hounsfield units; they are
+            normalised as those were.
           spacing: millimetres along D, H and W; needed where the run has `data.spacing` or
             `data.slice_spacing`.
 

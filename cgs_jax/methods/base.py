@@ -65,6 +65,7 @@ class Method:
       draws: batches of `config.batch` that one step takes.
       has_teacher: whether a teacher could predict in place of the student.
       mixes: 'labelled' or 'unlabelled', where images of that stream are mixed with each other.
+      heads: further heads of the network, arguments of `network.build`.
       loads_heads: whether `config.model.weights` give heads, too, where they have any.
     """
 
@@ -72,12 +73,13 @@ class Method:
     draws = 1
     has_teacher = False
     mixes = ""
+    heads: dict[str, bool] = {}
     loads_heads = True
 
     def __init__(self, config: ConfigDict, specialists: bool = False):
         """`specialists`: with them, though the method alone has none."""
         self.config, self.specialists = config, specialists
-        self.network = build(config, self.specialists)
+        self.network = build(config, self.specialists, **self.heads)
         self.num_targets = len(config.data.classes)
         steps_of(config, "ramp")  # complains of what is no share
 
@@ -289,9 +291,15 @@ def check_terms(options: ConfigDict, known: Sequence[str], section: str = "metho
     those `known`."""
     if wrong := set(options.terms) - set(known):
         raise UserError(
-            f"unknown --config.{section}.terms {', '.join(sorted(wrong))}; "
+            f"unknown --config.{section}.terms {', '.join(sorted(map(str, wrong)))}; "
             f"there are: {', '.join(known)}"
         )
+
+
+def is_range(value: Sequence[Any]) -> bool:
+    """Whether `value` is two numbers, the smaller one first."""
+    numbers = all(isinstance(number, int | float) for number in value)
+    return numbers and len(value) == 2 and value[0] <= value[1]
 
 
 def scales(outputs: Outputs) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 from ml_collections import ConfigDict
 
-from cgs_jax.methods import augment
+from cgs_jax.methods import augment, base
 from cgs_jax.runtime.errors import UserError
 
 SHARES = ("shift", "flip", "jitter", "exemplar_backgrounds")
@@ -31,7 +31,7 @@ class Move(NamedTuple):
 
 def check(options: ConfigDict) -> None:
     """Raises UserError where an option of the synthesis has a value that can not be."""
-    if len(options.scale) != 2 or not 0 < options.scale[0] <= options.scale[1]:
+    if not base.is_range(options.scale) or options.scale[0] <= 0:
         raise UserError(f"method.scale={options.scale}: the least and the greatest, both above 0")
     for name in SHARES:
         if not 0 <= options[name] <= 1:

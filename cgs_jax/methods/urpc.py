@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from cgs_jax.methods import base
-from cgs_jax.models.network import backbone, build
+from cgs_jax.models.network import backbone
 from cgs_jax.runtime.errors import UserError
 
 
 class Method(base.Method):
     """The student alone; its head at full resolution predicts, and teaches what CGS adds."""
 
+    heads = {"pyramid": True}
+
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
         if backbone(config).levels(config.model) < 3:
             raise UserError(f"urpc: the model, {config.model.name}, needs at least 3 levels")
-        self.network = build(config, self.specialists, pyramid=True)
 
     def passes(self, params, state, views, key):
         image = views["labelled"]["image"]

@@ -38,7 +38,6 @@ import jax
 import jax.numpy as jnp
 
 from cgs_jax.methods import augment, base, batches
-from cgs_jax.models.network import build
 from cgs_jax.models.prompted import merge
 from cgs_jax.runtime.errors import UserError
 
@@ -64,6 +63,7 @@ class Method(base.Method):
     """
 
     mixes = "labelled"
+    heads = {"prompts": True}
 
     def __init__(self, config, specialists=False):
         super().__init__(config, specialists)
@@ -71,9 +71,8 @@ class Method(base.Method):
         base.check_terms(options, TERMS)
         for name in ("box", "box_unlabelled"):
             sides = options[name]
-            if len(sides) != 2 or not 0 < sides[0] <= sides[1] <= 1:
+            if not base.is_range(sides) or sides[0] <= 0 or sides[1] > 1:
                 raise UserError(f"method.{name}={sides}: two shares of a side, smaller one first")
-        self.network = build(config, self.specialists, prompts=True)
 
     def views(self, batch, key):
         """As the base class; with each labelled image's 'task' [B], one of its annotated classes

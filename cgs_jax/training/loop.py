@@ -30,6 +30,9 @@ from cgs_jax.training.train_state import Metrics, TrainState
 from cgs_jax.training.train_step import abstract_state, init_state, make_train_step, seed_of
 
 RESULTS = ("summary.json", "report.html")  # what a finished run has, written in this order
+# The host may be so many steps ahead of the device, which then need not wait for it. With more, a
+# run that is told to stop would still have to finish them while its machine is taken away.
+AHEAD = 2
 
 
 def train(
@@ -157,12 +160,15 @@ def steps(
     """Trains on `batches`; yields (step, state, mean metrics since the last) to log, validate or
     stop; `precise` is laid over states to validate.
 
-    Only there the host waits for the device. The next step donates the yielded state.
+    Only there the host waits for the step itself; elsewhere it runs ahead of the device by `AHEAD`
+    steps at most. The next step donates the yielded state.
     """
     unlogged, seed = [], seed_of(config)
     for step, batch in enumerate(batches, start + 1):
         state, metrics = train_step(state, batch, seed)
         unlogged.append(metrics)
+        if len(unlogged) > AHEAD:
+            jax.block_until_ready(unlogged[-1 - AHEAD].values)
         if _validates(step, config):
             state = precise(state)
         if stop.at(step) or step % config.log_every == 0 or _validates(step, config):

@@ -1,4 +1,4 @@
-"""All methods, and CGS without each of its parts.
+"""All methods but CMEMS-style, and CGS without each of its parts.
 
 python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/ablation.py \
     --workdir runs/ablation --seeds 3 --config.data.root=FOLDER
@@ -25,8 +25,10 @@ def get_sweep(config):
 
     `config` is that of the command line.
     """
-    labelled_only = common.labelled_only(config)
-    few = {"batch.labelled": config.batch.labelled, "batch.unlabelled": 0}
+    labelled_only, batch = common.labelled_only(config), config.batch
+    # method=supervised on the command line has as many labelled slices as others of both kinds
+    labelled = batch.labelled if batch.unlabelled else batch.labelled // 2
+    few = {"batch.labelled": labelled, "batch.unlabelled": 0}
     return {
         "supervised": ("method=supervised", labelled_only),
         # what the others see of labels, and specialists as auxiliary heads: two controls

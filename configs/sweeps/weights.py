@@ -1,4 +1,4 @@
-"""Every method at three weights of its unlabelled images, with its own ramp and with that of CGS.
+"""The methods of ablation.py at three weights of unlabelled images, with own ramp and that of CGS.
 
 python -m cgs_jax.sweep --config configs/acdc.py:labelled=7 --sweep configs/sweeps/weights.py \
     --workdir runs/weights --seeds 1 --config.test=False --config.data.root=FOLDER
