@@ -4,7 +4,7 @@ python -m cgs_jax.main --config configs/acdc.py:method=cgs,labelled=7 --workdir 
     --config.data.root=FOLDER
 
 `recipe=paper` is the literature's training: whole slices, scaled by minimum and maximum. With
-`recipe=patches` a step sees windows around the heart at full resolution, at a quarter of the work.
+`recipe=patches` a step sees half as many windows around the heart, of a quarter of the pixels each.
 """
 
 from ml_collections import ConfigDict

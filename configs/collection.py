@@ -4,8 +4,9 @@ python -m cgs_jax.main --config configs/collection.py:method=cgs,members=acdc+br
     --workdir runs/collection --config.data.root=FOLDER
 
 `members` are files of configs, with `NAME@` before one the member's own name, without it the
-file's. The folder of a member is FOLDER/NAME, unless --config.data.members.NAME.root says another;
-its other options are --config.data.members.NAME.labelled and so on, as its config file has them.
+file's. The folder of a member is FOLDER/NAME, unless --config.data.members.NAME.root says another.
+Its other options are --config.data.members.NAME.labelled and so on, as its config file has them,
+but `size`, `spacing` and `slice_spacing`: unless they are given, slices become data.size squares.
 """
 
 import importlib

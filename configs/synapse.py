@@ -11,6 +11,7 @@ def get_config(arg=None):
     options = common.parse(arg, method="cgs", base="", model="unet", labelled="4")
     config = common.get_config(options["method"], options["base"], options["model"])
     config.data.name = "synapse"
+    config.augment.flip = "auto"
     config.data.classes = (
         *("aorta", "gallbladder", "left kidney", "right kidney"),
         *("liver", "pancreas", "spleen", "stomach"),

@@ -9,6 +9,7 @@ from cgs_jax.data import cache, tasks
 from cgs_jax.evaluate import scans
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import check, resolve
+from configs import synapse
 from layouts import nnunet_folder, save
 from runs import TINY
 from steps import tiny
@@ -64,6 +65,7 @@ def test_mirror_images_are_off_where_names_tell_sides(tmp_path, capsys):
     assert resolve(config).augment.flip == 0.25
     config, _ = nnunet_folder(tmp_path / "plain")
     assert resolve(config).augment.flip == 0.5
+    assert resolve(synapse.get_config()).augment.flip == 0  # two kidneys
     config.augment.flip = "often"
     with pytest.raises(UserError, match="augment.flip=often"):
         resolve(config)

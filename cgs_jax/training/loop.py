@@ -63,7 +63,8 @@ def train(
         say(f"resuming {workdir} at step {start}")
     else:
         count = f"{parameter_overview.count_parameters(state.params):,} parameters"
-        say(f"{run_folder.name_of(config)} on {config.data.name}: {count}, {mesh.size} device(s)")
+        on = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        say(f"{run_folder.name_of(config)} on {config.data.name}: {count}, on {on}")
     if start >= config.total_steps:
         return True
     if processes.is_first():
