@@ -4,7 +4,7 @@ python -m cgs_jax.main --config configs/acdc.py:method=cgs,labelled=7 --workdir 
     --config.data.root=FOLDER
 
 `recipe=paper` is the literature's training: whole slices, scaled by minimum and maximum. With
-`recipe=patches` a step sees half as many windows around the heart, of a quarter of the pixels each.
+`recipe=patches` a step sees 6 + 6 windows around the heart at full resolution, not 12 + 12 slices.
 """
 
 from ml_collections import ConfigDict
