@@ -1,7 +1,8 @@
 """Labelled slices only: the baseline that every semi-supervised gain is measured against.
 
 With `config.method.jitter` and `config.method.cutmix` it has the augmentation of the
-semi-supervised methods, too: what they gain beyond that comes from the unlabelled images.
+semi-supervised methods, too: what they gain beyond that comes from unlabelled images, or from a
+teacher that averages.
 """
 
 import jax
