@@ -80,19 +80,19 @@ def test_places_are_compared_in_millimetres(tmp_path):
     scan = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.diag([500, 500, 500, 1]))
     scan.header.set_xyzt_units("micron", "sec")
     data = ConfigDict({"slicing": "axial", "trust_shapes": False})
-    for off in (1, 300):
+    nib.save(scan, tmp_path / "scan.nii")
+
+    def read_label(off):
         affine = np.diag([500.0, 500, 500, 1])
         affine[0, 3] = off
         label = nib.Nifti1Image(np.zeros((4, 4, 4), np.uint8), affine, scan.header)
-        nib.save(scan, tmp_path / "scan.nii")
         nib.save(label, tmp_path / "label.nii")
         paths = tmp_path / "label.nii", tmp_path / "scan.nii"
-        read = read_nifti(paths[1], "axial")
-        if off == 1:
-            assert nifti.read_label(*paths, read, data).shape == (4, 4, 4)
-        else:
-            with pytest.raises(UserError, match="lies up to 0.3 mm off"):
-                nifti.read_label(*paths, read, data)
+        return nifti.read_label(*paths, read_nifti(paths[1], "axial"), data)
+
+    assert read_label(1).shape == (4, 4, 4)
+    with pytest.raises(UserError, match="lies up to 0.3 mm off"):
+        read_label(300)
 
 
 def test_the_coarsest_axis_of_a_microscope(tmp_path):

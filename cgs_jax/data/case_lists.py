@@ -52,14 +52,9 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     if (folder / "val.txt").exists():
         val = read_list(folder / "val.txt")
     else:
-        teach = {patient(name, data.patient) for name in labelled or ()}
-        spare = [name for name in with_label if patient(name, data.patient) not in teach]
+        spare = _of_others(with_label, labelled or [], data)
         _, val = hold_out(spare, [data.val_fraction], seed, data.patient)
-        held_out = {patient(name, data.patient) for name in val}
-        train, with_label = (
-            [name for name in names if patient(name, data.patient) not in held_out]
-            for names in (train, with_label)
-        )
+        train, with_label = (_of_others(names, val, data) for names in (train, with_label))
     if labelled is None:
         labelled = first_patients(with_label, data.labelled, data.patient)
     return Splits(train, val, test, _teaching(labelled, cases, data))
@@ -92,12 +87,17 @@ def _of_fold(cases, data, seed):
 
 def _with_images(train, val, test, cases, data):
     """Splits in which all scans without label train whose patient is not held out."""
-    held_out = {patient(name, data.patient) for name in val + test}
     only_images = [name for name, case in cases.items() if not case.label and name not in train]
     labelled = [name for name in train if name not in cases or cases[name].label]
     labelled = first_patients(labelled, data.labelled, data.patient)
-    train = train + [n for n in only_images if patient(n, data.patient) not in held_out]
+    train = train + _of_others(only_images, val + test, data)
     return Splits(train, val, test, _teaching(labelled, cases, data))
+
+
+def _of_others(names, known, data):
+    """Cases of patients who have none among the `known` cases."""
+    patients = {patient(name, data.patient) for name in known}
+    return [name for name in names if patient(name, data.patient) not in patients]
 
 
 def _teaching(labelled, cases, data):

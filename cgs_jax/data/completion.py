@@ -92,12 +92,12 @@ def _check_labels(data):
         raise UserError(f"data.ignore={data.ignore}: a number that no organ has, or 0 for none")
     for region in data.regions:
         match region:
-            case str(), (_, *_):
-                pass
+            case str(), (_, *_) as organs:
+                if not set(organs) <= set(range(1, 1 + len(classes))):
+                    problem = f"{region} names organs besides 1 to {len(classes)}"
+                    raise UserError(f"data.regions: {problem}")
             case _:
                 raise UserError(f"data.regions: {region!r} is not (name, numbers of its organs)")
-        if not set(region[1]) <= set(range(1, 1 + len(classes))):
-            raise UserError(f"data.regions: {region} names organs besides 1 to {len(classes)}")
     if taken := RESERVED & {*classes, *(name for name, _ in data.regions)}:
         raise UserError(f"rename the organ {min(taken)!r}: tables of scores use that word")
 

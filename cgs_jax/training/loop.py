@@ -21,7 +21,7 @@ from cgs_jax.inference.predictor import Predictor, make_predictor
 from cgs_jax.methods.base import Method
 from cgs_jax.runtime import devices, processes, run_folder
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.logs import Writer, say
+from cgs_jax.runtime.logs import Writer, hardware, say
 from cgs_jax.scoring import summaries
 from cgs_jax.training import optimizers
 from cgs_jax.training.batch_norm import make_precise
@@ -63,8 +63,7 @@ def train(
         say(f"resuming {workdir} at step {start}")
     else:
         count = f"{parameter_overview.count_parameters(state.params):,} parameters"
-        on = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-        say(f"{run_folder.name_of(config)} on {config.data.name}: {count}, on {on}")
+        say(f"{run_folder.name_of(config)} on {config.data.name}: {count}, on {hardware()}")
     if start >= config.total_steps:
         return True
     if processes.is_first():
