@@ -6,7 +6,8 @@ python benchmarks/compare.py --rounds 2 --size 256 --batch 24
 Prints a Markdown row a pair: the median step of either and their ratio. `authors` is the iteration
 of the authors' code as it is run: their plan, float32, NCHW, not compiled. `lean` and `full` are
 tuned: channels last and, on a GPU, bfloat16 and torch.compile (on 2 CPU cores compiled steps are
-slower: 540 against 415 ms at 12 slices of 128 x 128).
+slower: 540 against 415 ms at 12 slices of 128 x 128). `predict:predict` times the labels of a batch
+of slices on the training grid, PyTorch's with batch norm folded into its convolutions.
 """
 
 import argparse
@@ -46,10 +47,11 @@ def main():
     parser.add_argument("--gpu", action="store_true", help="tuned for a GPU: bfloat16, compiled")
     parser.add_argument("--torch-python", default=sys.executable, help="Python that has torch")
     options = parser.parse_args()
-    plans = {"lean", "full"}
-    for mine, _, other in (pair.partition(":") for pair in options.pairs.split(",")):
-        if mine not in plans or other not in plans | {"authors"}:
-            parser.error(f"--pairs: {mine}:{other}; ours lean or full, PyTorch's also authors")
+    known = {"predict:predict"}
+    known |= {f"{a}:{b}" for a in ("lean", "full") for b in ("lean", "full", "authors")}
+    for pair in options.pairs.split(","):
+        if pair not in known:
+            parser.error(f"--pairs: {pair}; there are: {', '.join(sorted(known))}")
     if subprocess.run([options.torch_python, "-c", "import torch"], check=False).returncode:
         parser.error(f"{options.torch_python} has no torch: see benchmarks/requirements.txt")
     print("| ours | PyTorch | ours ms | PyTorch ms | PyTorch / ours |\n|---|---|---|---|---|")
@@ -57,9 +59,11 @@ def main():
     for _ in range(options.rounds):
         for pair in options.pairs.split(","):
             mine, other = pair.split(":")
-            a = ours.step(
-                options.seconds, options.size, options.batch, method__plan=mine, model__dtype=dtype
-            )["ms"]
+            size, batch, fields = options.size, options.batch, {"model__dtype": dtype}
+            if mine == "predict":
+                a = batch * ours.slice_ms(size, batch, **fields)
+            else:
+                a = ours.step(options.seconds, size, batch, method__plan=mine, **fields)["ms"]
             b = torch(options, other)
             print(f"| {mine} | {other} | {a:.1f} | {b:.1f} | {b / a:.2f} |", flush=True)
 

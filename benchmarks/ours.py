@@ -12,6 +12,17 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 def step(seconds: float, size: int, batch: int, **fields: Any) -> dict[str, Any]:
     """The 'step' of its JSON; `fields` of the config are written with __ for the dot."""
+    return _stage("step", seconds, size, batch, fields)
+
+
+def slice_ms(size: int, batch: int, **fields: Any) -> float:
+    """Prediction of one slice among the volumes of its 'evaluation'."""
+    fields |= {"eval_batch": batch, "upsample": "nearest", "largest_component": False}
+    result = _stage("evaluation", 1, size, batch, fields)
+    return result["volumes"] * result["prediction_ms"] / result["slices"]
+
+
+def _stage(stage, seconds, size, batch, fields):
     fields = {name.replace("__", "."): value for name, value in fields.items()}
     fields |= {"data.size": size, "data.root": "none"}
     fields |= {f"batch.{half}": batch // 2 for half in ("labelled", "unlabelled")}
@@ -19,6 +30,6 @@ def step(seconds: float, size: int, batch: int, **fields: Any) -> dict[str, Any]
         output = pathlib.Path(folder) / "result.json"
         command = [sys.executable, "-m", "cgs_jax.benchmark", "--config", "configs/acdc.py"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
-        command += ["--stages=step", f"--seconds={seconds}", f"--output={output}"]
+        command += [f"--stages={stage}", f"--seconds={seconds}", f"--output={output}"]
         subprocess.run(command, cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
-        return json.loads(output.read_text())["step"]
+        return json.loads(output.read_text())[stage]

@@ -5,8 +5,9 @@ python benchmarks/torch_cgs.py --plan lean --layout channels_last --compile
 Prints one JSON line: milliseconds of every timed step and peak memory. Written from the paper's
 equations (Wang et al., IEEE TMI 2025), independently of `cgs_jax`; `tests/test_benchmark.py` checks
 that both compute the same loss. `--plan full` is the authors' iteration: student on weak and strong
-views of all images, teacher on them and on a second batch. Views are made on the device, by
-`grid_sample`, and batches wait in memory: loaders are not part of the comparison.
+views of all images, teacher on them and on a second batch; `--plan predict` makes labels instead.
+Views are made on the device, by `grid_sample`, and batches wait in memory: loaders are not part of
+the comparison.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class Block(nn.Sequential):
@@ -57,8 +59,8 @@ class UNet(nn.Module):
         )
         self.last = nn.ModuleList(nn.Conv2d(width, 3, 3, padding=1) for _ in range(targets))
 
-    def forward(self, x):
-        """[B, 1, H, W] -> logits [B, K + 1, H, W] and K times [B, 3, H, W]."""
+    def features(self, x):
+        """[B, 1, H, W] -> [B, 16, H, W]."""
         skips = []
         for i, block in enumerate(self.down):
             x = block(F.max_pool2d(x, 2) if i else x)
@@ -66,6 +68,11 @@ class UNet(nn.Module):
         for reduce, block, skip in zip(self.reduce, self.up, skips[-2::-1], strict=True):
             x = F.interpolate(reduce(x), scale_factor=2, mode="bilinear", align_corners=True)
             x = block(torch.cat([skip, x], 1))
+        return x
+
+    def forward(self, x):
+        """[B, 1, H, W] -> logits [B, K + 1, H, W] and K times [B, 3, H, W]."""
+        x = self.features(x)
         parts = self.wide(x).chunk(len(self.last), 1)
         return self.generalist(x), [conv(part) for conv, part in zip(self.last, parts, strict=True)]
 
@@ -250,10 +257,36 @@ class Trainer:
         return loss.detach()
 
 
+class Prediction:
+    """Labels of slices by the generalist alone, batch norm folded into the convolutions."""
+
+    def __init__(self, options):
+        self.device, self.dtype = torch.device(options.device), options.dtype
+        self.memory_format = getattr(torch, options.layout)
+        network = UNet(options.targets).eval()
+        for block in (*network.down, *network.up):
+            for i in (0, 4):
+                block[i] = fuse_conv_bn_eval(block[i], block[i + 1])
+                block[i + 1] = nn.Identity()
+        self.network = network.to(self.device, memory_format=self.memory_format)
+        self.labels = torch.compile(self._labels) if options.compile else self._labels
+
+    def _labels(self, image):
+        network = self.network
+        return network.generalist(network.features(image)).softmax(1).argmax(1)
+
+    def __call__(self, image, label, unlabelled, partner):
+        """Labels [B, H, W] of both halves of the batch."""
+        image = torch.cat([image, unlabelled]).contiguous(memory_format=self.memory_format)
+        bfloat16 = self.dtype == "bfloat16"
+        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, bfloat16):
+            return self.labels(image)
+
+
 def main():
     """Times the step on random images and prints the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plan", choices=("lean", "full"), default="lean")
+    parser.add_argument("--plan", choices=("lean", "full", "predict"), default="lean")
     parser.add_argument("--layout", choices=("channels_last", "contiguous_format"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--compile", action="store_true")
@@ -268,7 +301,7 @@ def main():
     options = parser.parse_args()
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    trainer = Trainer(options)
+    trainer = (Prediction if options.plan == "predict" else Trainer)(options)
     n, size, device = options.batch // 2, options.size, trainer.device
     image, unlabelled = torch.rand(2, n, 1, size, size, device=device).unbind()
     partner = torch.rand(2 * n, 1, size, size, device=device)

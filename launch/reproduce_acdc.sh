@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's ACDC table: labelled slices alone, plainly and strongly augmented, CGS, and CGS without
+# Four rows on ACDC: labelled slices alone, plainly and strongly augmented, CGS, and CGS without
 # specialists; Dice, Jaccard, 95HD and ASD by organ over seeds, of the best and of the last checkpoint,
 # by our scoring and by the literature's. FOLDER has SSL4MIS's h5 files.
 #   bash launch/reproduce_acdc.sh FOLDER [--labelled 3|7] [--recipe paper|patches] [--seeds N]
