@@ -51,7 +51,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
             run_folder.check_scans(digests, workdir, finished)
         elif processes.is_first():
             run_folder.save_scans(digests, workdir)
-        if (finished or not splits) and processes.is_first():
+        if processes.is_first():  # of a run that goes on what is free may be another
             run_folder.save(config, prepared.splits, workdir)
         if not loop.train(config, method, prepared, checkpoints, workdir, mesh):
             return None
@@ -59,6 +59,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
         evaluate.tell(summary, summaries.final_split(summary))
         if processes.is_first():
             evaluate.write(summary, best, prepared, workdir)
+        processes.barrier("outputs written")  # who ends earlier would wait minutes at most
         return summary
 
 

@@ -161,7 +161,7 @@ def _module(path):
 
 
 def _config(path, arguments, overrides, fields, row):
-    """The config of a row, all fields as its file alone has them, and those of the row."""
+    """The config of a row, all its fields as the file alone sets them, and the row's own fields."""
     try:
         config = _module(path).get_config(arguments or None)
     except ValueError as error:

@@ -14,7 +14,8 @@
 # --workdir and the data must be where all workers see them: a mounted bucket or NFS.
 # Example:
 #   ZONE=us-west4-a bash launch/tpu_pod.sh run --config configs/acdc.py --workdir /mnt/nfs/runs/acdc \
-#     --config.data.root=/mnt/nfs/acdc --config.data.cache=/tmp/cache --config.model.dtype=bfloat16
+#     --config.data.root=/mnt/nfs/acdc --config.data.cache=/tmp/cache --config.model.dtype=bfloat16 \
+#     --config.mesh.space=4   # 16 chips share 12 images
 # --dry-run prints the gcloud lines instead of running them.
 set -euo pipefail
 cd "$(dirname "$0")/.."

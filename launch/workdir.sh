@@ -10,6 +10,8 @@ for ((i = 1; i <= $#; i++)); do
     --workdir) workdir=${!next} ;;
   esac
 done
+home=~
+workdir=${workdir/#\~\//$home/} # a shell leaves it in --workdir=~/RUN
 
 # finished PYTHON: whether that run is done. Python looks, for a shell does not see files of a bucket.
 finished() {

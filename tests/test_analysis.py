@@ -1,5 +1,7 @@
 """Tables, pseudo-label quality and participation against numbers made by hand."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,6 +226,14 @@ def test_participation_by_hand():
     assert organs == [[5 / 9, 4 / 9], [2 / 5, 3 / 5]]
     frame = pd.DataFrame({"organ": ["a", "b"], "without": [0.9, 0.1], "with": [0.95, 0.3]})
     assert organ_shares.keeps_bound(frame).tolist() == [False, True]
+
+
+def test_copies_of_runs_are_no_runs(tmp_path):
+    """A folder beside those of the seeds, such as a backup, is not in the table."""
+    folder = shutil.copytree(REPOSITORY / "results" / "acdc" / "3_labelled", tmp_path / "sweep")
+    before = tables.load(folder)
+    shutil.copytree(folder / "cgs" / "seed0", folder / "cgs" / "seed0_old")
+    assert list(tables.load(folder).runs.workdir) == list(before.runs.workdir)
 
 
 def test_published_scores_are_read():

@@ -91,6 +91,21 @@ def test_jitter_stays_in_range_and_keeps_some_images():
     assert 0.05 < same < 0.4
 
 
+def test_jitter_by_hand():
+    """Of images of two values contrast and brightness change each by its own draw: by contrast
+    their distance, about their mean, and by brightness both, before or after."""
+    config = tiny(**{"augment.jitter": 1.0, "augment.strength": 0.2}).augment
+    image = jnp.broadcast_to(jnp.array([0.45, 0.55]).reshape(1, 1, 2, 1), (400, 2, 2, 1))
+    made = np.asarray(jax.jit(lambda key: augment.strong(key, image, config))(jax.random.key(0)))
+    low, high = made[:, 0, 0, 0], made[:, 0, 1, 0]
+    brightness, both = (low + high) / 1.0, (high - low) / 0.1
+    contrast = both / brightness
+    for factor in (brightness, contrast):
+        assert 0.8 <= factor.min() + 1e-5 < 0.81
+        assert 1.19 < factor.max() <= 1.2 + 1e-5
+    assert abs(np.corrcoef(brightness, contrast)[0, 1]) < 0.2
+
+
 def test_cutmix_boxes_are_boxes_of_the_right_size():
     keep = jax.jit(lambda key: augment.cutmix_keep(key, (400, 64, 64)))(jax.random.key(0))
     inside = ~np.asarray(keep)

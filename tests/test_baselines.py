@@ -187,6 +187,7 @@ def test_every_term_has_a_gradient_where_it_counts(name, pairs):
         return {n: v for n, v in metrics.items() if n.endswith(("ce", "dice", "mse", "variance"))}
 
     gradients = jax.jit(jax.jacrev(terms))(students)
+    assert gradients
     for which, of_students in gradients.items():
         gradient = jax.tree.leaves(of_students)
         assert any(jnp.abs(g).max() > 0 for g in gradient), which
@@ -332,6 +333,24 @@ def test_shares_of_pixels_stay_shares():
         np.testing.assert_allclose(two[name], value, rtol=1e-6)
 
 
+def test_pairs_count_by_their_share():
+    """Terms of a pair with a quarter are a quarter of its own, and sums go over pairs."""
+    options = tiny("cgs:cmems").cgs
+    shapes = (2, 8, 8, 3), (2, 8, 8, 2, 3)
+
+    def outputs(seed):
+        key = jax.random.key(seed)
+        generalist, heads = (5 * jax.random.normal(key, shape) for shape in shapes)
+        return Outputs(generalist, (heads,))
+
+    pairs = [base.Pair(outputs(i), outputs(i + 1)) for i in (0, 2)]
+    (one, _), (other, _) = (cgs.consistency([pair], options) for pair in pairs)
+    shared = [pairs[0]._replace(share=0.25), pairs[1]._replace(share=0.5)]
+    both, _ = cgs.consistency(shared, options)
+    for name in one:
+        np.testing.assert_allclose(both[name], one[name] / 4 + other[name] / 2, rtol=1e-5)
+
+
 def test_recipes_weigh_only_what_cgs_adds():
     own_data = nnunet.get_config("method=cgs,base=unimatch")
     assert (own_data.cgs.lambda_max, own_data.method.lambda_max) == (0.5, 2.0)
@@ -364,6 +383,8 @@ def test_cgs_adds_its_terms_to_those_of_the_method_below():
     loss, (model_state, extra, metrics) = method.loss({}, state, {}, None)
     np.testing.assert_allclose(loss, 3 * below["unsup/mse"] + 0.5 * sum(own.values()), rtol=1e-5)
     assert (model_state, extra) == ("statistics", "extra")
+    halfway = method.loss({}, state.replace(step=jnp.asarray(30)), {}, None)[1][2]
+    np.testing.assert_allclose(halfway["cgs/lambda"], 0.5 * np.exp(-1.25), rtol=1e-5)
     np.testing.assert_allclose(metrics["unsup/mse"], below["unsup/mse"], rtol=1e-6)
     for name, value in own.items():
         np.testing.assert_allclose(metrics[f"cgs/{name[6:]}"], value, rtol=1e-6)

@@ -23,6 +23,7 @@ from cgs_jax.data.volume import NO_LABEL, Volume, normalise
 from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import summaries
+from cgs_jax.training.resolve import resolve
 from configs import nnunet, segthor
 from layouts import everything, lists, nnunet_folder, save
 
@@ -134,6 +135,8 @@ def test_normalise():
     np.testing.assert_allclose(normalise(image, (-400, 400)), [0, 0, 0.5, 1, 1])
     np.testing.assert_allclose(normalise(image, "minmax"), [0, 0.15, 0.25, 0.35, 1])
     assert np.isfinite(normalise(np.zeros(3, np.float32), "minmax")).all()
+    percentiles = normalise(np.arange(1001.0), "percentile")  # 5 and 995
+    np.testing.assert_allclose(percentiles[[4, 5, 104, 500, 995, 996]], [0, 0, 0.1, 0.5, 1, 1])
     for wrong in ("zscore", (400, -400), "(400", (1.0, 2.0, 3.0), (float("nan"), 3)):
         with pytest.raises(UserError, match="give .low, high., minmax or percentile"):
             normalise(image, wrong)
@@ -191,6 +194,22 @@ def test_cache_knows_its_sources(thorax, reads):
     (root / "Patient_01" / "GT.nii.gz").touch()
     cache.prepare(config)
     assert reads[11:] == ["Patient_01"]
+    other = {"slicing": "coronal", "normalise": "minmax", "trust_shapes": True}
+    for name, value in (other | {"slice_spacing": 2.0, "spacing": 9.0}).items():
+        with config.unlocked():
+            before, config.data[name] = config.data[name], value
+        reads.clear()
+        cache.prepare(config)
+        assert len(reads) == 5, name
+        config.data[name] = before
+
+
+def test_slices_know_how_much_higher_than_wide_they_were(tmp_path):
+    config, _ = nnunet_folder(tmp_path)  # of 8 rows and 9 columns
+    data = cache.prepare(resolve(config))
+    rows = data.rows(data.splits.train)
+    np.testing.assert_allclose(data.aspects(rows), 8 / 9, rtol=1e-6)
+    assert (data.images(rows).shape[1:3], len(rows) > 0) == ((16, 16), True)
 
 
 def test_other_splits_prepare_nothing(thorax, reads):

@@ -215,6 +215,7 @@ def test_other_classes_than_numbers(tmp_path):
         ({"classes": (1, 2)}, r"data.classes=\(1, 2\): names of organs are texts"),
         ({"classes": ("head", "head")}, "has a name twice"),
         ({"classes": ("head", "mean")}, "rename the organ 'mean'"),
+        ({"classes": ("low", "head")}, "rename the organ 'low'"),
         ({"regions": (("dice", (1, 2)),)}, "rename the organ 'dice'"),
     ],
 )

@@ -1,6 +1,8 @@
 """Launch scripts: they are sound shell, and print what they would do."""
 
+import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import pytest
 import yaml
 
 from cgs_jax.training.loop import RESULTS
+from configs import acdc
 from runs import REPOSITORY
 
 LAUNCH = REPOSITORY / "launch"
@@ -91,6 +94,15 @@ def test_kubernetes_pods_make_up_the_slice():
     assert run("bash", "-n", "-c", script).returncode == 0
     assert "--multihost" in script
     assert "finished python" in script
+    (space,) = map(int, re.findall(r"--config.mesh.space=(\d+)", script))
+    assert acdc.get_config().batch.labelled % (int(rows) * int(columns) // space) == 0
+
+
+def test_folders_of_runs_in_the_home_folder():
+    """A shell leaves ~ in --workdir=~/RUN, which the program takes for the home folder."""
+    for argument in ("--workdir=~/runs/a", "--workdir ~/runs/a"):
+        line = f"source launch/workdir.sh {argument} && echo $workdir"
+        assert run("bash", "-c", line).stdout == f"{os.environ['HOME']}/runs/a\n"
 
 
 @pytest.mark.parametrize("script", ["local_processes.sh", "slurm.sbatch", "tpu_pod.sh"])

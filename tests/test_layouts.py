@@ -7,14 +7,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cgs_jax.data import cache, completion, streams
+from cgs_jax.data import cache, completion, streams, tasks
 from cgs_jax.data.case_lists import Splits
 from cgs_jax.data.grid import resize
 from cgs_jax.data.layouts import acdc as acdc_layout
 from cgs_jax.data.layouts import synapse as synapse_layout
 from cgs_jax.data.volume import normalise
 from cgs_jax.runtime.errors import UserError
-from configs import acdc, synapse
+from configs import acdc, segthor, synapse
 from layouts import STREAMS, everything, nnunet_folder, save
 
 
@@ -78,6 +78,23 @@ def test_synapse_layouts(tmp_path):
     # pancreas
     expected = [0, 7, 4, 3, 2, 0, 5, 8, 1, 0, 0, 6, 0, 0]
     np.testing.assert_array_equal(volume.label[0, 0], expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        (synapse, ("Training/img/img0001.nii.gz", "pred/img0001.nii.gz")),
+        (segthor, ("Patient_01/Patient_01.nii.gz", "pred/Patient_01/Patient_01.nii.gz")),
+    ],
+)
+def test_two_files_of_one_name_are_refused(tmp_path, config, files):
+    """One may be a prediction, which would be taken for the scan."""
+    data = config.get_config().data
+    data.root = str(tmp_path)
+    for file in files:
+        save(tmp_path / file, np.zeros((2, 2, 2), np.uint8))
+    with pytest.raises(UserError, match=f"{files[0]} and .*{files[1]} are both .*0?1"):
+        tasks.layout(data).find(data)
 
 
 def test_nnunet_layout(tmp_path):

@@ -1,11 +1,14 @@
 """The programs as a user starts them: train, evaluate, predict."""
 
+import contextlib
 import json
 import os
 import pathlib
 import re
 import shutil
 
+import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
@@ -15,11 +18,13 @@ from cgs_jax.analysis import tables
 from cgs_jax.data.grid import upsampled_labels
 from cgs_jax.data.nifti import read_nifti
 from cgs_jax.inference.predictor import Predictor
-from cgs_jax.runtime import run_folder
+from cgs_jax.runtime import devices, run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import to_json
+from cgs_jax.training import loop, train_step
+from cgs_jax.training.checkpoints import Checkpoints
 from configs import nnunet
-from layouts import nnunet_folder, save
+from layouts import lists, nnunet_folder, save
 from runs import TINY, before_the_end, command, config_of, start
 
 NEW = "new.nii.gz"
@@ -45,7 +50,6 @@ def test_outputs_of_a_run(trained):
         "predicted",
         "missed",
     }
-    assert "undefined" in summary["test"]["organs"]["trachea"]["dice"]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == list(range(5, 101, 5))
     validation = {line["step"]: line["val/dice"] for line in lines if "val/dice" in line}
@@ -53,6 +57,8 @@ def test_outputs_of_a_run(trained):
     assert summary["last"]["step"] == 100
     assert set(summary["last"]["test"]["cases"]) == {"Patient_06", "Patient_07"}
     assert summary["step"] in [s for s, v in validation.items() if v == max(validation.values())]
+    chosen = pytest.approx(100 * summary["val"]["mean"]["dice"])
+    assert validation[summary["step"]] == chosen
     kept = {int(path.name) for path in (workdir / "checkpoints").iterdir()}
     assert kept == {80, 100, summary["step"]}  # the latest two and the best
     assert "esophagus" in printed
@@ -61,6 +67,17 @@ def test_outputs_of_a_run(trained):
     assert compare.names([workdir, workdir]) == [workdir.name] * 2
     runs = [workdir / row / "seed0" for row in ("a", "b")]
     assert compare.names(runs) == ["a/seed0", "b/seed0"]
+
+
+def test_gain_is_what_the_last_run_has_more(trained, tmp_path):
+    better = shutil.copytree(trained[0], tmp_path / "better")
+    summary = json.loads((better / "summary.json").read_text())
+    for organ in summary["test"]["organs"].values():
+        organ["dice"]["mean"] += 0.1
+    summary["test"]["mean"]["dice"] += 0.2
+    (better / "summary.json").write_text(json.dumps(summary))
+    text = compare.compare([trained[0], better])
+    assert (text.count("+10.00"), text.count("+20.00")) == (4, 1)
 
 
 def test_evaluation_reproduces_the_scores(trained, tmp_path):
@@ -79,6 +96,51 @@ def test_evaluation_reproduces_the_scores(trained, tmp_path):
     begun = before_the_end(trained, tmp_path / "begun")
     assert evaluate.evaluate([begun])["last"]["step"] == 80
     assert not (begun / "summary.json").exists()
+
+
+def test_best_and_last_checkpoint_are_told_apart(trained, scans, tmp_path):
+    """One more checkpoint, of a network that finds nothing, is the last and not the best."""
+    workdir, config = shutil.copytree(trained[0], tmp_path / "run"), config_of(scans)
+    like = train_step.abstract_state(train_step.make_method(config), devices.make_mesh(config))
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        best = checkpoints.best
+        state = checkpoints.restore_latest(like)
+        teacher = jax.tree.map(jnp.zeros_like, state.extra)
+        checkpoints.save(state.replace(step=state.step + 1, extra=teacher), -0.5)
+    before = json.loads((workdir / "summary.json").read_text())
+    after = evaluate.evaluate([workdir])
+    assert (after["step"], after["last"]["step"]) == (best, TINY["total_steps"] + 1)
+    assert to_json(after["test"]) == to_json(before["test"])
+    assert after["test"]["mean"]["dice"] > after["last"]["test"]["mean"]["dice"] == 0
+
+
+def test_a_run_keeps_its_cases(trained, scans, tmp_path, monkeypatch):
+    """Lists that changed since change nothing in a run that goes on, or is scored again."""
+    workdir = before_the_end(trained, tmp_path / "run")
+    splits = json.loads((workdir / "splits.json").read_text())
+    config, seen = config_of(scans), []
+    with pytest.raises(UserError, match="run was trained with inference=generalist, now it is"):
+        main.run(config_of(scans, inference="specialists"), workdir)  # would choose otherwise
+    moved = shutil.copytree(scans, tmp_path / "moved")
+    config.data.splits = str(moved / "lists")
+    saved = json.loads((workdir / "config.json").read_text())
+    saved["data"]["splits"] = config.data.splits  # as if they had been there when it began
+    (workdir / "config.json").write_text(json.dumps(saved))
+    lists(moved / "lists", val=splits["test"][:1], test=splits["val"])
+    monkeypatch.setattr(loop, "train", lambda config, method, prepared, *_: seen.append(prepared))
+    assert main.run(config, workdir) is None
+    for found in (seen[0].splits, evaluate.scans(*run_folder.load(workdir)).splits):
+        assert (found.val, found.test) == (splits["val"], splits["test"])
+
+
+def test_a_run_keeps_the_free_options_that_it_went_on_with(trained, scans, tmp_path, monkeypatch):
+    """Begun without test scores and ended with them, it is scored again with them."""
+    workdir = before_the_end(trained, tmp_path / "run")
+    saved = json.loads((workdir / "config.json").read_text())
+    (workdir / "config.json").write_text(json.dumps(saved | {"test": False}))
+    monkeypatch.setattr(loop, "train", lambda *_: False)
+    main.run(config_of(scans), workdir)
+    assert run_folder.load(workdir)[0].test
 
 
 def test_a_run_in_a_read_only_folder_is_scored(trained, monkeypatch, capsys):

@@ -212,3 +212,11 @@ def test_keys_follow_seed_and_step():
     assert losses_seen[0] == losses_seen[1]
     assert len(set(losses_seen)) == 3
     assert step._cache_size() == 1
+    assert train_step.seed_of(tiny(seed=5)) == 5
+    kernels = []
+    for seed in (0, 1, 1):
+        own = tiny(seed=seed)
+        state = train_step.init_state(train_step.make_method(own), make_mesh(own))
+        kernels.append(np.asarray(state.params["backbone"]["down0"]["conv1"]["kernel"]))
+    assert (kernels[0] != kernels[1]).all()
+    np.testing.assert_array_equal(kernels[1], kernels[2])

@@ -1,12 +1,14 @@
 """Volume metrics with numbers known by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from scipy import ndimage
 
 from cgs_jax.data.grid import resize, upsampled_labels
-from cgs_jax.data.volume import Volume, keep_largest
+from cgs_jax.data.volume import NO_LABEL, Volume, keep_largest
 from cgs_jax.inference import predictor
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.scoring import metrics, summaries
@@ -49,6 +51,37 @@ def test_asd_is_one_directional():
     pred[..., 0] = True
     assert metrics.score(pred, truth)["asd"] == 0
     assert metrics.score(truth, pred)["asd"] == pytest.approx(4.5)
+
+
+def test_scores_of_labels():
+    """Prediction first, spacing along D, H and W, several numbers as one region."""
+    label, truth = np.zeros((2, 8, 8, 8), np.uint8)
+    label[1, 1, 1], truth[1, 4, 5] = 1, 2
+    scores = summaries._score(label, truth, (1, 2), (1.0, 2.0, 0.5), True)
+    assert (scores["hd95"], scores["hd95_mm"]) == (5, pytest.approx(np.hypot(6, 2)))
+    assert (scores["voxels"], scores["predicted"], scores["missed"]) == (1, 1, 0)
+    label, truth = np.zeros((2, 1, 1, 10), np.uint8)
+    truth[..., :], label[..., 0] = 1, 1
+    assert summaries._score(label, truth, (1,), None, True)["asd"] == 0
+    assert summaries._score(0 * label, truth, (1,), None, True)["missed"] == 1
+    truth[..., 5:] = NO_LABEL  # what nobody annotated is not wrong
+    label[...] = 1
+    assert summaries._score(label, truth, (1,), None, False)["dice"] == 1
+
+
+def test_spacing_is_that_of_the_scan():
+    """Voxels that are 5 apart along the last axis, of .5 mm."""
+    truth, guess = np.zeros((2, 2, 16, 16), np.uint8)
+    truth[0, 3, 3], guess[0, 3, 8] = 1, 1
+    volume = Volume(guess[None].astype(np.uint16), truth, (3.0, 2.0, 0.5))
+    prepared = SimpleNamespace(
+        volume=lambda case: volume,
+        scored=lambda case: {"a": (1,)},
+        by_task=lambda cases: {"": list(cases)},
+    )
+    found = Predictor(one_hot, CONFIG)
+    (results,) = summaries.evaluate(found, prepared, ["x"], True, predictor.LITERATURE)
+    assert results["x"]["a"]["hd95_mm"] == 2.5
 
 
 def test_absent_organs():

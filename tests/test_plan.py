@@ -6,7 +6,7 @@ import pytest
 
 import runs
 from cgs_jax import plan
-from cgs_jax.data import completion, fingerprint, proposal, tasks
+from cgs_jax.data import case_lists, completion, fingerprint, proposal, tasks
 from cgs_jax.data.fingerprint import Facts
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training.resolve import resolve
@@ -41,6 +41,21 @@ def test_ct_has_the_window_of_its_organs(tmp_path, capsys):
     config, _ = ct(tmp_path / "given")
     config.data.normalise = (-200, 300)
     assert resolve(config).data.normalise == (-200, 300)
+
+
+def test_a_window_is_that_of_training_cases_alone(tmp_path):
+    """Whatever organs have in cases whose labels validate, test or are withheld."""
+    config, root = ct(tmp_path)
+    config.data.labelled = 2
+    before = resolve(config).data.normalise
+    data = resolve(config).data
+    teaching = case_lists.split(tasks.layout(data).find(data), data, data.split_seed).labelled
+    assert len(teaching) == 2
+    for path in (root / "imagesTr").iterdir():
+        if path.name.replace("_0000.nii.gz", "") not in teaching:
+            image = np.array(nib.load(path).dataobj)
+            save(path, np.where(image >= 40, image + 500, image))
+    assert resolve(config).data.normalise == before
 
 
 def test_facts_are_looked_up_once(tmp_path, monkeypatch):
@@ -89,6 +104,12 @@ def test_scans_that_are_alike_are_taken_as_they_are():
     large = {str(i): scan((90, 512, 512), (2.0, 0.7, 0.7)) for i in range(3)}
     assert proposal.of_scans(large, 16, "cpu")["data.patch"] == 128
     assert proposal.of_scans(large, 16, "tpu")["data.patch"] == 256
+
+
+def test_batches_divide_by_the_devices():
+    fields = {"data.patch": 100, "batch.labelled": 12, "batch.unlabelled": 0}
+    assert proposal.for_devices(fields, 1) == fields
+    assert proposal.for_devices(fields, 8) == fields | {"batch.labelled": 16}
 
 
 def test_volumes_are_proposed_by_their_spacing():

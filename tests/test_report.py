@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from cgs_jax.analysis import plots, report
@@ -61,6 +62,11 @@ def test_slices_of_a_case():
     assert (overlay != image).any(-1).sum() == 25
     assert (prediction == image).all()  # it begins three slices later
     np.testing.assert_array_equal((error != image).any(-1), truth[5] == 1)  # missed
+    too_much = plots.panels(shown._replace(truth=shown.label, label=truth), 5)[3]
+    for picture, name in ((error, "missed"), (too_much, "too much")):
+        colour = picture[truth[5] == 1].mean(0) - 0.45 * image[truth[5] == 1].mean(0)
+        expected = 0.55 * 255 * np.array(to_rgb(plots.ERRORS[name]))
+        np.testing.assert_allclose(colour, expected, atol=1.5)
     turned = plots.panels(shown._replace(slicing="axial"), 5)[1]
     np.testing.assert_array_equal(turned, overlay[::-1, ::-1])
 

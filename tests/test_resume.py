@@ -1,6 +1,7 @@
 """Nothing is lost: killed, stopped, and damaged runs go on."""
 
 import contextlib
+import errno
 import importlib.util
 import os
 import pathlib
@@ -12,6 +13,7 @@ import subprocess
 import time
 
 import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
@@ -20,11 +22,11 @@ from ml_collections import ConfigDict
 
 from cgs_jax.analysis import plots
 from cgs_jax.data import nifti
-from cgs_jax.runtime import devices, files, logs, processes
+from cgs_jax.runtime import devices, files, logs, processes, run_folder
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import loop, train_step
 from cgs_jax.training.checkpoints import Checkpoints
-from cgs_jax.training.train_state import Metrics
+from cgs_jax.training.train_state import Metrics, TrainState
 from runs import before_the_end, begin, command, config_of, saved_state, start
 
 
@@ -90,6 +92,44 @@ def test_few_steps_are_under_way_when_a_run_is_to_stop():
     config, state = ConfigDict({"seed": 0} | never), np.eye(512, dtype=np.float32)
     list(loop.steps(config, train_step, state, batches(), 0, None, processes.Stop()))
     assert max(under_way) <= loop.AHEAD
+
+
+def test_folders_without_locks(tmp_path, monkeypatch, capsys):
+    """Some network file systems have none."""
+
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", flock)
+    with run_folder.locked(tmp_path):
+        assert "can not be locked there; start one job" in capsys.readouterr().out
+
+
+def test_minutes_of_all_starts_add_up(tmp_path):
+    """A start counts as far as its last validation."""
+    starts = [{"hardware": "a", "jax": "1"}, {"seconds": 60}, {"seconds": 120}]
+    starts += [{"hardware": "b", "jax": "2"}, {"seconds": 30}]
+    (tmp_path / "times.jsonl").write_text("".join(files.to_json(line) + "\n" for line in starts))
+    assert logs.time_spent(tmp_path) == (2.5, "b, jax 2")
+
+
+def test_the_best_checkpoint_is_kept(tmp_path):
+    """By validation Dice, however many come after, with a Dice or without."""
+
+    def state(n):
+        value = {"w": jnp.full(3, float(n))}
+        return TrainState(jnp.asarray(n), value, value, value, value)
+
+    like = devices.abstract(state(0), devices.replicated(devices.local_mesh()))
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for n, dice in enumerate((0.2, 0.9, 0.4, 0.3), 1):
+            checkpoints.save(state(n), dice)
+        checkpoints.save(state(5))
+        assert checkpoints.restore_best(like).params["w"].tolist() == [2, 2, 2]
+        assert checkpoints.restore_latest(like).params["w"].tolist() == [5, 5, 5]
+        assert (checkpoints.best, checkpoints.latest) == (2, 5)
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {"2", "4", "5"}
 
 
 def copy_with_damage(trained, workdir, damage):

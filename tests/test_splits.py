@@ -1,6 +1,7 @@
 """Which case belongs where."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -105,6 +106,55 @@ def test_scans_of_labelled_patients_do_not_validate(tmp_path):
         splits = case_lists.split(cases, data, seed)
         case_lists.check(splits, cases, data)
         assert splits.labelled == listed["labelled_2"]
+
+
+def test_a_patient_is_on_one_side(tmp_path, capsys):
+    """Two scans of a patient, in two lists; and patients whose names look like one."""
+    data = nnunet.get_config("labelled=1").data
+    names = ["p1_ED", "p2_ED", "p1_ES", "p3_ED"]
+    cases = {name: case_lists.Case(name, (), ("x",)) for name in names}
+    listed = {"train": names[:2], "val": names[2:3], "test": names[3:], "labelled_1": ["p2_ED"]}
+    data.splits = lists(tmp_path, **listed)
+    with pytest.raises(UserError, match="patient p1 is in train and in val"):
+        case_lists.check(case_lists.split(cases, data, 0), cases, data)
+    splits = case_lists.Splits(["p7_a", "p8_a"], ["p7_b"], ["p9_a"], ["p8_a"])
+    case_lists.tell(splits, data)
+    assert "WARNING: p7_a, p7_b are in train and val; if" in capsys.readouterr().out
+    case_lists.tell(case_lists.Splits(["a_ED"], ["a_ES"], [], ["a_ED"]), data)
+    assert "WARNING: all cases count as one patient" in capsys.readouterr().out
+
+
+def test_unlabelled_scans_of_held_out_patients_do_not_train():
+    data = nnunet.get_config().data
+    names = [f"p{i}_visit{v}" for i in range(10) for v in (1, 2)]
+    cases = {n: case_lists.Case(n, (), ("x",) if n.endswith("1") else None) for n in names}
+    splits = case_lists.split(cases, data, 0)
+    case_lists.check(splits, cases, data)
+    held_out = {case.split("_")[0] for case in (*splits.val, *splits.test)}
+    assert len(held_out) == 3
+    assert len(splits.train) == 14
+    assert not held_out & {case.split("_")[0] for case in splits.train}
+
+
+def test_the_same_scan_on_both_sides_is_told(tmp_path, capsys):
+    """Whatever it is called: also in two data sets, whose patients are told apart by name alone."""
+    config, root = nnunet_folder(tmp_path)
+    splits = cache.prepare(resolve(config)).splits
+    one, other = splits.labelled[0], splits.test[0]
+    for folder, ending in (("imagesTr", "_0000.nii.gz"), ("labelsTr", ".nii.gz")):
+        shutil.copy(root / folder / f"{one}{ending}", root / folder / f"{other}{ending}")
+    assert "same scan" not in capsys.readouterr().out
+    cache.prepare(resolve(config))
+    told = f"WARNING: {one} of train and {other} of test are the same scan; leave"
+    assert told in capsys.readouterr().out
+
+
+def test_labels_that_are_left_out_are_told_where_none_is_left():
+    data = nnunet.get_config("labelled=1").data
+    data.partly_labelled = False
+    partly = {f"p{i}": case_lists.Case(f"p{i}", (), ("x",), annotated=("liver",)) for i in range(9)}
+    with pytest.raises(UserError, match="no labelled cases .* --config.data.partly_labelled=True"):
+        case_lists.check(case_lists.split(partly, data, 0), partly, data)
 
 
 def test_folds_of_nnunet(tmp_path):

@@ -225,6 +225,16 @@ def test_bad_sweeps(scans, tmp_path, capsys):
         sweep.shard("0/2", [run])
 
 
+def test_seeds_differ(tmp_path):
+    """From that of the config on."""
+    given = {"seed": 3, "data.root": "none"}
+    _, found = sweep.plan("configs/acdc.py", given, "configs/sweeps/three.py", tmp_path, 2, ["cgs"])
+    assert [run.config.seed for run in found] == [3, 4]
+    assert [run.workdir for run in found] == [tmp_path / "cgs" / f"seed{i}" for i in (3, 4)]
+    for run in found:
+        assert f"--config.seed={run.config.seed}" in run.command
+
+
 def test_what_all_runs_tell_is_told_once(monkeypatch, tmp_path, capsys):
     def resolve(config, saved):
         logs.say("grid: size 64")

@@ -55,7 +55,9 @@ def curves(lines: list[dict[str, float]], organs: Sequence[str]) -> Figure | Non
         "pseudo-labels: precision %": _of_sources("precision"),
     }
     groups = {
-        t: g for t, g in groups.items() if any(line.get(k) is not None for line in lines for k in g)
+        title: names
+        for title, names in groups.items()
+        if any(line.get(key) is not None for line in lines for key in names)
     }
     if not groups:
         return None
@@ -63,10 +65,12 @@ def curves(lines: list[dict[str, float]], organs: Sequence[str]) -> Figure | Non
     figure.set_layout_engine("constrained")
     for i, (title, names) in enumerate(groups.items(), 1):
         axes = figure.add_subplot(-(-len(groups) // 3), min(len(groups), 3), i)
-        for i, (key, name) in enumerate(names.items()):
+        for organ, (key, name) in enumerate(names.items()):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
-                style = {"color": "black", "lw": 2} if key == "val/dice" else {"color": colour(i)}
+                style = {"color": colour(organ)}
+                if key == "val/dice":
+                    style = {"color": "black", "lw": 2}
                 axes.plot(*zip(*points, strict=True), ".-", label=name, **style)
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
@@ -98,7 +102,8 @@ def show(predictor: Predictor, prepared: Prepared, cases: list[tuple[str, float]
         known = prepared.organs(case)
         marked = [i for i, organ in enumerate(task.data.classes, 1) if organ in known]
         label = np.where(volume.label == NO_LABEL, 0, label)
-        labels = (np.where(np.isin(x, marked), x + task.first, 0) for x in (volume.label, label))
+        both = (x.astype(np.int32) for x in (volume.label, label))
+        labels = (np.where(np.isin(x, marked), x + task.first, 0) for x in both)
         image, slicing = volume.image[0], task.data.slicing
         found[case] = Shown(case, dice[case], slicing, image, *labels, volume.aspect)
     return [found[case] for case, _ in cases]

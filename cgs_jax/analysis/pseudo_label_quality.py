@@ -90,7 +90,7 @@ def make_measure(
     compiled = devices.jit(measure, mesh)
 
     def run(state):
-        state, total = devices.localise(mesh, state), {}
+        state, total = devices.localise(mesh, state.replace(opt_state=None)), {}
         for some in (rows[i : i + size] for i in range(0, len(rows), size)):
             pad = ((0, size - len(some)), (0, 0), (0, 0))
             batch = (

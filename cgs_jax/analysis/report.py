@@ -57,8 +57,8 @@ def write(
         "config": config.to_dict(),
     }
     # Inside <script>, "</script>" would end it and "<!--" hide its end.
-    text = TEMPLATE.read_text().replace("{{DATA}}", to_json(data).replace("<", "\\u003c"))
-    write_text(workdir / "report.html", text)
+    page, text = TEMPLATE.read_text(encoding="utf-8"), to_json(data).replace("<", "\\u003c")
+    write_text(workdir / "report.html", page.replace("{{DATA}}", text))
 
 
 def _dice(scored, split):

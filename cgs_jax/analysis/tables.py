@@ -6,6 +6,7 @@ millimetres where the name ends in `_mm`.
 
 import json
 import pathlib
+import re
 from functools import partial
 from typing import NamedTuple
 
@@ -54,7 +55,8 @@ def load(folder: pathlib.Path | str) -> Sweep:
     if order.exists():
         name = lambda workdir: str(workdir.parent.relative_to(folder))  # noqa: E731
         rows = json.loads(order.read_text())["rows"]
-        found = [workdir for row in rows for workdir in found if name(workdir) == row]
+        runs = [workdir for workdir in found if re.fullmatch(r"seed\d+", workdir.name)]
+        found = [workdir for row in rows for workdir in runs if name(workdir) == row]
     if not found:
         raise UserError(f"no finished run in {folder}")
     runs, curves, cases = [], [], []

@@ -30,6 +30,7 @@ from cgs_jax.data.prepared import Entry, Prepared, checksum
 from cgs_jax.data.volume import Case, Volume, check_label
 from cgs_jax.runtime import threads
 from cgs_jax.runtime.errors import UserError, naming
+from cgs_jax.runtime.logs import say
 
 VERSION = 3  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire
@@ -60,6 +61,7 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
     together = case_lists.Splits(*(sum(lists, []) for lists in zip(*parts, strict=True)))
     volumes = config.data.depth > 0
     prepared = Prepared(entries, together, config.data.classes, volumes=volumes)
+    _tell_copies(prepared)
     for part in ("val", "test"):
         cases = getattr(together, part)
         if cases and not any(map(prepared.scored, cases)):
@@ -72,6 +74,19 @@ def prepare(config: ConfigDict, splits: case_lists.Splits | None = None) -> Prep
     rest = [case for case in together.labelled if prepared.task(case).name not in with_one]
     together = together._replace(labelled=rest + [case for case, _ in found])
     return Prepared(entries, together, config.data.classes, found)
+
+
+def _tell_copies(prepared):
+    """Patients are told by names, in each data set; voxels tell a scan that has two names."""
+    digests, seen = prepared.digests(), {}
+    for part in ("train", "val", "test"):
+        for case in getattr(prepared.splits, part):
+            where, other = seen.setdefault(digests[case]["image"], (part, case))
+            if where != part:
+                say(
+                    f"WARNING: {other} of {where} and {case} of {part} are the same scan; leave "
+                    "one of them out with --config.data.splits, or scores mean little"
+                )
 
 
 def _prepare_task(task, splits):
@@ -98,7 +113,9 @@ def _prepare_task(task, splits):
         threads.each(make, new, "preparing scans")
     except OSError as error:
         problem = f"can not write to {cache} ({error.strerror or 'is the disk full?'})"
-        raise UserError(f"{problem}; choose a folder with --config.data.cache") from error
+        raise UserError(
+            f"{problem}; choose a folder with --config.data.cache (evaluate: --cache)"
+        ) from error
     annotated = {name: cases[name].annotated for name in names}
     return {name: Entry(folders[name], task, annotated[name]) for name in names}, splits
 

@@ -86,7 +86,7 @@ def _of_fold(cases, data, seed):
 
 
 def _with_images(train, val, test, cases, data):
-    """Splits in which all scans without label train whose patient is not held out."""
+    """Adds scans without label to `train`, except those of held-out patients."""
     only_images = [name for name, case in cases.items() if not case.label and name not in train]
     labelled = [name for name in train if name not in cases or cases[name].label]
     labelled = first_patients(labelled, data.labelled, data.patient)
@@ -114,7 +114,9 @@ def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
             count = sum(bool(case.label) for case in cases.values())
             problem = f"no {name} cases for {data.root}, {count} of {len(cases)} cases have labels"
             advice = "see --config.data.splits"
-            if name == "test":
+            if name == "labelled" and not data.partly_labelled:
+                advice += ", or use partly annotated ones by --config.data.partly_labelled=True"
+            elif name == "test":
                 advice += "; to do without, --config.data.test_fraction=0"
             elif count and not data.splits:
                 advice += ", or give less to data.val_fraction and data.test_fraction (0: no test)"

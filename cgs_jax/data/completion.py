@@ -12,7 +12,8 @@ from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.logs import say
 
 MOST_CLASSES = NO_LABEL - 1
-RESERVED = {"mean", "dice"}  # the mean over the organs is a column, and a curve, beside theirs
+# Columns, and a curve, beside those of the organs.
+RESERVED = {"mean", "dice", "row", "seed", "seeds", "difference", "low", "high"}
 GRID = ("size", "spacing", "slice_spacing", "patch")  # of data
 
 

@@ -50,7 +50,10 @@ class Grid(NamedTuple):
         targets = self.between, self.pixel, self.pixel
         if any(targets) and spacing is None:
             name = "spacing" if self.pixel else "slice_spacing"
-            raise UserError(f"data.{name} needs scans that tell their voxel size; leave it out")
+            raise UserError(
+                f"data.{name} needs scans that tell their voxel size; leave it out (or, from "
+                "Python, give spacing)"
+            )
         found = [shape[0], self.size, self.size]
         for axis, target in enumerate(targets):
             if target:

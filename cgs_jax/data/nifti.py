@@ -8,7 +8,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import nibabel as nib
@@ -24,6 +24,19 @@ ENDINGS = (".nii.gz", ".nii", *itk.ENDINGS)  # of file names
 NO_SCAN = re.compile(r"\..*|.*\.seg\.nrrd")
 MILLIMETRES = {1: 1000.0, 3: 0.001}  # of a header's metre and micron; else millimetres are meant
 SLICINGS = ("stored", "coarsest", *CANONICAL_AXES)
+
+
+def by_name(files: Iterable[tuple[str, pathlib.Path]]) -> dict[str, pathlib.Path]:
+    """Pairs of a name and a file, as found anywhere below a folder, sorted.
+
+    Raises:
+      UserError: two files have one name, such as a scan and its prediction.
+    """
+    found = {}
+    for name, path in sorted(files):
+        if found.setdefault(name, path) != path:
+            raise UserError(f"{found[name]} and {path} are both {name}; move one elsewhere")
+    return found
 
 
 class Scan(NamedTuple):

@@ -55,6 +55,12 @@ def of_scans(
     return fields | (ANYWHERE if patch < extent else {})
 
 
+def for_devices(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The same for so many devices that share a batch: as many images more as they need."""
+    whole = lambda size: count * math.ceil(size / count)  # noqa: E731
+    return {k: whole(v) if k.startswith("batch.") else v for k, v in fields.items()}
+
+
 def _of_volumes(facts, poolings, stride, platform, depth_strides):
     spacings = np.array([of.spacing for of in facts.values()])
     between, pixel = np.median(spacings[:, 0]), np.median(spacings[:, 1:])

@@ -306,7 +306,8 @@ def make_predictor(*methods: Method) -> Callable[..., Predictor]:
     compiled = devices.jit(predict, mesh)
 
     def with_states(*states):
-        states = devices.localise(mesh, states)
+        # Moments of the optimiser may be too large to be whole on a device, and are not asked for.
+        states = devices.localise(mesh, [state.replace(opt_state=None) for state in states])
 
         def run(slices, members=None):
             padding = [(0, -len(slices) % mesh.size), *[(0, 0)] * (slices.ndim - 1)]

@@ -83,7 +83,7 @@ def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file, `whole`."""
     with whole(path) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def read_json(path: pathlib.Path) -> Any:

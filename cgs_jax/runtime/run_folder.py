@@ -2,6 +2,7 @@
 start fits."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,8 @@ from cgs_jax.runtime.logs import say
 
 # How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
 PREDICTION = ("inference", "predict_with", "combine", "window", "upsample", "largest_component")
-NEWEST = {"depth", "numbers", "predict_with"}  # fields that runs of earlier versions lack
+# Fields, by the last part of their names, without which a run is of an earlier version.
+ADDED_LATER = {"depth", "numbers", "predict_with"}
 # What may differ between two starts of one run: places, devices, and how to look at it. Not
 # eval_every: it decides which checkpoint is the best.
 FREE = (
@@ -56,8 +58,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
                 if not is_remote(workdir):
-                    lock = stack.enter_context(open(path, "a"))
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _lock(stack.enter_context(open(path, "a")))
                 path.write_text(token)
             except BlockingIOError:
                 raise UserError(f"another process is working in {workdir}") from None
@@ -66,10 +67,20 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
                     f"can not write to --workdir {workdir}: {error.strerror}"
                 ) from error
         processes.barrier("workdir locked")
+        # Who does not read what process 0 wrote has another folder.
         seen = processes.gather(path.read_text() if path.exists() else "")
         if len(set(seen)) > 1:
             raise UserError(f"--workdir {workdir} is not one folder for all processes; share it")
         yield
+
+
+def _lock(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        say(f"WARNING: {file.name} can not be locked there; start one job in this folder at a time")
 
 
 def writable(workdir: pathlib.Path) -> bool:
@@ -136,7 +147,7 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
 
 def check_version(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Raises UserError where the configuration of a run lacks what networks are made by today."""
-    if lacking := NEWEST - {name.rpartition(".")[2] for name in flatten(config)}:
+    if lacking := ADDED_LATER - {name.rpartition(".")[2] for name in flatten(config)}:
         raise UserError(
             f"{workdir} is of an earlier version, which had no {min(lacking)}; use that "
             "version, or train anew"

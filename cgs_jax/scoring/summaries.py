@@ -44,7 +44,7 @@ def read_summary(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def absent(prepared: Prepared, cases: list[str]) -> list[str]:
-    """What `cases` are scored by, and no label of theirs has a voxel of."""
+    """Organs that `cases` are scored by, but that have no voxel in any of their labels."""
     there = {}
     for case in cases:
         for organ, own in prepared.scored(case).items():
@@ -53,7 +53,7 @@ def absent(prepared: Prepared, cases: list[str]) -> list[str]:
 
 
 def unannotated(prepared: Prepared, cases: list[str], organs: list[str]) -> list[str]:
-    """Those of `organs` that none of `cases` is scored by, for no label of theirs marks them."""
+    """Those of `organs` that the label of no case marks, so that none is scored by them."""
     marked = {organ for case in cases for organ in prepared.scored(case)}
     return [organ for organ in organs if organ not in marked]
 

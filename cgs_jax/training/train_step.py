@@ -74,8 +74,9 @@ def starting_weights(method: Method) -> tuple[Any, Any]:
 
 
 def with_weights(state: TrainState, *trees: Any) -> TrainState:
-    """`state`, in which whatever is shaped as one of `trees`, but for the optimiser's, has its
-    values, each of its own buffers; where a tree has a mere shape, the own value stays."""
+    """Replaces every part of params, model_state and extra that has the structure of one of `trees`
+    by the values of that tree, in buffers of its own; where the tree has a mere shape, the old
+    value stays."""
     structures = [jax.tree.structure(tree) for tree in trees]
 
     def place(own, new):

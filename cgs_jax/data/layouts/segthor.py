@@ -8,7 +8,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from cgs_jax.data.nifti import read_nifti_case
+from cgs_jax.data.nifti import by_name, read_nifti_case
 from cgs_jax.data.volume import Case
 from cgs_jax.runtime.errors import UserError
 
@@ -17,11 +17,13 @@ read = read_nifti_case
 
 def find(data: ConfigDict) -> dict[str, Case]:
     """Cases in `data.root` or its folder `train`."""
+    paths = pathlib.Path(data.root).glob("**/Patient_*/Patient_*.nii.gz")
+    scans = ((path.parent.name, path) for path in paths)
+    scans = by_name((name, path) for name, path in scans if path.name == f"{name}.nii.gz")
     cases = {}
-    for path in sorted(pathlib.Path(data.root).glob("**/Patient_*/Patient_*.nii.gz")):
-        name, label = path.parent.name, path.with_name("GT.nii.gz")
-        if path.name == f"{name}.nii.gz":
-            cases[name] = Case(name, (path,), (label,) if label.exists() else None)
+    for name, path in scans.items():
+        label = path.with_name("GT.nii.gz")
+        cases[name] = Case(name, (path,), (label,) if label.exists() else None)
     if not cases:
         raise UserError(
             f"no SegTHOR in {data.root!r}: --config.data.root must hold Patient_01/"

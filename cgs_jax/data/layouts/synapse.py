@@ -27,10 +27,13 @@ def find(data: ConfigDict) -> dict[str, Case]:
         name = path.name.split(".")[0]
         cases.setdefault(name, Case(name, (path,), (path,)))
     if not cases:
-        labels = {path.name: path for path in root.glob("**/label*.nii.gz")}
-        for path in sorted(root.glob("**/img*.nii.gz")):
-            name = path.name.replace("img", "case").removesuffix(".nii.gz")
-            label = labels.get(path.name.replace("img", "label"))
+        images, labels = (
+            nifti.by_name((path.name, path) for path in root.glob(f"**/{kind}*.nii.gz"))
+            for kind in ("img", "label")
+        )
+        for file, path in images.items():
+            name = file.replace("img", "case").removesuffix(".nii.gz")
+            label = labels.get(file.replace("img", "label"))
             cases[name] = Case(name, (path,), (label,) if label else None)
     if not cases:
         raise UserError(
