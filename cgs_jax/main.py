@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
         evaluate.tell(summary, summaries.final_split(summary))
         if processes.is_first():
             evaluate.write(summary, best, prepared, workdir)
-        processes.barrier("outputs written")  # who ends earlier would wait minutes at most
+        processes.barrier("outputs written")  # jax waits five minutes at most for who ends later
         return summary
 
 

@@ -55,8 +55,8 @@ def describe(facts: Mapping[str, Facts]) -> str:
 
 
 def memory(config: ConfigDict) -> tuple[float, float]:
-    """Bytes of state and batch, and of all else that a step of `config` needs on one device."""
-    method, mesh = train_step.make_method(config), devices.make_mesh(config, jax.devices()[:1])
+    """Bytes of state and batch, and of all else that a step of `config` needs on a device here."""
+    method, mesh = train_step.make_method(config), devices.make_mesh(config)
     step = train_step.make_train_step(method, mesh)
     inputs = train_step.abstract_inputs(method, mesh)
     needs = step.lower(*inputs).compile().memory_analysis()
@@ -94,11 +94,7 @@ if __name__ == "__main__":
         config = resolve(config)
         say(f"\nintensities {config.data.normalise}, mirror images {config.augment.flip:g}")
         held, rest = memory(config)
-        where = "" if jax.device_count() == 1 else " on one device"
-        say(
-            f"a step needs {(held + rest) / 1e9:.1f} GB{where}, of which {rest / 1e9:.1f} while it "
-            "runs"
-        )
+        say(f"a step needs {(held + rest) / 1e9:.1f} GB, of which {rest / 1e9:.1f} while it runs")
         options = [f"--config.{name}={value}" for name, value in (given | found).items()]
         options = [shlex.quote(option) for option in options]
         name = config_flags.get_config_filename(flags.FLAGS["config"])
