@@ -159,10 +159,11 @@ def test_several_methods_predict_together():
         config = tiny(combine="average")
 
         def predict(self, state, image, members):
-            return jnp.broadcast_to(state, (1, *image.shape[:3], 3))
+            return jnp.broadcast_to(state.params, (1, *image.shape[:3], 3))
 
-    first, second = jnp.array([0.6, 0.4, 0.0]), jnp.array([0.0, 0.5, 0.5])
-    predict = predictor.make_predictor(Says(), Says())(first, second).predict
+    said = jnp.array([0.6, 0.4, 0.0]), jnp.array([0.0, 0.5, 0.5])
+    states = [TrainState(jnp.asarray(0), probs, {}, None, {}) for probs in said]
+    predict = predictor.make_predictor(Says(), Says())(*states).predict
     slices = np.zeros((3, 16, 16, 1), np.uint16)
     assert predict(slices).shape == (3, 16, 16, 3)
     np.testing.assert_allclose(predict(slices)[2, 3, 4], [0.3, 0.45, 0.25], rtol=1e-6)
