@@ -34,20 +34,20 @@ def describe(facts: Mapping[str, Facts]) -> str:
         rows = (" x ".join(f"{x:g}" for x in np.round(row, 2)) for row in (middle, low, high))
         return "{} (from {} to {})".format(*rows)
 
-    labelled = [of for of in facts.values() if of.voxels is not None]
+    labelled = [case for case in facts.values() if case.voxels is not None]
     lines = [
         f"{len(facts)} scans, {len(labelled)} with labels",
-        f"slices x height x width   {spread([of.shape for of in facts.values()])}",
-        f"millimetres               {spread([of.spacing for of in facts.values()])}",
+        f"slices x height x width   {spread([case.shape for case in facts.values()])}",
+        f"millimetres               {spread([case.spacing for case in facts.values()])}",
     ]
-    values = [channels for of in labelled for channels in of.intensities]
+    values = [channels for case in labelled for channels in case.intensities]
     if values:
         low, middle, high = np.percentile(values, (WINDOW[0], 50, WINDOW[1]))
         lines.append(
             f"intensities in organs     {middle:.0f} (.5 to 99.5 %: {low:.0f} to {high:.0f})"
         )
-    for organ in dict.fromkeys(organ for of in labelled for organ in of.voxels):
-        counts = [of.voxels[organ] for of in labelled if organ in of.voxels]
+    for organ in dict.fromkeys(organ for case in labelled for organ in case.voxels):
+        counts = [case.voxels[organ] for case in labelled if organ in case.voxels]
         there = [n for n in counts if n]
         size = f"{np.median(there):.0f} voxels in the median case" if there else "nowhere"
         lines.append(f"{organ:<25} {size}, in {len(there)} of {len(counts)} cases")

@@ -302,16 +302,12 @@ def write_tables(workdir: pathlib.Path) -> str:
     *_, cases, first = tables.load(workdir)
     scored, shown = {}, {}
     for member, some in cases.groupby("member", sort=False):
-        of_member = {
-            ", ".join(filter(None, (member, HEADINGS[metric], split))): tables.table(
-                some, first, metric, which
-            )
-            for which, split in SPLITS.items()
-            for metric in METRICS
-            if which in set(some.split)
-        }
-        shown[member] = max(of_member, key=lambda title, of=of_member: len(of[title]))
-        scored |= of_member
+        for which, split in SPLITS.items():
+            for metric in METRICS if which in set(some.split) else ():
+                title = ", ".join(filter(None, (member, HEADINGS[metric], split)))
+                scored[title] = tables.table(some, first, metric, which)
+                if len(scored[title]) > len(scored.get(shown.get(member), ())):
+                    shown[member] = title
     texts = {title: tables.as_text(table, first) for title, table in scored.items()}
     markdown = {title: f"{title}\n\n{tables.markdown(text)}" for title, text in texts.items()}
     latex = [f"% {title}\n{tables.latex(text)}" for title, text in texts.items()]

@@ -126,8 +126,9 @@ def differences(
         pair = values.loc[[row]], values.loc[[first]]
         both = pair[0].notna().any() & pair[1].notna().any()
         pair = [runs.loc[:, both] for runs in pair]
-        patients, of = np.unique(pair[0].columns.get_level_values("patient"), return_inverse=True)
-        share = (of == np.arange(len(patients))[:, None]) / np.bincount(of)[:, None]
+        whose = pair[0].columns.get_level_values("patient")
+        patients, whose = np.unique(whose, return_inverse=True)
+        share = (whose == np.arange(len(patients))[:, None]) / np.bincount(whose)[:, None]
         gain = partial(_gain, *(runs.to_numpy() for runs in pair), share)
         seeds = tuple(map(len, pair))
         whole = [np.ones((1, n)) for n in (*seeds, len(patients))]

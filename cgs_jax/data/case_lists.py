@@ -143,30 +143,33 @@ def check(splits: Splits, cases: dict[str, Case], data: ConfigDict) -> None:
 
 def tell(splits: Splits, data: ConfigDict, member: str = "") -> None:
     """Prints how many cases and patients there are, and warns of patients who may be one."""
-    of = {case: patient(case, data.patient) for cases in splits for case in cases}
+    everyone = {case: patient(case, data.patient) for cases in splits for case in cases}
+    patients = sorted(set(everyone.values()))
     parts = {
-        name: {of[case] for case in cases} for name, cases in splits._asdict().items() if cases
+        name: {everyone[case] for case in cases}
+        for name, cases in splits._asdict().items()
+        if cases
     }
-    counts = ", ".join(f"{name} {len(patients)}" for name, patients in parts.items())
+    counts = ", ".join(f"{name} {len(part)}" for name, part in parts.items())
     whose = f"{member}: " if member else ""
-    say(f"{whose}{len(of)} cases of {len(set(of.values()))} patients: {counts}")
-    if len(of) > 1 and len(set(of.values())) == 1:
+    say(f"{whose}{len(everyone)} cases of {len(patients)} patients: {counts}")
+    if len(everyone) > 1 and len(patients) == 1:
         say(
             "WARNING: all cases count as one patient; say how names tell patients apart with "
             "--config.data.patient"
         )
     alike: dict[str, list[str]] = {}
-    for who in sorted(set(of.values())):
+    for who in patients:
         alike.setdefault(re.split(r"[_-](?=[^_-]*$)", who)[0], []).append(who)
-    for prefix, patients in alike.items():
+    for prefix, some in alike.items():
         # "liver_1" and "liver_2" are two; "p7_a" and "p7_b" look like one.
-        if len(alike) > 1 and len(patients) > 1 and re.search(r"\d", prefix):
+        if len(alike) > 1 and len(some) > 1 and re.search(r"\d", prefix):
             where = {
-                name for name in ("train", "val", "test") if parts.get(name, set()) & set(patients)
+                name for name in ("train", "val", "test") if parts.get(name, set()) & set(some)
             }
             if len(where) > 1:
                 say(
-                    f"WARNING: {', '.join(patients[:3])} are in {' and '.join(sorted(where))}; if "
+                    f"WARNING: {', '.join(some[:3])} are in {' and '.join(sorted(where))}; if "
                     "they are one patient, say how names tell it with --config.data.patient"
                 )
 

@@ -90,7 +90,7 @@ def _look(case, data):
 def median(facts: Mapping[str, Facts], field: str) -> float:
     """Millimetres for the `field` 'spacing' of the data, of a pixel, or 'slice_spacing'."""
     axes = {"spacing": slice(1, 3), "slice_spacing": slice(0, 1)}[field]
-    found = np.median([of.spacing[axes] for of in facts.values()])
+    found = np.median([case.spacing[axes] for case in facts.values()])
     return float(f"{found:.4g}")  # a thousandth of a millimetre is much to a microscope
 
 
@@ -118,7 +118,7 @@ def normalisation(data: ConfigDict) -> Any:
     cases = module.find(data)
     labelled = case_lists.split(cases, data, data.split_seed).labelled
     facts = of_cases((cases[name] for name in labelled if name in cases), data).values()
-    values = [values for of in facts for values in of.intensities]
+    values = [values for case in facts for values in case.intensities]
     if not values:
         return "percentile"
     low, high = np.percentile(values, WINDOW).round().tolist()

@@ -59,11 +59,11 @@ class Prepared:
         shapes = [self._about[case]["shape"] for case in splits.train]
         self._first = np.cumsum([0, *(1 if volumes else depth for _, depth, *_ in shapes)])
         # what a batch tells of its slices, by training case
-        of = [self.task(case).data for case in splits.train]
-        aspects = (Grid.of(data).aspect(s[2:]) for data, s in zip(of, shapes, strict=True))
+        options = [self.task(case).data for case in splits.train]
+        aspects = (Grid.of(data).aspect(s[2:]) for data, s in zip(options, shapes, strict=True))
         self._aspects = np.fromiter(aspects, np.float32)
         self._annotated = self._in_union(self.organs(case) for case in splits.train)
-        self._member = self._in_union(data.classes for data in of)
+        self._member = self._in_union(data.classes for data in options)
         self._mapped = functools.lru_cache(MAPPED)(self._map)
         self._tables = functools.cache(self._table)
         self._places_of = functools.cache(self._look_for_places)

@@ -41,8 +41,8 @@ def of_scans(
     if poolings:
         return _of_volumes(facts, poolings, stride, platform, depth_strides)
     largest = LARGEST.get(platform, LARGEST["other"])
-    shapes = np.array([of.shape[1:] for of in facts.values()])
-    pixels = np.array([of.spacing[1:] for of in facts.values()])
+    shapes = np.array([case.shape[1:] for case in facts.values()])
+    pixels = np.array([case.spacing[1:] for case in facts.values()])
     side = int(shapes[0, 0])
     alike = not pixel and (shapes == side).all() and np.allclose(pixels, pixels[0], rtol=0.02)
     batch = 6 if platform == "cpu" else 12
@@ -62,9 +62,9 @@ def for_devices(fields: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def _of_volumes(facts, poolings, stride, platform, depth_strides):
-    spacings = np.array([of.spacing for of in facts.values()])
+    spacings = np.array([case.spacing for case in facts.values()])
     between, pixel = np.median(spacings[:, 0]), np.median(spacings[:, 1:])
-    extents = 1 + (np.array([of.shape for of in facts.values()]) - 1) * spacings
+    extents = 1 + (np.array([case.shape for case in facts.values()]) - 1) * spacings
     depth, *sides = np.median(extents / (between, pixel, pixel), 0)
     strides, thick, wide = list(depth_strides), between, pixel
     for _ in range(0 if strides else poolings):

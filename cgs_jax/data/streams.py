@@ -62,8 +62,8 @@ def batches(
                 for place, row, x in zip(places, at, prepared.examples("image", at), strict=True):
                     rng.seed((seed, i, place))  # quicker than to make another
                     organs = functools.partial(prepared.places, row) if with_labels else None
-                    of = x.shape[-len(shape) :]
-                    corners.append(patches.corner(rng, data, of, shape, organs))
+                    whole = x.shape[-len(shape) :]
+                    corners.append(patches.corner(rng, data, whole, shape, organs))
             image = prepared.images(at, corners, shape)
             batch[name] = {"image": image, "aspect": prepared.aspects(at)}
             if with_labels:
@@ -86,7 +86,7 @@ def drawn(places: np.ndarray, rows: Sequence[np.ndarray], seed: tuple[int, int])
     """
     if len(rows) == 1:
         return rows[0][_shuffled(places, len(rows[0]), seed)]
-    counts = shares([len(of) for of in rows])
+    counts = shares([len(own) for own in rows])
     taken = np.zeros(len(places), int)
     orders = {block: _shuffled_block(block, counts, seed) for block in set(places // BLOCK)}
     for i, place in enumerate(places):

@@ -57,4 +57,4 @@ def _metrics(scores: Mapping[str, float]) -> dict[str, float]:
 
 def _mean(metrics):
     metrics = list(metrics)
-    return {name: summaries.mean(of[name] for of in metrics) for name in metrics[0]}
+    return {name: summaries.mean(case[name] for case in metrics) for name in metrics[0]}

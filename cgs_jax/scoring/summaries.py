@@ -191,7 +191,7 @@ def table(summary: dict[str, Any]) -> str:
     """The means as text, an organ a line."""
     columns = [name for name in metrics.HEADINGS if name in summary["mean"]]
     scale = {name: 100 if name in metrics.SHARES else 1 for name in columns}
-    means = {f"mean of {name}": of for name, of in summary.get("members", {}).items()}
+    means = {f"mean of {name}": own for name, own in summary.get("members", {}).items()}
     width = max(map(len, [*summary["organs"], *means, "organ"]))
     lines = [f"{'organ':<{width}}" + "".join(f"{metrics.HEADINGS[c]:>11}" for c in columns)]
     for organ, scores in summary["organs"].items():
@@ -199,7 +199,7 @@ def table(summary: dict[str, Any]) -> str:
         undefined = max(scores[c]["undefined"] for c in columns)
         note = f"   ({undefined} undefined)" if undefined else ""
         lines.append(f"{organ:<{width}}" + "".join(cells) + note)
-    for name, of in (means | {"mean": summary["mean"]}).items():
-        cells = (f"{of[c] * scale[c]:>11.2f}" for c in columns)
+    for name, own in (means | {"mean": summary["mean"]}).items():
+        cells = (f"{own[c] * scale[c]:>11.2f}" for c in columns)
         lines.append(f"{name:<{width}}" + "".join(cells))
     return "\n".join(lines)

@@ -99,7 +99,7 @@ def _partial_labels(data):
         return {}
     organs = tuple(data.classes) or classes(data)
     parts = {organ: (organ,) for organ in organs}  # a region stands for all its classes
-    parts |= {name: tuple(organs[i - 1] for i in of) for name, of in regions(data)}
+    parts |= {name: tuple(organs[i - 1] for i in own) for name, own in regions(data)}
     try:
         listed = read_json(path)
     except ValueError:
@@ -114,8 +114,8 @@ def _partial_labels(data):
             known = ", ".join(parts)
             raise UserError(f"{path}: {case} names {unknown[0]!r}; the organs are: {known}")
     marked = {case: {o for name in named for o in parts[name]} for case, named in listed.items()}
-    marked = {case: tuple(o for o in organs if o in of) for case, of in marked.items()}
-    return {case: of for case, of in marked.items() if of != organs}
+    marked = {case: tuple(o for o in organs if o in own) for case, own in marked.items()}
+    return {case: own for case, own in marked.items() if own != organs}
 
 
 def classes(data: ConfigDict) -> tuple[str, ...]:
@@ -124,10 +124,11 @@ def classes(data: ConfigDict) -> tuple[str, ...]:
     What regions share, or one has beside the others, is named after the smallest of those that it
     belongs to, and its number: 'whole tumour 1'.
     """
-    of, named = _labels(data), []
-    for number in _numbers(of):
-        name = min((name for name in of if number in of[name]), key=lambda name: len(of[name]))
-        named.append(name if len(of[name]) == 1 else f"{name} {number}")
+    labels, named = _labels(data), []
+    for number in _numbers(labels):
+        holding = [name for name in labels if number in labels[name]]
+        name = min(holding, key=lambda name: len(labels[name]))
+        named.append(name if len(labels[name]) == 1 else f"{name} {number}")
     return tuple(named)
 
 
@@ -139,11 +140,11 @@ def numbers(data: ConfigDict) -> tuple[int, ...]:
 def regions(data: ConfigDict) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """What is scored where some name has several numbers: each name, and which of `classes` it
     consists of, counted from 1. () where each name has one number."""
-    of = _labels(data)
-    if all(len(parts) == 1 for parts in of.values()):
+    labels = _labels(data)
+    if all(len(parts) == 1 for parts in labels.values()):
         return ()
-    known = _numbers(of)
-    return tuple((name, tuple(1 + known.index(n) for n in parts)) for name, parts in of.items())
+    known = _numbers(labels)
+    return tuple((name, tuple(1 + known.index(n) for n in parts)) for name, parts in labels.items())
 
 
 def ignore(data: ConfigDict) -> int:
@@ -158,8 +159,8 @@ def _ignored(named, data):
     return found[0]
 
 
-def _numbers(of):
-    return tuple(sorted(set().union(*of.values())))
+def _numbers(labels):
+    return tuple(sorted(set().union(*labels.values())))
 
 
 def _labels(data):
