@@ -54,8 +54,8 @@ class Task(NamedTuple):
 def layout(data: ConfigDict) -> ModuleType:
     """The module of `data.name`, for a data set: its `find(data)` and `read(case, data)`; where its
     files tell more than the configuration, functions `classes`, `channels`, `numbers`, `ignore`,
-    `regions`, `partial` and `channel_kinds` of `data`; and `to_classes`, what `read` makes of labels.
-    """
+    `regions`, `partial` and `channel_kinds` of `data`; and `to_classes`, by which `read` makes its
+    labels."""
     return load_by_name("cgs_jax.data.layouts", data.name, "data set")
 
 
