@@ -178,11 +178,12 @@ def test_each_term_reaches_one_network_only():
     np.testing.assert_array_equal(np.array(largest) > 0, expected)
 
 
-def test_the_mean_of_both_predicts():
+@pytest.mark.parametrize("name", ["cmems", "cps"])
+def test_the_mean_of_both_predicts(name):
     """Each with statistics of its own, also with those that are averaged over many batches."""
     made = {
-        name: train_step.make_method(tiny("cmems", **{"method.predicts": name}))
-        for name in ("first", "mean")
+        who: train_step.make_method(tiny(name, **{"method.predicts": who}))
+        for who in ("first", "mean")
     }
     params, model_state, extra = jax.jit(made["mean"].init)(
         jax.random.key(0), jnp.zeros((1, 16, 16, 1))
@@ -219,6 +220,7 @@ def test_the_mean_of_both_predicts():
         ("cmems", {"method.terms": ("image",)}, "cmems needs 'exemplar' or 'synthetic'"),
         ("cmems", {"method.rim": -1}, "method.rim=-1 must be at least 0"),
         ("cmems", {"method.predicts": "both"}, "unknown method.predicts 'both'; there are: first"),
+        ("cps", {"method.predicts": "both"}, "unknown method.predicts 'both'; there are: first"),
         ("cmems", {"batch.labelled": 1}, "method.exemplars=0.5 of batch.labelled=1 must leave"),
         ("cmems", {"method.exemplars": 1.0}, "method.exemplars=1.0 of batch.labelled=2 must leave"),
         ("cmems", {"method.scale": (1.2, 0.8)}, r"method.scale=\(1.2, 0.8\): the least and the"),

@@ -131,6 +131,7 @@ def test_pseudo_labels_by_hand():
                 ("cgs:ua_mt", {}),
                 ("cgs:fixmatch", {}),
                 ("cgs:cps", {}),
+                ("cgs:cps", {"cutmix": 1.0, "jitter": True}),
                 ("cgs:cmems", {"per_organ": True}),
                 ("cgs:ad_mt", {"ramp": 1 / 3}),
                 ("cgs:unimatch", {}),

@@ -130,6 +130,44 @@ def test_networks_of_cps_teach_each_other():
     assert [p.teacher.generalist[0, 0, 0, 0] for p in pairs] == [2, 1]
 
 
+def test_networks_of_cps_label_whole_images_for_mixed_ones():
+    """Each the weak views for the other, which learns from them, mixed as its strong views are."""
+    fields = {"method.cutmix": 1.0, "method.jitter": True}
+    own, keep = views() | {"keep": box(3, 6)}, np.asarray(box(3, 6))[..., None]
+    method, stats = by_value("cps", **fields), {"first": {"of": 1}, "second": {"of": 2}}
+    method.forward = lambda params, stats, image, key: (shown(image + params), stats)
+    params = {"first": 100.0, "second": 200.0}
+    found = method.passes(params, TrainState(0, params, stats, None, {}), own, jax.random.key(0))
+    mixed = np.where(keep, [[[[30]]], [[[40]]]], [[[[40]]], [[[30]]]])
+    labels = np.where(keep, [[[[10]]], [[[20]]]], [[[[20]]], [[[10]]]])
+    for pair, other in zip(found.pairs, (200, 100), strict=True):
+        np.testing.assert_array_equal(pair.student.generalist, mixed)
+        np.testing.assert_array_equal(pair.teacher.generalist, labels + other)
+    assert found.model_state == stats
+    method = by_value("cps", **{"method.jitter": True})
+    state = TrainState(0, params, stats, None, {})
+    for pair in method.passes(params, state, own, jax.random.key(0)).pairs:
+        np.testing.assert_array_equal(pair.student.generalist, own["unlabelled"]["strong"])
+        np.testing.assert_array_equal(pair.teacher.generalist, own["unlabelled"]["weak"])
+
+
+def test_cps_draws_boxes_beside_the_views_that_it_has_without():
+    batch = jax.tree.map(jnp.asarray, tiny_batch(tiny("cps")))
+    for stream in batch.values():
+        stream["image"] = augment.to_image(stream["image"])
+    plain, mixed = (
+        jax.jit(train_step.make_method(tiny("cps", **{"method.cutmix": p})).views)(
+            batch, jax.random.key(0)
+        )
+        for p in (0.0, 1.0)
+    )
+    keep = np.asarray(mixed.pop("keep"))
+    assert keep.shape == plain["unlabelled"]["weak"].shape[:-1]
+    assert (~keep).any((1, 2)).all()
+    assert keep.any((1, 2)).all()
+    jax.tree.map(np.testing.assert_array_equal, plain, mixed)
+
+
 def test_unimatch_mixes_labels_as_images():
     """Two strong views with boxes of their own, and the perturbed weak view as it is."""
     own = views()

@@ -27,15 +27,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from cgs_jax.data import tasks
-from cgs_jax.methods import augment, base, batches, cps, pseudo_labels, synthesis
-from cgs_jax.methods.cps import NAMES
-from cgs_jax.runtime.errors import UserError, check_choice
+from cgs_jax.methods import augment, base, batches, pseudo_labels, synthesis
+from cgs_jax.methods.two_networks import NAMES, TwoNetworks
+from cgs_jax.runtime.errors import UserError
 
 TERMS = ("exemplar", "synthetic", "image", "feature")
 
 
-class Method(cps.Method):
-    """Two networks as of CPS; the first predicts, or the mean of both.
+class Method(TwoNetworks):
+    """Copy-paste and consistency between two networks.
 
     It works on any labelled stream, and is meant for one that repeats a single slice. Of a step's
     labelled images some stay as they are, x_e; the others give their organs to synthetic images.
@@ -51,7 +51,6 @@ class Method(cps.Method):
         super().__init__(config, specialists)
         options, count = config.method, config.batch.labelled
         base.check_terms(options, TERMS)
-        check_choice("method.predicts", options.predicts, ("first", "mean"))
         synthesis.check(options)
         if options.rim < 0:
             raise UserError(f"method.rim={options.rim} must be at least 0 pixels")
@@ -165,32 +164,6 @@ class Method(cps.Method):
             shares = {"cover/sure": sure / len(pairs), "cover/sure_organs": organs / len(pairs)}
             cover = base.add([cover, shares])
         return terms, cover
-
-    def predict(self, state, image, members=None):
-        if self.config.method.predicts == "first":
-            return super().predict(state, image, members)
-        total = 0
-        for name in NAMES:
-            alone = state.replace(params=state.params[name], model_state=state.model_state[name])
-            total += super().predict(alone, image, members)
-        return total / len(NAMES)
-
-    def inference_variables(self, state):
-        """Those of the first network, or of both by name."""
-        if self.config.method.predicts == "first":
-            return super().inference_variables(state)
-        return state.params, state.model_state
-
-    def with_inference_state(self, state, model_state):
-        if self.config.method.predicts == "first":
-            return super().with_inference_state(state, model_state)
-        return state.replace(model_state=model_state)
-
-    def statistics(self, params, model_state, image, key):
-        if self.config.method.predicts == "first":
-            return super().statistics(params, model_state, image, key)
-        alone = super().statistics
-        return {name: alone(params[name], model_state[name], image, key) for name in NAMES}
 
 
 def near(mask: jax.Array, pixels: int) -> jax.Array:

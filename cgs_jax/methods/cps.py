@@ -1,36 +1,55 @@
-"""Cross pseudo supervision (Chen et al., 2106.01226): two networks label for each other."""
+"""Cross pseudo supervision (Chen et al., 2106.01226): two networks label for each other.
+
+As in SSL4MIS both see one weak view. With `config.method.cutmix` it is the paper's variant with
+CutMix: each labels the whole images, and learns what the other's labels, mixed alike, say of mixed
+ones. `config.method.jitter` makes these the strong views, as in the methods that came after it.
+"""
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from cgs_jax.methods import base, losses
+from cgs_jax.methods import augment, base, batches, losses
+from cgs_jax.methods.two_networks import NAMES, TwoNetworks
 
-NAMES = ("first", "second")
 
+class Method(TwoNetworks):
+    """Hard labels of all pixels, without a threshold."""
 
-class Method(base.Method):
-    """Two networks that differ in their start, and their dropout, only; the first predicts. From
-    weights in a file both begin with the same backbone, and each with heads of its own."""
+    def __init__(self, config: ConfigDict, specialists: bool = False):
+        super().__init__(config, specialists)
+        self.mixes = "unlabelled" if config.method.cutmix else ""
 
-    loads_heads = False
-
-    def init(self, key, image):
-        keys = dict(zip(NAMES, jax.random.split(key), strict=True))
-        both = {name: super(Method, self).init(k, image) for name, k in keys.items()}
-        params, model_state = ({name: both[name][i] for name in NAMES} for i in (0, 1))
-        # Copies: two that start from the same weights must not share buffers, for they are donated.
-        return jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, model_state), {}
+    def views(self, batch, key):
+        """As the base class, with CutMix also its boxes 'keep'."""
+        views = super().views(batch, key)
+        if self.config.method.cutmix:
+            *_, k_keep = jax.random.split(key, 4)  # the base class has the first three
+            shape = views["unlabelled"]["weak"].shape[:-1]
+            views["keep"] = augment.cutmix_keep(k_keep, shape, self.config.method.cutmix)
+        return views
 
     def passes(self, params, state, views, key):
-        image = views["labelled"]["image"]
-        weak, labelled, unlabelled, model_state = views["unlabelled"]["weak"], [], [], {}
+        image, unlabelled = views["labelled"]["image"], views["unlabelled"]
+        weak, seen, options = unlabelled["weak"], unlabelled["weak"], self.config.method
+        if options.jitter:
+            seen = unlabelled["strong"]
+        if options.cutmix:
+            seen = batches.cutmix(views["keep"], seen, batches.rolled(seen))
+        labelled, students, teachers, model_state = [], [], [], {}
         for name, k in zip(NAMES, jax.random.split(key), strict=True):
-            outputs, own, model_state[name] = self.student(
-                params[name], state.model_state[name], image, weak, k
-            )
+            own, network = state.model_state[name], params[name]
+            if labels_apart := options.jitter or options.cutmix:
+                k_label, k = jax.random.split(k)
+                found, own = self.forward(network, own, weak, k_label)
+            outputs, student, model_state[name] = self.student(network, own, image, seen, k)
+            found = found if labels_apart else student
+            if options.cutmix:
+                found = batches.cutmix(views["keep"], found, batches.rolled(found))
             labelled.append(base.labelled(outputs, views))
-            unlabelled.append(own)
-        pairs = map(base.Pair, unlabelled, jax.lax.stop_gradient(unlabelled[::-1]))
+            students.append(student)
+            teachers.append(jax.lax.stop_gradient(found))
+        pairs = map(base.Pair, students, teachers[::-1])
         return base.Passes(labelled, list(pairs), model_state, state.extra)
 
     def unsupervised(self, pairs):
@@ -39,11 +58,3 @@ class Method(base.Method):
             return losses.segmentation_loss(pair.student.generalist, label)[0]
 
         return {"unsup/ce": sum(map(ce, pairs))}, {}
-
-    def inference_variables(self, state):
-        return state.params["first"], state.model_state["first"]
-
-    def with_inference_state(self, state, model_state):
-        return state.replace(model_state=state.model_state | {"first": model_state})
-
-    labelling_variables = inference_variables

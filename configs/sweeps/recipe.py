@@ -26,4 +26,7 @@ def get_sweep(config):
     if config.model.name == "unet":
         changes["width_32"] = {"model.channels": (32, 64, 128, 256, 512)}
     rows = {name: ("method=cgs", fields) for name, fields in changes.items()}
-    return rows | {"two_teachers": ("method=cgs,base=ad_mt", {})}  # in turn
+    rows["two_teachers"] = ("method=cgs,base=ad_mt", {})  # in turn
+    two = {"method.cutmix": 1.0, "method.jitter": True, "method.predicts": "mean"}
+    rows["two_networks"] = ("method=cgs,base=cps", two)
+    return rows
