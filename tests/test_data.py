@@ -209,7 +209,8 @@ def test_slices_know_how_much_higher_than_wide_they_were(tmp_path):
     data = cache.prepare(resolve(config))
     rows = data.rows(data.splits.train)
     np.testing.assert_allclose(data.aspects(rows), 8 / 9, rtol=1e-6)
-    assert (data.images(rows).shape[1:3], len(rows) > 0) == ((16, 16), True)
+    assert len(rows) > 0
+    assert data.images(rows).shape[1:3] == (16, 16)
 
 
 def test_other_splits_prepare_nothing(thorax, reads):

@@ -182,8 +182,8 @@ class Predictor:
         if self.config.data.depth:
             for name, volume in volumes:
                 segmented = _Segmented(name, volume, scorings)
-                segmented.fill_all(self._scores(self._to_grid(volume)[None])[0], scorings)
-                yield name, segmented.cleaned(scorings, len(self.task.data.classes))
+                segmented.fill_all(self._scores(self._to_grid(volume)[None])[0])
+                yield name, segmented.cleaned(len(self.task.data.classes))
             return
         begun: deque[_Segmented] = deque()
 
@@ -198,10 +198,10 @@ class Predictor:
             while part := list(itertools.islice(alike, self.config.eval_batch)):
                 scores = self._scores(np.stack([image for *_, image in part]))
                 for (segmented, i, _), of_slice in zip(part, scores, strict=True):
-                    segmented.fill(i, of_slice, scorings)
+                    segmented.fill(i, of_slice)
                 while begun and begun[0].todo == 0:
                     done = begun.popleft()
-                    yield done.name, done.cleaned(scorings, len(self.task.data.classes))
+                    yield done.name, done.cleaned(len(self.task.data.classes))
 
     def _to_grid(self, volume):
         """Slices on the grid, [D, H, W, C]."""
@@ -234,26 +234,26 @@ class _Segmented:
 
     def __init__(self, name, volume, scorings):
         shape = volume.image.shape[1:]
-        self.name, self.labels = name, [np.empty(shape, np.uint8) for _ in scorings]
-        self.todo = shape[0]
+        self.name, self.todo = name, shape[0]
+        self._each = [(np.empty(shape, np.uint8), scoring) for scoring in scorings]
 
-    def fill_all(self, scores, scorings):
+    def fill_all(self, scores):
         """Every slice, of the scores [D', H', W', C] of the volume on the training grid."""
-        for label, scoring in zip(self.labels, scorings, strict=True):
+        for label, scoring in self._each:
             slices = slices_of(scores, len(label), scoring.upsample == "linear")
             for i, of_slice in enumerate(slices):
                 label[i] = _labels(of_slice, label.shape[1:], scoring)
 
-    def fill(self, i, scores, scorings):
+    def fill(self, i, scores):
         """Slice `i`, of its scores [H, W, C] on the training grid."""
-        for label, scoring in zip(self.labels, scorings, strict=True):
+        for label, scoring in self._each:
             label[i] = _labels(scores, label.shape[1:], scoring)
         self.todo -= 1
 
-    def cleaned(self, scorings, num_targets):
+    def cleaned(self, num_targets):
         return tuple(
             keep_largest(label, num_targets) if scoring.largest_component else label
-            for label, scoring in zip(self.labels, scorings, strict=True)
+            for label, scoring in self._each
         )
 
 
