@@ -30,9 +30,9 @@ from ml_collections import ConfigDict, config_flags
 from cgs_jax.models import network
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.cli import cli, output_file
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import to_json, write_text
-from cgs_jax.runtime.logs import say
 from cgs_jax.training import train_step
 from cgs_jax.training.resolve import resolve
 

@@ -31,9 +31,9 @@ from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import make_predictor
 from cgs_jax.runtime import devices, processes
 from cgs_jax.runtime.cli import cli, output_file
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError, check_choice
 from cgs_jax.runtime.files import to_json, write_text
-from cgs_jax.runtime.logs import say
 from cgs_jax.scoring import summaries
 from cgs_jax.training import loop, train_step
 from cgs_jax.training.resolve import resolve

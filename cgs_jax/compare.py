@@ -6,9 +6,9 @@ python -m cgs_jax.compare RUN RUN ...
 import pathlib
 
 from cgs_jax.runtime.cli import cli
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder
-from cgs_jax.runtime.logs import say
 from cgs_jax.scoring import summaries
 
 

@@ -26,9 +26,9 @@ from cgs_jax.inference.predictor import Predictor
 from cgs_jax.methods.base import Method
 from cgs_jax.runtime import devices, run_folder
 from cgs_jax.runtime.cli import cli, output_file
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder, read_lines, to_json, write_text
-from cgs_jax.runtime.logs import say
 from cgs_jax.scoring import nnunet_summary, summaries
 from cgs_jax.training.checkpoints import Checkpoints
 from cgs_jax.training.train_step import abstract_state
@@ -55,6 +55,8 @@ def evaluate(
       UserError: as `Predictor.restore`, or the runs have other validation or test cases.
     """
     saved, splits = run_folder.load(workdirs[0])
+    if splits.test and not saved.test:
+        say("test cases are left out, as config.json says; train with --config.test=True to end it")
     for workdir in workdirs[1:]:
         _, other = run_folder.load(workdir)
         if (set(other.val), set(other.test)) != (set(splits.val), set(splits.test)):

@@ -14,9 +14,9 @@ from cgs_jax import evaluate
 from cgs_jax.data import cache, tasks
 from cgs_jax.runtime import devices, processes, run_folder
 from cgs_jax.runtime.cli import cli
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import folder
-from cgs_jax.runtime.logs import say
 from cgs_jax.scoring import summaries
 from cgs_jax.training import loop, train_step
 from cgs_jax.training.checkpoints import Checkpoints

@@ -20,8 +20,8 @@ from cgs_jax.data.grid import Grid
 from cgs_jax.models import network
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.cli import cli
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.logs import say
 from cgs_jax.training import train_step
 from cgs_jax.training.resolve import resolve
 

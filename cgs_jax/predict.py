@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from cgs_jax import evaluate
 from cgs_jax.data.cache import quantise
@@ -22,9 +21,9 @@ from cgs_jax.data.nifti import ENDINGS, Scan, channels_of, ending_of, read_chann
 from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import Predictor
 from cgs_jax.runtime.cli import cli
+from cgs_jax.runtime.console import progress, say
 from cgs_jax.runtime.errors import UserError, naming
 from cgs_jax.runtime.files import folder
-from cgs_jax.runtime.logs import say
 
 
 def predict(
@@ -58,7 +57,7 @@ def predict(
     problems: list[str] = []
 
     def volumes():
-        for name, paths in tqdm(files.items(), "segmenting", unit="scan", disable=None):
+        for name, paths in progress(files.items(), "segmenting", len(files), "scan"):
             try:
                 image, scan = read_channels(paths, predictor.task.data)
                 with naming(paths[0]):

@@ -30,9 +30,10 @@ from tqdm import tqdm
 from cgs_jax.analysis import tables
 from cgs_jax.runtime import run_folder, threads
 from cgs_jax.runtime.cli import cli
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text
-from cgs_jax.runtime.logs import say, time_spent
+from cgs_jax.runtime.logs import time_spent
 from cgs_jax.scoring import summaries
 from cgs_jax.scoring.metrics import HEADINGS
 from cgs_jax.training import loop

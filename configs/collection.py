@@ -15,21 +15,17 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# What each member has of its own; all else holds for all, and so do OF_ALL.
-OWN = (
-    *("name", "root", "cache", "classes", "channels", "partial", "size", "spacing", "normalise"),
-    *("slice_spacing", "slicing", "trust_shapes", "numbers", "ignore", "regions"),
-    *("labelled", "exemplar", "partly_labelled", "splits", "fold", "split_seed", "val_fraction"),
-    *("test_fraction", "patient"),
-)
-
+# What is the collection's alone; what it and its members have. All else is each member's own.
+WINDOWS = (
+    "depth", "patch", "patch_anywhere", "patch_foreground", "patch_spread", "grow_at", "grow_to",
+)  # fmt: skip
 OF_ALL = ("name", "root", "cache", "classes", "channels", "partial", "size")
 
 
 def get_config(arg=None):
     options = common.parse(arg, method="cgs", base="", model="unet", members="acdc+segthor")
     config = common.get_config(options["method"], options["base"], options["model"])
-    for field in (set(OWN) - set(OF_ALL)) & set(config.data):
+    for field in set(config.data) - {*WINDOWS, *OF_ALL}:
         del config.data[field]
     config.data.name = "collection"
     config.augment.flip = "auto"
@@ -49,7 +45,7 @@ def get_config(arg=None):
             data = importlib.import_module(f"configs.{file}").get_config().data
         except (ImportError, AttributeError):  # such as the folder configs/methods
             raise ValueError(f"config argument members: there is no configs/{file}.py") from None
-        own = ConfigDict({field: data.get_ref(field) for field in OWN})
+        own = ConfigDict({field: data.get_ref(field) for field in data if field not in WINDOWS})
         own.file = file
         own.root = ""  # FOLDER/NAME
         own.size = 0  # that of the collection, data.size

@@ -280,6 +280,9 @@ def test_options_of_members_are_theirs_alone(folders):
     for field in ("exemplar", "partly_labelled", "split_seed", "spacing", "normalise"):
         assert field not in config.data
         assert field in config.data.members.brain
+    for field in ("patch", "grow_at"):  # windows are cut alike
+        assert field in config.data
+        assert field not in config.data.members.brain
     with pytest.raises(ValueError, match="configs/common.py is no data set"):
         collection.get_config("members=common")
 

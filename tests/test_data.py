@@ -329,6 +329,18 @@ def test_what_no_validation_case_has_is_told(thorax):
     assert not summaries.absent(prepared, ["Patient_04", "Patient_05"])
 
 
+def test_label_maps_without_an_organ_are_found(thorax):
+    """A scan that nobody annotated may have come with one."""
+    config, root = thorax
+    path = root / "Patient_04" / "GT.nii.gz"
+    label = nib.load(path)
+    save(path, np.zeros(label.shape, np.uint8), label.affine)
+    prepared = cache.prepare(config)
+    splits = prepared.splits
+    held = [*splits.labelled, *splits.val, *splits.test]
+    assert summaries.empty(prepared, held) == ["Patient_04"]
+
+
 @pytest.mark.parametrize("spacing", [0.0001, 1000])
 def test_a_scan_that_would_be_too_large_or_a_point_is_named(thorax, spacing):
     config, _ = thorax
@@ -363,6 +375,19 @@ def test_intensities_are_chosen_on_the_command_line_and_in_python(value, expecte
         else:
             config.data.normalise = value
         assert config.data.normalise == expected, name
+
+
+def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "GROUPS", tmp_path)
+    whole = threads.memory()
+    assert whole == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert threads.memory() == whole
+    (tmp_path / "memory.max").write_text("13000000000\n")
+    monkeypatch.setattr(threads, "cores", lambda: range(8))
+    assert threads.count() == min(2, whole // 6_000_000_000)
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert threads.count() == 1
 
 
 def test_threads_keep_the_order_and_end_with_the_first_error():

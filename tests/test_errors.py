@@ -12,7 +12,7 @@ import pytest
 
 from cgs_jax import evaluate, main, predict
 from cgs_jax.inference.predictor import Predictor
-from cgs_jax.runtime import devices, logs, processes, run_folder
+from cgs_jax.runtime import console, devices, processes, run_folder
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.training import optimizers, train_step
@@ -96,6 +96,9 @@ THREE_LEVELS = {"model.channels": (8, 16, 16), "model.dropout": (0.1, 0.1, 0.1)}
         ({"data.patch_anywhere": 0.7, "data.patch_foreground": 0.7}, "are shares of 1"),
         ({"precise_bn": -1}, "precise_bn must be at least 0"),
         ({"total_steps": 0}, "total_steps must be at least 1"),
+        ({"method.name": "ad_mt", "seed": -1}, "seed=-1 must be between 0 and 4294967295"),
+        ({"method.name": "ad_mt", "total_steps": -5}, "total_steps must be at least 1, not -5"),
+        ({"batch.unlabelled": -1}, "batch.unlabelled must be at least 0, not -1"),
         (THREE_LEVELS | {"window": 18}, "window=18 does not divide by 4"),
         ({"combine": "sum"}, "unknown combine 'sum'; there are: average, confidence, vote"),
         ({"method.specialists": False}, "specialists=False goes with method.terms"),
@@ -272,11 +275,39 @@ def test_nobody_listens(monkeypatch):
     def write(text):
         raise OSError(int(text), "the disk is full")
 
-    monkeypatch.setattr(logs.tqdm, "write", write)
-    logs.say(str(errno.EIO))
-    logs.say(str(errno.EPIPE))
+    monkeypatch.setattr(console.tqdm, "write", write)
+    console.say(str(errno.EIO))
+    console.say(str(errno.EPIPE))
     with pytest.raises(OSError, match="the disk is full"):
-        logs.say(str(errno.ENOSPC))
+        console.say(str(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9.1 GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+    ],
+)
+def test_memory_that_is_used_up_is_one_line(monkeypatch, error):
+    def fills(_):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["main", "--notraceback"])
+    with pytest.raises(SystemExit, match=r"error: out of memory \(.*llocat.*config.batch.labelled"):
+        cli(fills)
+    other = jax.errors.JaxRuntimeError("INTERNAL: a bug")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+        cli(lambda _: (_ for _ in ()).throw(other))
+
+
+def test_long_work_is_told_where_no_bar_can_be_drawn(monkeypatch, capsys):
+    """A line at most so often, and none at the end."""
+    now = iter(range(0, 1000, 25))
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    assert list(console.progress(iter("abcdef"), "reading", 6, "scan")) == list("abcdef")
+    assert capsys.readouterr().out.splitlines() == ["reading: 3 of 6 scans"]
+    assert list(console.progress([], "reading", 0, "scan")) == []
 
 
 def test_programming_errors_keep_their_traceback(monkeypatch):

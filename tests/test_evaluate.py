@@ -106,7 +106,7 @@ def test_runs_score_together(trained, scans, tmp_path):
             evaluate.evaluate([workdir, other])
 
 
-def test_test_cases_wait_until_a_recipe_is_chosen(trained, scans, tmp_path):
+def test_test_cases_wait_until_a_recipe_is_chosen(trained, scans, tmp_path, capsys):
     workdir = shutil.copytree(trained[0], tmp_path / "runs" / "cgs")
     tested = json.loads((workdir / "summary.json").read_text())
     summary = main.run(config_of(scans, test=False), workdir)
@@ -121,7 +121,9 @@ def test_test_cases_wait_until_a_recipe_is_chosen(trained, scans, tmp_path):
     splits = {"val", "val_literature", "last_val", "last_val_literature"}
     assert set(tables.load(tmp_path / "runs").cases.split) == splits
     assert sweep.write_tables(tmp_path / "runs").startswith("Dice %, validation, best")
+    capsys.readouterr()
     assert "test" not in evaluate.evaluate([workdir])
+    assert "test cases are left out, as config.json says" in capsys.readouterr().out
     again = main.run(config_of(scans), workdir)
     assert again["test"] == tested["test"]
     assert evaluate.evaluate([workdir])["test"] == tested["test"]

@@ -85,6 +85,7 @@ def test_synapse_layouts(tmp_path):
     [
         (synapse, ("Training/img/img0001.nii.gz", "pred/img0001.nii.gz")),
         (segthor, ("Patient_01/Patient_01.nii.gz", "pred/Patient_01/Patient_01.nii.gz")),
+        (acdc, ("a/patient001_frame01.nii.gz", "pred/patient001_frame01.nii.gz")),
     ],
 )
 def test_two_files_of_one_name_are_refused(tmp_path, config, files):
@@ -174,6 +175,13 @@ def test_labels_that_belong_to_no_scan_are_refused(tmp_path):
             cache.prepare(config)
         wrong.rename(label)
     label.rename(tmp_path / "away")
+    for name in (f"{case}.seg.nrrd", f"{case}.png"):
+        (root / "labelsTr" / name).write_bytes(b"")
+        with pytest.raises(UserError, match=f"{name} is not read: labels end with .nii.gz"):
+            cache.prepare(config)
+        (root / "labelsTr" / name).unlink()
+    (root / "labelsTr" / f"{case}.json").write_bytes(b"{}")  # what some tools write of a file
+    assert not cache.prepare(config).has_label(case)
     label.symlink_to("lost")
     with pytest.raises(UserError, match=f"{label.name} is a link to a file that is not there"):
         cache.prepare(config)

@@ -43,6 +43,21 @@ def test_ct_has_the_window_of_its_organs(tmp_path, capsys):
     assert resolve(config).data.normalise == (-200, 300)
 
 
+def test_slices_across_another_axis_are_told(tmp_path, capsys):
+    config, root = ct(tmp_path)
+    config.data.spacing, config.data.patch = "median", 16
+    resolve(config)
+    assert "pixels of slices" not in capsys.readouterr().out
+    for path in (*(root / "imagesTr").iterdir(), *(root / "labelsTr").iterdir()):
+        save(path, np.asarray(nib.load(path).dataobj), np.diag([4.0, 0.5, 0.5, 1]))
+    resolve(config)
+    told = "WARNING: pixels of slices have 0.5 x 4 mm; if scans are stacks of slices along"
+    assert told in capsys.readouterr().out
+    config.data.slicing = "coarsest"
+    resolve(config)
+    assert "pixels of slices" not in capsys.readouterr().out
+
+
 def test_a_window_is_that_of_training_cases_alone(tmp_path):
     """Whatever organs have in cases whose labels validate, test or are withheld."""
     config, root = ct(tmp_path)

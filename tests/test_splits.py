@@ -180,3 +180,9 @@ def test_folds_of_nnunet(tmp_path):
     config.data.fold = 0
     with pytest.raises(UserError, match=r"cases are not in .*, such as [123];"):
         cache.prepare(resolve(config))
+    (root / "splits_final.json").write_text("[")
+    with pytest.raises(UserError, match="splits_final.json is no JSON"):
+        cache.prepare(resolve(config))
+    (root / "splits_final.json").unlink()
+    with pytest.raises(UserError, match=r"data.fold=0: no .*splits_final.json; nnU-Net keeps it"):
+        cache.prepare(resolve(config))

@@ -16,7 +16,7 @@ from nbclient import NotebookClient
 
 from cgs_jax import sweep
 from cgs_jax.analysis import tables
-from cgs_jax.runtime import logs, run_folder, threads
+from cgs_jax.runtime import console, run_folder, threads
 from cgs_jax.runtime.errors import UserError
 from runs import REPOSITORY, TINY, command, start
 
@@ -237,7 +237,7 @@ def test_seeds_differ(tmp_path):
 
 def test_what_all_runs_tell_is_told_once(monkeypatch, tmp_path, capsys):
     def resolve(config, saved):
-        logs.say("grid: size 64")
+        console.say("grid: size 64")
         return config
 
     monkeypatch.setattr(sweep, "resolve", resolve)

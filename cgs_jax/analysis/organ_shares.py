@@ -35,10 +35,10 @@ def participation(
     specialists, in training mode on up to `slices` labelled slices.
 
     Raises:
-      UserError: the run has no specialists.
+      UserError: the run has no generalist beside specialists.
     """
-    if not method.specialists:
-        raise UserError(f"{method.config.method.name} has no specialists")
+    if not method.specialists or method.network.prompts:
+        raise UserError(f"{method.config.method.name} has no generalist beside specialists")
     data = method.config.data
     if data.partial or data.depth or any(own.spacing for own in tasks.members(data).values()):
         raise UserError("shares of organs are measured on whole slices with all organs annotated")

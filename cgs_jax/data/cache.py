@@ -29,8 +29,8 @@ from cgs_jax.data.grid import Grid
 from cgs_jax.data.prepared import Entry, Prepared, checksum
 from cgs_jax.data.volume import Case, Volume, check_label
 from cgs_jax.runtime import threads
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError, naming
-from cgs_jax.runtime.logs import say
 
 VERSION = 3  # of the cache layout
 LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memory and on the wire

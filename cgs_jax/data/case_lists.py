@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from cgs_jax.data import tasks
 from cgs_jax.data.volume import Case
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import read_json
-from cgs_jax.runtime.logs import say
 
 
 class Splits(NamedTuple):
@@ -74,9 +74,17 @@ def _of_fold(cases, data, seed):
     validation cases test, for they are what it reports, and others validate."""
     path = pathlib.Path(data.root) / "splits_final.json"
     try:
-        fold = read_json(path)[data.fold]
+        folds = read_json(path)
+    except OSError:
+        raise UserError(
+            f"data.fold={data.fold}: no {path}; nnU-Net keeps it in its folder of preprocessed data"
+        ) from None
+    except ValueError:
+        raise UserError(f"{path} is no JSON") from None
+    try:
+        fold = folds[data.fold]
         train, held_out = ([str(case) for case in fold[part]] for part in ("train", "val"))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (LookupError, TypeError):
         raise UserError(f"data.fold={data.fold}: {path} has no such fold") from None
     val, test = held_out, [name for name, case in cases.items() if case.test]
     if not test:

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from cgs_jax.data import fingerprint, proposal, tasks
 from cgs_jax.data.volume import NO_LABEL, stored_labels
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.logs import say
 
 MOST_CLASSES = NO_LABEL - 1
 # Columns, and a curve, beside those of the organs.
@@ -46,6 +46,8 @@ def complete(
                 with data.ignore_type():
                     data[field] = saved[field] if saved else look_up()
                 say(f"{field}: {data[field]}")
+        if facts.cache_info().currsize and not saved:
+            fingerprint.tell_of_long_pixels(facts())
         return
     if not data.members:
         raise UserError("data.members is empty: a collection needs at least one data set")

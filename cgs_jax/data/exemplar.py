@@ -3,8 +3,8 @@
 import numpy as np
 
 from cgs_jax.data.tasks import Task
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.logs import say
 
 
 def find(prepared, task: Task) -> tuple[str, int]:
@@ -34,7 +34,7 @@ def find(prepared, task: Task) -> tuple[str, int]:
         if case not in prepared.splits.train or not prepared.has_label(case):
             raise UserError(f"data.exemplar={option}: no training case {own!r} with a label")
         known = _areas(prepared, case)
-        if not number.isdigit() or int(number) >= len(known):
+        if not number.isdecimal() or int(number) >= len(known):
             raise UserError(f"data.exemplar={option}: {own} has slices 0 to {len(known) - 1}")
         at, areas = int(number), known[int(number)]
     if not areas.any():

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from cgs_jax.data import cache, case_lists, nifti, tasks
 from cgs_jax.data.volume import Case, check_label, finite
 from cgs_jax.runtime import threads
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import write_text
 
@@ -92,6 +93,17 @@ def median(facts: Mapping[str, Facts], field: str) -> float:
     axes = {"spacing": slice(1, 3), "slice_spacing": slice(0, 1)}[field]
     found = np.median([case.spacing[axes] for case in facts.values()])
     return float(f"{found:.4g}")  # a thousandth of a millimetre is much to a microscope
+
+
+def tell_of_long_pixels(facts: Mapping[str, Facts]) -> None:
+    """Warns where pixels of slices are far from square, as where scans are cut across an axis along
+    which they were not taken."""
+    short, long = sorted(np.median([case.spacing[1:] for case in facts.values()], 0))
+    if long > 2 * short:
+        say(
+            f"WARNING: pixels of slices have {short:.3g} x {long:.3g} mm; if scans are stacks of "
+            "slices along another axis, give --config.data.slicing=coarsest"
+        )
 
 
 def of_training(data: ConfigDict) -> dict[str, Facts]:

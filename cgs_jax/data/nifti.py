@@ -93,7 +93,7 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
         raise UserError(f"{path} is not readable: check its permissions") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; put the scan in its place") from None
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -101,7 +101,9 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if array.ndim != 3 or not array.size:
-        raise UserError(f"{path} has shape {nifti.shape}; one 3D volume per file is read")
+        raise UserError(
+            f"{path} has shape {nifti.shape}; one 3D volume per file is read, see docs/own_data.md"
+        )
     # pixdim may say else, but places are by the affine; its noise would round sizes of grids up
     spacings = (_unit(nifti) * nib.affines.voxel_sizes(nifti.affine)).round(6)
     if not (np.isfinite(nifti.affine).all() and min(spacings) > 0):

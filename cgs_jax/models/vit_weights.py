@@ -12,8 +12,8 @@ import numpy as np
 
 from cgs_jax.models.resnet_vit import zoom
 from cgs_jax.models.torch_weights import read
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.logs import say
 
 ENCODER = ("params", "backbone", "encoder")
 POSITIONS = "Transformer/posembed_input/pos_embedding"

@@ -121,6 +121,16 @@ def _explain(error: BaseException) -> str:
         return "interrupted; a training run goes on from its last checkpoint"
     if isinstance(error, UserError):
         return f"error: {error}"
+    out_of_memory = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(
+        error
+    )
+    if isinstance(error, MemoryError) or out_of_memory:
+        reason = " ".join(str(error).split())[:200]
+        return (
+            f"error: out of memory ({reason}); less is needed with smaller batches "
+            "(--config.batch.labelled, --config.batch.unlabelled, --config.eval_batch) or windows "
+            "(--config.data.patch)"
+        )
     if processes.is_lost(error):
         reason = " ".join(str(error).split())[:200]
         return (

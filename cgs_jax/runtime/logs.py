@@ -1,7 +1,6 @@
-"""What a run tells: metrics.jsonl, TensorBoard files, and lines on the console."""
+"""What a run keeps of its training: metrics.jsonl, TensorBoard files, and how long it took."""
 
 import contextlib
-import errno
 import math
 import pathlib
 import platform
@@ -15,7 +14,6 @@ import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
-from tqdm import tqdm
 
 from cgs_jax.runtime import processes, threads
 from cgs_jax.runtime.files import is_remote, read_lines, to_json, write_text, writing
@@ -32,19 +30,6 @@ def time_spent(workdir: pathlib.Path) -> tuple[float, str]:
         else:
             here = line["seconds"]
     return (total + here) / 60, hardware
-
-
-def say(text: str) -> None:
-    """Prints a line without breaking a progress bar; process 0 speaks for all.
-
-    Where nobody listens any more, at a closed terminal or pipe, the work goes on.
-    """
-    if processes.is_first():
-        try:
-            tqdm.write(text.encode(errors="backslashreplace").decode())  # names may be no UTF-8
-        except OSError as error:
-            if error.errno not in (errno.EIO, errno.EPIPE):
-                raise
 
 
 def hardware() -> str:
@@ -83,7 +68,8 @@ class Writer:
         self._began = time.monotonic()
         line = {"step": start, "hardware": hardware(), "jax": jax.__version__}
         _put(self._times, line | {"started": time.strftime("%Y-%m-%d %H:%M:%S%z")})
-        # Not by SummaryWriter: where its thread can not write it dies, and the next scalars wait.
+        # Not by SummaryWriter: its thread dies when it can not write, and the next scalar then
+        # waits for ever.
         (self._folder / "tensorboard").mkdir(exist_ok=True)
         self._board = EventsWriter(str(self._folder / "tensorboard" / "events"))
         # TensorBoard leaves out what was there from this step on.

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 
 from cgs_jax.data.case_lists import Splits
 from cgs_jax.runtime import processes
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import is_remote, to_json, write_text
-from cgs_jax.runtime.logs import say
 
 # How a trained network predicts. Until a run is finished this decides which checkpoint is the best.
 PREDICTION = ("inference", "predict_with", "combine", "window", "upsample", "largest_component")

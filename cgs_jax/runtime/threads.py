@@ -1,14 +1,16 @@
 """Work on many files at once."""
 
 import os
+import pathlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from tqdm import tqdm
+from cgs_jax.runtime.console import progress
 
 MOST = 4
-MEMORY = 6e9  # bytes of the machine for each thread: a large CT takes 4 while it is prepared
+MEMORY = 6e9  # bytes for each thread: a large CT takes 4 while it is prepared
+GROUPS = pathlib.Path("/sys/fs/cgroup")  # of Linux: the limits of containers and batch jobs
 
 
 def cores() -> list[int]:
@@ -20,8 +22,27 @@ def cores() -> list[int]:
 
 def count() -> int:
     """How many scans are worked on at once: unpacking and numpy leave Python's lock meanwhile."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(MOST, len(cores()), int(memory / MEMORY)))
+    return max(1, min(MOST, len(cores()), int(memory() / MEMORY)))
+
+
+def memory() -> int:
+    """Bytes that this process may use: the machine's, or what its container or job is limited to;
+    0 where the system does not say."""
+    try:
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")]
+    except (OSError, ValueError):
+        return 0
+    own = pathlib.Path("/proc/self/cgroup")
+    lines = own.read_text().splitlines() if own.exists() else []
+    files = [GROUPS / "memory.max", GROUPS / "memory" / "memory.limit_in_bytes"]
+    for group in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
+        files += [GROUPS / part / "memory.max" for part in (group, *pathlib.Path(group).parents)]
+    for file in files:
+        try:
+            limits.append(int(file.read_text()))
+        except (OSError, ValueError):  # there is none, or it is "max"
+            continue
+    return min(limits)
 
 
 def each(function: Callable[[Any], Any], items: Iterable[Any], what: str) -> list[Any]:
@@ -33,7 +54,6 @@ def each(function: Callable[[Any], Any], items: Iterable[Any], what: str) -> lis
     pool = ThreadPoolExecutor(count())
     try:
         results = pool.map(function, items)
-        quiet = None if items else True
-        return list(tqdm(results, what, len(items), unit="scan", leave=False, disable=quiet))
+        return list(progress(results, what, len(items), "scan"))
     finally:
         pool.shutdown(cancel_futures=True)

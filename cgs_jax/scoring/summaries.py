@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from cgs_jax.data import tasks
 from cgs_jax.data.prepared import Prepared
 from cgs_jax.data.volume import NO_LABEL
 from cgs_jax.inference.predictor import LITERATURE, Predictor, Scoring
 from cgs_jax.runtime import processes, threads
+from cgs_jax.runtime.console import progress
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import metrics
 
@@ -52,6 +52,11 @@ def absent(prepared: Prepared, cases: list[str]) -> list[str]:
     return [organ for organ, found in there.items() if not found]
 
 
+def empty(prepared: Prepared, cases: list[str]) -> list[str]:
+    """Those of `cases` whose label has no voxel of any organ."""
+    return [case for case in cases if not set(prepared.numbers(case)) - {0, NO_LABEL}]
+
+
 def unannotated(prepared: Prepared, cases: list[str], organs: list[str]) -> list[str]:
     """Those of `organs` that the label of no case marks, so that none is scored by them."""
     marked = {organ for case in cases for organ in prepared.scored(case)}
@@ -65,7 +70,7 @@ def evaluate(
     scoring; without `surface` only the overlap metrics."""
     everyone, cases = cases, cases[jax.process_index() :: jax.process_count()]
     labels = segmented(predictor, prepared, cases, *scorings)
-    labels = tqdm(labels, "scoring", len(cases), leave=False, unit="case", disable=None)
+    labels = progress(labels, "scoring", len(cases), "case")
     results = [{case: {} for case in cases} for _ in scorings]
     begun = collections.deque()
 

@@ -12,9 +12,9 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from cgs_jax.runtime import processes
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.runtime.files import is_remote
-from cgs_jax.runtime.logs import say
 from cgs_jax.training.train_state import TrainState
 
 NOT_VALIDATED = -1.0

@@ -20,8 +20,9 @@ from cgs_jax.data.prepared import Prepared
 from cgs_jax.inference.predictor import Predictor, make_predictor
 from cgs_jax.methods.base import Method
 from cgs_jax.runtime import devices, processes, run_folder
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.logs import Writer, hardware, say
+from cgs_jax.runtime.logs import Writer, hardware
 from cgs_jax.scoring import summaries
 from cgs_jax.training import optimizers
 from cgs_jax.training.batch_norm import make_precise
@@ -122,6 +123,10 @@ def _tell_what_is_lacking(config, prepared):
     if untaught := [organ for organ in config.data.classes if organ not in taught]:
         told = "nothing teaches it; see --config.data.splits"
         say(f"WARNING: no labelled training case has {', '.join(untaught)}; {told}")
+    held = [*prepared.splits.labelled, *val, *prepared.splits.test]
+    if empty := summaries.empty(prepared, held):
+        told = "no organ; if nobody annotated them, remove the label files"
+        say(f"WARNING: {len(empty)} of {len(held)} label maps show {told}, such as {empty[0]}'s")
     if nowhere := summaries.absent(prepared, val):
         told = "it counts as 0 in every case where it is found"
         say(f"WARNING: no validation case has {', '.join(nowhere)}; {told}")

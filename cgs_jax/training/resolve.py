@@ -8,8 +8,8 @@ from cgs_jax.data import completion, patches, tasks
 from cgs_jax.inference import predictor
 from cgs_jax.models import network
 from cgs_jax.runtime import run_folder
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.logs import say
 from cgs_jax.training import optimizers
 from cgs_jax.training.train_step import make_method
 
@@ -22,6 +22,7 @@ RANGES = {
     "eval_every": (1, math.inf),
     "eval_batch": (1, math.inf),
     "batch.labelled": (1, math.inf),
+    "batch.unlabelled": (0, math.inf),
     "pseudo_slices": (0, math.inf),
     "mesh.shard_params": (0, math.inf),
     "precise_bn": (0, math.inf),
@@ -63,6 +64,7 @@ def resolve(config: ConfigDict, saved: ConfigDict | None = None) -> FrozenConfig
       UserError: a module that it names is not there, or an option has a value that can not be.
     """
     config = ConfigDict(config.to_dict())
+    _check_ranges(config)
     completion.complete(
         config.data, saved and saved.data, network.stride(config), network.poolings(config)
     )
@@ -79,6 +81,7 @@ def resolve(config: ConfigDict, saved: ConfigDict | None = None) -> FrozenConfig
 def check(config: ConfigDict) -> None:
     """Raises UserError where an option has a value that can not be. Those of the data are checked
     where they are used, and those of the mesh where the devices are known."""
+    _check_ranges(config)
     network.check(config)
     stride = network.stride(config)
     for name, own in tasks.members(config.data).items():
@@ -92,17 +95,21 @@ def check(config: ConfigDict) -> None:
     method = make_method(config)
     predictor.check(config, method)
     optimizers.make_optimizer(config)
-    ranges = RANGES | {"batch.unlabelled": (int(method.unlabelled), math.inf)}
-    for name, value in run_folder.flatten(config).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name}={value}: give a finite number")
-        least, most = ranges.get(run_folder.of_any_member(name), (-math.inf, math.inf))
-        if isinstance(value, int | float) and not least <= value <= most:
-            if most == math.inf:
-                raise UserError(f"{name} must be at least {least}, not {value}")
-            raise UserError(f"{name}={value} must be between {least} and {most}")
+    if method.unlabelled and not config.batch.unlabelled:
+        raise UserError("batch.unlabelled must be at least 1, not 0")
     flip = config.augment.flip
     if not (isinstance(flip, int | float) and 0 <= flip <= 1):
         raise UserError(f"augment.flip={flip}: a probability, or auto")
     if method.mixes and config.batch[method.mixes] == 1:
         say("WARNING: images are mixed with others of their batch, and one alone has none")
+
+
+def _check_ranges(config):
+    for name, value in run_folder.flatten(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}={value}: give a finite number")
+        least, most = RANGES.get(run_folder.of_any_member(name), (-math.inf, math.inf))
+        if isinstance(value, int | float) and not least <= value <= most:
+            if most == math.inf:
+                raise UserError(f"{name} must be at least {least}, not {value}")
+            raise UserError(f"{name}={value} must be between {least} and {most}")

@@ -8,5 +8,5 @@ def update(config: ConfigDict) -> None:
     # weight of the unsupervised loss at the end of the ramp; there .1 beside half the supervised
     config.method.lambda_max = 0.2
     config.method.cutmix = 0.0  # probability; CutMix is in the paper, not in SSL4MIS
-    config.method.jitter = False  # True: what is labelled is learnt from the strong view
+    config.method.jitter = False  # True: labels of the weak view are learnt on the strong one
     config.method.predicts = "first"  # the first network; or the 'mean' of both

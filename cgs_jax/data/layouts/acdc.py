@@ -23,9 +23,10 @@ def find(data: ConfigDict) -> dict[str, Case]:
         cases.setdefault(path.stem, Case(path.stem, (path,), (path,)))
     frames: dict[str, list[pathlib.Path]] = {}
     if not cases:
-        for path in sorted(root.glob("**/patient*_frame*.nii.gz")):
-            if not path.name.endswith("_gt.nii.gz"):
-                frames.setdefault(path.name.split("_")[0], []).append(path)
+        found = nifti.by_name((p.name, p) for p in root.glob("**/patient*_frame*.nii.gz"))
+        for name, path in found.items():
+            if not name.endswith("_gt.nii.gz"):
+                frames.setdefault(name.split("_")[0], []).append(path)
     for patient, paths in frames.items():
         paths = [path for path in paths if _truth(path).exists()] or paths
         for i, path in enumerate(paths, 1):

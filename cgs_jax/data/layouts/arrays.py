@@ -9,8 +9,8 @@ import h5py
 import numpy as np
 
 from cgs_jax.data.volume import Case, Volume, finite
+from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
-from cgs_jax.runtime.logs import say
 
 _warn = functools.cache(say)  # cases are looked up several times
 
@@ -64,5 +64,7 @@ def _read(path):
             return file["image"][()], file["label"][()]
     except KeyError:
         raise UserError(f"{path} lacks 'image' or 'label'") from None
+    except MemoryError:
+        raise
     except Exception as error:
         raise UserError(f"{path} is not readable, get it again ({error})") from error

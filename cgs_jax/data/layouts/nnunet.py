@@ -35,6 +35,7 @@ def find(data: ConfigDict) -> dict[str, Case]:
     training = "dataset.json" if cases else "imagesTr"
     for images, labels in FOLDERS[1:] if cases else FOLDERS:
         unused = set(scans_in(root / labels))
+        others = sorted({*(root / labels).glob("*")} - unused - {*(root / labels).glob("*.json")})
         for path in scans_in(root / images):
             if not path.name.endswith(ending):
                 raise UserError(f"{path}: dataset.json says that files end with {ending}")
@@ -49,6 +50,9 @@ def find(data: ConfigDict) -> dict[str, Case]:
                 raise UserError(f"{label} is a link to a file that is not there")
             if label.exists():
                 cases[name] = Case(name, files, (label,), test, listed.get(name))
+            elif other := next((p for p in others if p.name.startswith(f"{name}.")), None):
+                told = f"is not read: labels end with {ending}"
+                raise UserError(f"{other} {told}; convert it, or move it away")
             elif not test:
                 cases[name] = Case(name, files, None)
         if unused:
