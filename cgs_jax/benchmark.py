@@ -48,7 +48,7 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
     Returns what the JSON holds: times in ms, rates per second, bytes and FLOPs per step.
     """
     config, steps = ConfigDict(config.to_dict()), config.total_steps
-    config.total_steps = max(steps, 10_000)
+    config.total_steps = max(steps, 10**6)
     config = resolve(config)
     method, mesh = train_step.make_method(config), devices.make_mesh(config)
     device = mesh.devices.flat[0]
@@ -63,17 +63,17 @@ def benchmark(config: ConfigDict, stages: set[str], seconds: float) -> dict[str,
     compiled = None
     with data(config) as prepared:
         if "step" in stages:
-            result["step"], compiled = time_step(config, method, prepared, mesh, seconds)
+            result["step"], compiled = time_step(method, prepared, mesh, seconds)
             result["peak_bytes"] = peak_bytes(device)
             result["ceilings"] = ceilings(device, config.model.dtype)
         plain = train_step.without_specialists(config)
         if plain and {"step", "specialists"} <= stages:
             alone = train_step.make_method(plain)
-            result["without_specialists"], _ = time_step(plain, alone, prepared, mesh, seconds)
+            result["without_specialists"], _ = time_step(alone, prepared, mesh, seconds)
         if "input" in stages:
-            result["input"] = time_input(config, method, prepared, mesh, seconds)
+            result["input"] = time_input(method, prepared, mesh, seconds)
         if "loop" in stages:
-            result["loop"] = time_loop(config, method, prepared, mesh, seconds, compiled)
+            result["loop"] = time_loop(method, prepared, mesh, seconds, compiled)
         if "evaluation" in stages:
             result["evaluation"] = time_evaluation(method, prepared, mesh)
     return result | {"bound": bound(result)}
@@ -106,13 +106,14 @@ def data(config: ConfigDict) -> Iterator[Prepared]:
 
 
 def time_step(
-    config: ConfigDict, method: Any, prepared: Prepared, mesh: Mesh, seconds: float
+    method: Any, prepared: Prepared, mesh: Mesh, seconds: float
 ) -> tuple[dict[str, Any], Any]:
     """The jitted train step on batches that are on the devices already; returned with it."""
     state = train_step.init_state(method, mesh)
-    batches = list(itertools.islice(loop.device_batches(config, method, prepared, mesh), 4))
+    dataset = loop.host_batches(method, prepared, mesh)
+    batches = list(itertools.islice(loop.device_batches(dataset, mesh), 4))
     step = train_step.make_train_step(method, mesh)
-    seed = train_step.seed_of(config)
+    seed = train_step.seed_of(method.config)
     traced = step.trace(state, batches[0], seed)
     floor = convolution_bytes(traced.jaxpr.jaxpr)
     started = time.perf_counter()
@@ -182,11 +183,9 @@ def ceilings(device: jax.Device, dtype: str) -> dict[str, float]:
     }
 
 
-def time_input(
-    config: ConfigDict, method: Any, prepared: Prepared, mesh: Mesh, seconds: float
-) -> dict[str, float]:
+def time_input(method: Any, prepared: Prepared, mesh: Mesh, seconds: float) -> dict[str, float]:
     """Host batches, read one after the other on one core."""
-    dataset = loop.host_batches(config, method, prepared, mesh)
+    dataset = loop.host_batches(method, prepared, mesh)
     started, count = time.perf_counter(), 0
     while count < len(dataset) and time.perf_counter() - started < min(seconds, 10):
         dataset[count]
@@ -199,19 +198,14 @@ def time_input(
 
 
 def time_loop(
-    config: ConfigDict,
-    method: Any,
-    prepared: Prepared,
-    mesh: Mesh,
-    seconds: float,
-    step: Any = None,
+    method: Any, prepared: Prepared, mesh: Mesh, seconds: float, step: Any = None
 ) -> dict[str, float]:
     """The training loop with its input and logging, without validation; `step` if compiled."""
     state = train_step.init_state(method, mesh)
     step = step or train_step.make_train_step(method, mesh)
-    config = ConfigDict(config.to_dict())
-    config.eval_every, config.total_steps = 10**9, 10**6
-    batches = loop.device_batches(config, method, prepared, mesh)
+    config = ConfigDict(method.config.to_dict())
+    config.eval_every = 10**9
+    batches = loop.device_batches(loop.host_batches(method, prepared, mesh), mesh)
     config.log_every = 1
     steps = loop.steps(config, step, state, batches, 0, None, processes.Stop())
     for _ in range(3):

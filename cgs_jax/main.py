@@ -53,7 +53,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
             run_folder.save_scans(digests, workdir)
         if processes.is_first():  # of a run that goes on what is free may be another
             run_folder.save(config, prepared.splits, workdir)
-        if not loop.train(config, method, prepared, checkpoints, workdir, mesh):
+        if not loop.train(method, prepared, checkpoints, workdir, mesh):
             return None
         summary, best = evaluate.best_and_last(method, prepared, checkpoints, mesh)
         evaluate.tell(summary, summaries.final_split(summary))

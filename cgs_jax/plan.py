@@ -16,7 +16,6 @@ from ml_collections import ConfigDict, config_flags
 
 from cgs_jax.data import completion, fingerprint, proposal, tasks
 from cgs_jax.data.fingerprint import WINDOW, Facts
-from cgs_jax.data.grid import Grid
 from cgs_jax.models import network
 from cgs_jax.runtime import devices
 from cgs_jax.runtime.cli import cli
@@ -79,7 +78,7 @@ if __name__ == "__main__":
             tasks.layout(config.data).find(config.data).values(), config.data
         )
         say(describe(facts))
-        pixel = Grid.of(config.data).pixel if "data.spacing" in given else 0
+        pixel = config.data.spacing if "data.spacing" in given else 0
         strides = given.get("model.depth_strides", ())
         found = proposal.of_scans(facts, stride, jax.default_backend(), poolings, pixel, strides)
         if "data.size" in given:  # squares are wanted

@@ -13,8 +13,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", base="", model="unet", labelled="7", recipe="paper")
-    config = common.get_config(options["method"], options["base"], options["model"])
+    config, options = common.begin(arg, labelled="7", recipe="paper")
     config.data.name = "acdc"
     config.data.classes = ("RV", "Myo", "LV")
     config.data.labelled = int(options["labelled"])  # patients

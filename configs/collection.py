@@ -23,8 +23,7 @@ OF_ALL = ("name", "root", "cache", "classes", "channels", "partial", "size")
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", base="", model="unet", members="acdc+segthor")
-    config = common.get_config(options["method"], options["base"], options["model"])
+    config, options = common.begin(arg, members="acdc+segthor")
     for field in set(config.data) - {*WINDOWS, *OF_ALL}:
         del config.data[field]
     config.data.name = "collection"

@@ -21,6 +21,13 @@ def parse(arg: str | None, **defaults: str) -> dict[str, str]:
     return options
 
 
+def begin(arg: str | None, **defaults: str) -> tuple[ConfigDict, dict[str, str]]:
+    """The common config by the argument of a config file, and all that the argument says: method,
+    base and model, and what the file has in `defaults`."""
+    options = parse(arg, method="cgs", base="", model="unet", **defaults)
+    return get_config(options["method"], options["base"], options["model"]), options
+
+
 def labelled_only(config: ConfigDict, strong: bool = False) -> dict[str, object]:
     """Fields of a row of a sweep with labelled slices alone, as many a step as `config` has of both
     kinds; `strong`: with the augmentation of the semi-supervised methods."""

@@ -10,8 +10,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", base="", model="unet", labelled="0")
-    config = common.get_config(options["method"], options["base"], options["model"])
+    config, options = common.begin(arg, labelled="0")
     config.data.name = "nnunet"
     config.augment.flip = "auto"
     config.data.classes = ()  # from dataset.json

@@ -8,8 +8,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", base="", model="unet", labelled="3")
-    config = common.get_config(options["method"], options["base"], options["model"])
+    config, options = common.begin(arg, labelled="3")
     config.data.name = "segthor"
     config.data.classes = ("esophagus", "heart", "trachea", "aorta")
     config.data.labelled = int(options["labelled"])  # patients

@@ -8,8 +8,7 @@ from configs import common
 
 
 def get_config(arg=None):
-    options = common.parse(arg, method="cgs", base="", model="unet", labelled="4")
-    config = common.get_config(options["method"], options["base"], options["model"])
+    config, options = common.begin(arg, labelled="4")
     config.data.name = "synapse"
     config.augment.flip = "auto"
     config.data.classes = (

@@ -176,13 +176,14 @@ def test_quality_is_measured_on_withheld_labels_only():
 
     method.network = Network()
     empty = TrainState(jnp.asarray(0), {}, {}, None, {"params": {}, "model_state": {}})
-    scores = pseudo_label_quality.make_measure(config, method, Withheld())(empty)
+    scores = pseudo_label_quality.make_measure(method, Withheld())(empty)
     jax.effects_barrier()
     assert (65535 * np.concatenate(seen)).round().tolist() == [1, 2, 4, 0]  # and padding
     assert scores["pseudo/generalist/precision/big"] == pytest.approx(100 / 3)
     assert scores["pseudo/generalist/coverage/small"] == 100
     assert scores["pseudo/ihed/coverage/big"] == 0  # both heads say target
-    assert pseudo_label_quality.make_measure(tiny(pseudo_slices=0), method, Withheld())(empty) == {}
+    method = train_step.make_method(tiny(pseudo_slices=0))
+    assert pseudo_label_quality.make_measure(method, Withheld())(empty) == {}
 
 
 def test_participation_by_hand():

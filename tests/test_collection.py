@@ -89,7 +89,7 @@ def test_labels_are_numbered_as_the_union_and_say_what_they_mark(prepared):
 
 def test_batches_hold_both_members_and_marks(prepared):
     config, data = prepared
-    batches = streams.batches(data, config, Method(config).streams(), 0)
+    batches = streams.batches(data, config, Method(config).streams())
     seen = [batches[i]["labelled"] for i in range(8)]
     for batch in seen:
         assert batch["annotated"].shape == (4, 1, 1, 3)
@@ -98,7 +98,7 @@ def test_batches_hold_both_members_and_marks(prepared):
     marks = np.concatenate([batch["annotated"][:, 0, 0] for batch in seen])
     assert 0 < marks[:, 0].sum() < len(marks)
     assert "annotated" not in batches[0]["unlabelled"]
-    again = streams.batches(data, config, Method(config).streams(), 5)[0]
+    again = streams.batches(data, config, Method(config).streams())[5]
     np.testing.assert_array_equal(again["labelled"]["image"], batches[5]["labelled"]["image"])
 
 
@@ -248,7 +248,7 @@ def test_partly_annotated_cases_as_unlabelled_ones(tmp_path, labelled):
     config.data.labelled = labelled
     data = cache.prepare(resolve(config))
     with_them = data.splits
-    (rows,), (unlabelled,) = data.source("labelled"), data.source("unlabelled")
+    (rows,), (unlabelled,) = data.sources().values()
     assert rows.tolist() == data.rows(with_them.labelled).tolist()
     whole = {case for case in with_them.labelled if data.organs(case) == ("head", "tail")}
     assert whole
@@ -256,7 +256,7 @@ def test_partly_annotated_cases_as_unlabelled_ones(tmp_path, labelled):
     config.data.partly_labelled = False
     data = cache.prepare(resolve(config))
     without = data.splits
-    assert data.source("unlabelled")[0].tolist() == unlabelled.tolist()
+    assert data.sources()["unlabelled"][0].tolist() == unlabelled.tolist()
     assert without[:3] == with_them[:3]
     partly = {"mine_001", "mine_002"}
     assert without.labelled == [case for case in with_them.labelled if case not in partly]
@@ -272,7 +272,7 @@ def test_where_all_cases_are_labelled_all_are_unlabelled_too(tmp_path):
     (root / "partial_labels.json").write_text(json.dumps({"mine_001": ["head"]}))
     data = cache.prepare(resolve(config))
     assert "mine_001" in data.splits.labelled
-    assert data.source("unlabelled")[0].tolist() == data.source("labelled")[0].tolist()
+    assert data.sources()["unlabelled"][0].tolist() == data.sources()["labelled"][0].tolist()
 
 
 def test_options_of_members_are_theirs_alone(folders):
@@ -337,7 +337,7 @@ def test_versemi_learns_from_several_data_sets(folders, prepared):
     """Each image is asked for a class that it is annotated for, and the loss falls."""
     config = resolve(config_of(folders, "versemi", **{"total_steps": 40, "optimizer.lr": 0.01}))
     data, method = prepared[1], train_step.make_method(config)
-    batches = streams.batches(data, config, method.streams(), 0)
+    batches = streams.batches(data, config, method.streams())
     mesh = devices.local_mesh()
     batch = batches[0]
     views = train_step.make_views(method, mesh, batch, jax.random.key(0))["labelled"]
@@ -363,7 +363,7 @@ def test_one_data_set_is_a_collection_of_one(folders):
     ours, theirs = cache.prepare(config), cache.prepare(alone)
     assert [case.split("/")[1] for case in ours.splits.train] == theirs.splits.train
     a, b = (
-        streams.batches(data, of, Method(of).streams(), 0)[2]["labelled"]
+        streams.batches(data, of, Method(of).streams())[2]["labelled"]
         for data, of in ((ours, config), (theirs, alone))
     )
     np.testing.assert_array_equal(a["image"], b["image"])

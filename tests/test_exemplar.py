@@ -34,15 +34,15 @@ def test_the_exemplar_is_the_only_labelled_slice(one_slice, capsys):
     }
     case, at = max(areas, key=lambda place: min(areas[place]))
     assert f"exemplar: slice {at} of {case}" in capsys.readouterr().out
-    (labelled,), (unlabelled,) = data.source("labelled"), data.source("unlabelled")
+    (labelled,), (unlabelled,) = data.sources().values()
     assert labelled.tolist() == [data.rows([case])[at]]
     every = data.rows(data.splits.train)
     assert sorted([*labelled, *unlabelled]) == every.tolist()
     assert data.splits.labelled == [case]
-    batch = streams.batches(data, config, Method(config).streams(), 0)[3]["labelled"]
+    batch = streams.batches(data, config, Method(config).streams())[3]["labelled"]
     assert (batch["image"] == batch["image"][:1]).all()
     again = cache.prepare(config, data.splits)  # as a resumed run
-    assert again.source("labelled")[0].tolist() == labelled.tolist()
+    assert again.sources()["labelled"][0].tolist() == labelled.tolist()
 
 
 def test_the_exemplar_by_name(one_slice):
@@ -51,7 +51,7 @@ def test_the_exemplar_by_name(one_slice):
     with_label = [case for case in train if case < "mine_009"]
     config.data.exemplar = f"{with_label[-1]}:2"
     data = cache.prepare(resolve(config))
-    assert data.source("labelled")[0].tolist() == [data.rows([with_label[-1]])[2]]
+    assert data.sources()["labelled"][0].tolist() == [data.rows([with_label[-1]])[2]]
     for option, message in (
         ("mine_777:0", "no training case 'mine_777' with a label"),
         ("mine_009:0", "no training case 'mine_009' with a label"),
@@ -87,5 +87,5 @@ def test_an_exemplar_shows_annotated_organs(tmp_path, capsys):
     config.data.exemplar = "mine_001:1"
     data = cache.prepare(resolve(config))
     assert "shows no tail" in capsys.readouterr().out
-    (row,) = data.source("labelled")[0]
+    (row,) = data.sources()["labelled"][0]
     assert set(np.unique(data.labels(np.array([row])))) == {0, 1}

@@ -53,7 +53,7 @@ def test_a_grid_in_millimetres_shows_all_scans_at_one_scale(tmp_path):
     config.data.spacing = "median"
     found = resolve(config).data.spacing
     assert found == 0.6
-    batch = streams.batches(data, resolve(config), two_streams(), 0)[0]["labelled"]
+    batch = streams.batches(data, resolve(config), two_streams())[0]["labelled"]
     assert batch["image"].shape == (2, 16, 16, 1)
 
 

@@ -67,14 +67,14 @@ def test_slices_that_nobody_annotated_are_unlabelled(tmp_path):
         stored[..., 1:] = 9
         save(path, stored)
     prepared = cache.prepare(config)
-    labelled, rest = prepared.source("labelled")[0], prepared.source("unlabelled")[0]
+    (labelled,), (rest,) = prepared.sources().values()
     assert len(labelled) == len(prepared.splits.labelled)  # the first slice of each case
     assert (prepared.labels(labelled) != NO_LABEL).all()
     np.testing.assert_array_equal(np.sort([*labelled, *rest]), prepared.rows(prepared.splits.train))
     for path in (root / "labelsTr").glob("*.nii.gz"):
         save(path, np.full((9, 8, 4), 9, np.uint8))
     with pytest.raises(UserError, match="no pixel of a labelled training case is annotated"):
-        cache.prepare(config).source("labelled")
+        cache.prepare(config).sources()
 
 
 def test_partial_labels_name_regions(tmp_path):

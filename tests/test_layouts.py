@@ -256,7 +256,7 @@ def test_channels_of_nnunet(tmp_path):
         expected = cache.quantise(normalise(stored.transpose(2, 1, 0), "percentile"))
         np.testing.assert_array_equal(channel, expected)
     assert (volume.image[0] != volume.image[1]).any()
-    batch = streams.batches(data, config, STREAMS, 0)[0]
+    batch = streams.batches(data, config, STREAMS)[0]
     assert batch["labelled"]["image"].shape == (4, 16, 16, 2)
     images, _ = everything(data)
     whole = images[data.rows([case])]

@@ -82,7 +82,7 @@ def test_a_run_keeps_its_cases(trained, scans, tmp_path, monkeypatch):
     saved["data"]["splits"] = config.data.splits  # as if they had been there when it began
     (workdir / "config.json").write_text(json.dumps(saved))
     lists(moved / "lists", val=splits["test"][:1], test=splits["val"])
-    monkeypatch.setattr(loop, "train", lambda config, method, prepared, *_: seen.append(prepared))
+    monkeypatch.setattr(loop, "train", lambda method, prepared, *_: seen.append(prepared))
     assert main.run(config, workdir) is None
     for found in (seen[0].splits, evaluate.scans(*run_folder.load(workdir)).splits):
         assert (found.val, found.test) == (splits["val"], splits["test"])

@@ -40,7 +40,7 @@ def options(**fields):
 
 
 def batches(prepared, config, start=0, *mine):
-    return streams.batches(prepared, config, STREAMS, start, *mine)
+    return streams.batches(prepared, config, STREAMS, *mine)[start:]
 
 
 def test_windows_move_with_their_label_and_repeat_on_resume(prepared):
@@ -144,8 +144,8 @@ def test_precise_statistics(prepared):
     state = state.replace(step=state.step + 5)
     params, start = method.inference_variables(state)
     other = method.with_inference_state(state, jax.tree.map(lambda x: x + 3, start))
-    dataset = loop.host_batches(config, method, prepared, mesh)
-    precise = batch_norm.make_precise(config, method, dataset, mesh)
+    dataset = loop.host_batches(method, prepared, mesh)
+    precise = batch_norm.make_precise(method, dataset, mesh)
     (_, stats), (_, again) = (method.inference_variables(precise(s)) for s in (state, other))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), stats, again)
     # The first layer by hand: no dropout comes before it.
@@ -163,7 +163,8 @@ def test_precise_statistics(prepared):
     bias = params["backbone"]["down0"]["conv1"]["bias"]
     found = stats["batch_stats"]["backbone"]["down0"]["bn1"]["mean"]
     np.testing.assert_allclose(found, np.mean(means, 0) + bias, rtol=1e-4, atol=1e-6)
-    assert batch_norm.make_precise(options(), method, dataset, mesh)(state) is state
+    plain = train_step.make_method(options())
+    assert batch_norm.make_precise(plain, dataset, mesh)(state) is state
 
 
 SLOWLY = [pytest.param(method, marks=pytest.mark.slow) for method in ("cmems", "versemi")]

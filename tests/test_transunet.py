@@ -309,10 +309,10 @@ def test_gradients_of_other_methods(name):
 
 def test_precise_statistics_are_without_dropout(stepped):
     """Twice the same whatever the running averages; the first layer as evaluation mode sees it."""
-    config, method, mesh, _, state = stepped
+    _, _, mesh, _, state = stepped
     config = tiny(**{"precise_bn": 1, "model.dropout": 0.5})
-    batch = tiny_batch(config)
-    precise = batch_norm.make_precise(config, method, [batch], mesh)
+    method, batch = train_step.make_method(config), tiny_batch(config)
+    precise = batch_norm.make_precise(method, [batch], mesh)
     params, start = method.inference_variables(state)
     other = method.with_inference_state(state, jax.tree.map(lambda x: x + 3, start))
     (_, stats), (_, again) = (method.inference_variables(precise(s)) for s in (state, other))

@@ -34,9 +34,7 @@ def save(figure: Figure, path: pathlib.Path, **options: Any) -> None:
 
 def colour(i: int) -> Any:
     """Distinct colour of organ `i`, counted from 0."""
-    return (
-        matplotlib.colormaps["tab10"](i % 10) if i < 10 else matplotlib.colormaps["tab20b"](i % 20)
-    )
+    return matplotlib.colormaps["tab10" if i < 10 else "tab20b"](i % 20)
 
 
 def curves(lines: list[dict[str, float]], organs: Sequence[str]) -> Figure | None:
@@ -65,10 +63,10 @@ def curves(lines: list[dict[str, float]], organs: Sequence[str]) -> Figure | Non
     figure.set_layout_engine("constrained")
     for i, (title, names) in enumerate(groups.items(), 1):
         axes = figure.add_subplot(-(-len(groups) // 3), min(len(groups), 3), i)
-        for organ, (key, name) in enumerate(names.items()):
+        for nth, (key, name) in enumerate(names.items()):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
-                style = {"color": colour(organ)}
+                style = {"color": colour(nth)}
                 if key == "val/dice":
                     style = {"color": "black", "lw": 2}
                 axes.plot(*zip(*points, strict=True), ".-", label=name, **style)
@@ -142,8 +140,8 @@ def _paint(grey, labels, colours=None):
 
 
 def body(pictures: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns outside of which all RGB [N, H, W, 3] are nearly black, and a little more:
-    around a neck there may be three times as much air."""
+    """Rows and columns of the smallest box, and a small margin, that holds every pixel of RGB
+    [N, H, W, 3] that is not nearly black: around a neck most of a picture is air."""
     seen = np.any(pictures > 12, (0, -1))
     box = ndimage.find_objects(seen.view(np.uint8))
     if not box:

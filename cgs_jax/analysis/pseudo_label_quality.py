@@ -8,7 +8,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from cgs_jax.data import tasks
 from cgs_jax.data.grid import Grid
@@ -52,17 +51,16 @@ def counts(label: jax.Array, mask: jax.Array, truth: jax.Array, num_targets: int
     return jnp.stack([jnp.sum(x, (0, 1, 2), dtype=jnp.int32) for x in sums])
 
 
-def make_measure(
-    config: ConfigDict, method: Method, prepared: Prepared
-) -> Callable[[TrainState], dict[str, float]]:
+def make_measure(method: Method, prepared: Prepared) -> Callable[[TrainState], dict[str, float]]:
     """state -> 'pseudo/SOURCE/precision' and '.../coverage' (%), and both by organ.
 
     Precision: of the pixels taught as the organ those that are. Coverage: of the organ's pixels
-    those that teach anything. Measured in evaluation mode on `config.pseudo_slices` slices, spread
+    those that teach anything. Measured in evaluation mode on `pseudo_slices` slices, spread
     evenly over those unlabelled training cases that have labels of all organs; {} where there are
     none, or where images have many shapes (`data.spacing`, `data.depth`). Masks and label cleaning
     of a method's own (UA-MT, BCP) are not applied, and one without `tau` counts as sure everywhere.
     """
+    config = method.config
     withheld = set(prepared.splits.train) - set(prepared.splits.labelled)
     every = set(config.data.classes)
     withheld = {case for case in withheld if set(prepared.organs(case)) == every}

@@ -116,8 +116,8 @@ def _prepare_task(task, splits):
         raise UserError(
             f"{problem}; choose a folder with --config.data.cache (evaluate: --cache)"
         ) from error
-    annotated = {name: cases[name].annotated for name in names}
-    return {name: Entry(folders[name], task, annotated[name]) for name in names}, splits
+    entries = {name: Entry(folders[name], task, cases[name].annotated) for name in names}
+    return entries, splits
 
 
 def _occurrences(label):

@@ -74,14 +74,15 @@ class Prepared:
         taken = [case in wanted for case in self.splits.train]
         return np.flatnonzero(np.repeat(taken, np.diff(self._first)))
 
-    def source(self, name: str) -> list[np.ndarray]:
-        """Rows of the 'labelled' or the 'unlabelled' training examples of each task that has any.
+    def sources(self) -> dict[str, list[np.ndarray]]:
+        """Rows of the 'labelled' and of the 'unlabelled' training examples of each task that has
+        any.
 
         Beside unlabelled ones those that are labelled for some organs only serve as unlabelled,
         too, because nothing else teaches the other organs there. Where every example of a task is
         labelled, all of them do.
         """
-        found = []
+        found = {"labelled": [], "unlabelled": []}
         for cases in self.by_task(self.splits.train).values():
             labelled = self.rows(set(cases) & set(self.splits.labelled))
             if self.task(cases[0]).data.ignore:  # a slice that nobody annotated is unlabelled
@@ -92,9 +93,9 @@ class Prepared:
             partly = self.rows(case for case in cases if self._entries[case].annotated is not None)
             rest = np.setdiff1d(self.rows(cases), labelled)
             rest = np.union1d(rest, partly) if len(rest) else labelled
-            rows = labelled if name == "labelled" else rest
-            found += [rows] * (len(rows) > 0)
-        if not found:
+            for name, rows in (("labelled", labelled), ("unlabelled", rest)):
+                found[name] += [rows] * (len(rows) > 0)
+        if not found["labelled"]:
             raise UserError("no pixel of a labelled training case is annotated: see data.ignore")
         return found
 

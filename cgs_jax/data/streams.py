@@ -32,10 +32,9 @@ def batches(
     prepared: Prepared,
     config: ConfigDict,
     streams: dict[str, Stream],
-    start: int,
     mine: Callable[[int], np.ndarray] = np.arange,
 ) -> grain.MapDataset:
-    """Batches of steps `start` to `config.total_steps`.
+    """Batches of all `config.total_steps` steps.
 
     Args:
       streams: by name; the random order of one depends on its position among them.
@@ -49,7 +48,7 @@ def batches(
       that its data set has.
     """
     seed, data = config.seed, config.data
-    rows = {source: prepared.source(source) for source in ("labelled", "unlabelled")}
+    rows = prepared.sources()
     grids = [Grid.of(own) for own in tasks.members(data).values()]
 
     def load(step: int) -> dict[str, dict[str, np.ndarray]]:
@@ -73,7 +72,7 @@ def batches(
                     batch[name]["member"] = prepared.member(at)
         return batch
 
-    return grain.MapDataset.range(start, config.total_steps).map(load)
+    return grain.MapDataset.range(config.total_steps).map(load)
 
 
 def drawn(places: np.ndarray, rows: Sequence[np.ndarray], seed: tuple[int, int]) -> np.ndarray:

@@ -22,7 +22,7 @@ def blend(
     Args:
       predict: [batch, *window, ...] -> float [batch, *window, C]; it is only asked for this one
         shape.
-      window: pixels along each axis of S. What an image has too little is 0.
+      window: pixels along each axis of S. Beyond the image a window is 0.
       batch: windows that are predicted together, of all images.
     """
     shape = images.shape[1 : 1 + len(window)]

@@ -138,10 +138,8 @@ def of_state(mesh: Mesh, state: Any, threshold: int) -> Any:
 
 def abstract(tree: Any, shardings: Any) -> Any:
     """Shapes of `tree` with `shardings`: a tree like it, or one for all."""
-    if isinstance(shardings, NamedSharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
     shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(shape, tree, shardings)
+    return jax.tree.map(shape, tree, jax.tree.broadcast(shardings, tree))
 
 
 def local_rows(mesh: Mesh, batch: int) -> np.ndarray:
@@ -160,7 +158,8 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     mine = _mine(mesh)
 
     def put(x: np.ndarray) -> jax.Array:
-        shape = (len(x) * len(mine) // mine.sum(), *x.shape[1:])  # jax finds not every mesh's
+        # The global shape is given, for jax can not infer it on every mesh.
+        shape = (len(x) * len(mine) // mine.sum(), *x.shape[1:])
         return jax.make_array_from_process_local_data(batched(mesh), x, shape)
 
     return jax.tree.map(put, batch)

@@ -49,7 +49,7 @@ def is_remote(path: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def writing(path: pathlib.Path | str) -> Iterator[None]:
-    """Names the file that is written in here where it can not be: a full disk does not.
+    """An OSError in here becomes an error that names `path`; that of a full disk names no file.
 
     Raises:
       UserError: it can not be written.
@@ -62,8 +62,8 @@ def writing(path: pathlib.Path | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The path of a file to write, which then takes the place of `path`: whole or not at all; a
-    kill leaves the old one.
+    """A temporary path to write to. In the end that file takes the place of `path`; after an error
+    or a kill the old file is as it was.
 
     Raises:
       UserError: it can not be written.

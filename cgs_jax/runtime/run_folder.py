@@ -135,7 +135,7 @@ def load(workdir: pathlib.Path) -> tuple[ConfigDict, Splits]:
     try:
         config = (workdir / "config.json").read_text()
         splits = Splits(**json.loads((workdir / "splits.json").read_text()))
-        config = ConfigDict(json.loads(config, object_hook=_tuples))
+        config = ConfigDict(_tuples(json.loads(config)))
         if not {"data", "model", "method", "total_steps"} <= set(config):
             raise ValueError("config.json lacks fields")
         return config, splits
@@ -154,12 +154,11 @@ def check_version(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
 
 
-def _tuples(mapping: dict[str, Any]) -> dict[str, Any]:
-    return {name: _tuple(value) for name, value in mapping.items()}
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(map(_tuple, value)) if isinstance(value, list) else value
+def _tuples(value: Any) -> Any:
+    """The same with tuples for lists, at any depth."""
+    if isinstance(value, dict):
+        return {name: _tuples(own) for name, own in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def name_of(config: ConfigDict) -> str:

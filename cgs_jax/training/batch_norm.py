@@ -16,7 +16,7 @@ from cgs_jax.runtime import devices
 from cgs_jax.training.train_step import make_method, make_views, seed_of, step_keys
 
 
-def make_precise(config: ConfigDict, method: Method, dataset: grain.MapDataset, mesh: Mesh) -> Any:
+def make_precise(method: Method, dataset: grain.MapDataset, mesh: Mesh) -> Any:
     """state -> the same with other batch statistics of the network that predicts: means over the
     last `config.precise_bn` steps, of labelled images as they are trained on and weak views of
     unlabelled ones in one batch, without dropout; state -> state where that is 0. `dataset` has the
@@ -25,6 +25,7 @@ def make_precise(config: ConfigDict, method: Method, dataset: grain.MapDataset, 
     Running averages remember some ten batches, which are few and small; and dropout, which they
     have seen, is off in prediction. (Wu and Johnson, 2105.07576, call it precise batch norm.)
     """
+    config = method.config
     if not config.precise_bn:
         return lambda state: state
     plain = ConfigDict(config.to_dict())

@@ -37,14 +37,9 @@ AHEAD = 2
 
 
 def train(
-    config: ConfigDict,
-    method: Method,
-    prepared: Prepared,
-    checkpoints: Checkpoints,
-    workdir: pathlib.Path,
-    mesh: Mesh,
+    method: Method, prepared: Prepared, checkpoints: Checkpoints, workdir: pathlib.Path, mesh: Mesh
 ) -> bool:
-    """Trains to `config.total_steps`, from the latest checkpoint where there is one.
+    """Trains all steps of `method.config`, from the latest checkpoint where there is one.
 
     Order: step, then validation, then checkpoint; data and keys are functions of (seed, step), so
     a resumed run goes on exactly as the undisturbed one.
@@ -55,6 +50,7 @@ def train(
     Raises:
       UserError: the loss is not finite; checkpoints from before are kept.
     """
+    config = method.config
     _, schedule = optimizers.make_optimizer(config)
     state = checkpoints.restore_latest(abstract_state(method, mesh))
     if state is None:
@@ -71,10 +67,11 @@ def train(
         for name in RESULTS:  # they would be of a state before the end
             (workdir / name).unlink(missing_ok=True)
 
-    batches = device_batches(config, method, prepared, mesh, start)
+    dataset = host_batches(method, prepared, mesh)
+    batches = device_batches(dataset, mesh, start)
     train_step = make_train_step(method, mesh)
     predictor = make_predictor(method)
-    measure = pseudo_label_quality.make_measure(config, method, prepared)
+    measure = pseudo_label_quality.make_measure(method, prepared)
     norm = jax.jit(optax.tree.norm)
     organs, zero_before = tasks.scored(config.data), set()
     nowhere = _tell_what_is_lacking(config, prepared)
@@ -82,7 +79,7 @@ def train(
         batches, "training", config.total_steps, initial=start, unit="step", disable=None
     )
     with contextlib.closing(Writer(workdir, start)) as writer, processes.Stop() as stop:
-        precise = make_precise(config, method, host_batches(config, method, prepared, mesh), mesh)
+        precise = make_precise(method, dataset, mesh)
         logged = steps(config, train_step, state, progress, start, checkpoints, stop, precise)
         for step, state, means in logged:
             means["lr"] = float(schedule(step - 1))
@@ -136,20 +133,15 @@ def _tell_what_is_lacking(config, prepared):
     return nowhere
 
 
-def host_batches(
-    config: ConfigDict, method: Method, prepared: Prepared, mesh: Mesh, start: int = 0
-) -> grain.MapDataset:
-    """What the steps from `start` on take, as this process reads it."""
+def host_batches(method: Method, prepared: Prepared, mesh: Mesh) -> grain.MapDataset:
+    """What the steps take, as this process reads it."""
     mine = lambda size: devices.local_rows(mesh, size)  # noqa: E731
-    return streams.batches(prepared, config, method.streams(), start, mine)
+    return streams.batches(prepared, method.config, method.streams(), mine)
 
 
-def device_batches(
-    config: ConfigDict, method: Method, prepared: Prepared, mesh: Mesh, start: int = 0
-) -> Iterator[Any]:
-    """The same on the devices, read ahead of the step."""
-    dataset = host_batches(config, method, prepared, mesh, start)
-    return streams.prefetched(dataset, lambda batch: devices.put_batch(mesh, batch))
+def device_batches(dataset: grain.MapDataset, mesh: Mesh, start: int = 0) -> Iterator[Any]:
+    """Those of the steps from `start` on, on the devices, read ahead of the step."""
+    return streams.prefetched(dataset[start:], lambda batch: devices.put_batch(mesh, batch))
 
 
 def steps(
