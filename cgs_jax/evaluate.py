@@ -56,7 +56,10 @@ def evaluate(
     """
     saved, splits = run_folder.load(workdirs[0])
     if splits.test and not saved.test:
-        say("test cases are left out, as config.json says; train with --config.test=True to end it")
+        say(
+            "test cases are left out, for the run has test=False; its command with "
+            "--config.test=True scores them, without more training"
+        )
     for workdir in workdirs[1:]:
         _, other = run_folder.load(workdir)
         if (set(other.val), set(other.test)) != (set(splits.val), set(splits.test)):

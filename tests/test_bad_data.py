@@ -5,7 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from cgs_jax.data import cache, completion
+from cgs_jax.data import cache, completion, nifti
 from cgs_jax.data.layouts import acdc as acdc_layout
 from cgs_jax.data.phantom import write as write_phantoms
 from cgs_jax.runtime.errors import UserError
@@ -110,6 +110,15 @@ def test_bad_lists(thorax, change, message):
     lists(root.parent / "lists", **change)
     with pytest.raises(UserError, match=message):
         cache.prepare(config)
+
+
+def test_a_scan_that_does_not_fit_into_memory_is_named(thorax, monkeypatch):
+    def too_large(path):
+        raise MemoryError
+
+    monkeypatch.setattr(nifti, "_load", too_large)
+    with pytest.raises(UserError, match=r"Patient_0\d.nii.gz does not fit into memory"):
+        cache.prepare(thorax[0])
 
 
 def test_missing_data(tmp_path):

@@ -385,9 +385,20 @@ def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
     assert threads.memory() == whole
     (tmp_path / "memory.max").write_text("13000000000\n")
     monkeypatch.setattr(threads, "cores", lambda: range(8))
-    assert threads.count() == min(2, whole // 6_000_000_000)
-    (tmp_path / "memory.max").write_text("1000\n")
+    assert threads.count() == max(1, min(2, whole // 6_000_000_000))
+    (tmp_path / "memory.max").write_text("9000\n")
     assert threads.count() == 1
+    monkeypatch.setattr(threads, "OWN_GROUPS", tmp_path / "own")
+    for own, file in (
+        ("0::/job/step\n", "job/memory.max"),
+        ("3:cpu,cpuacct:/\n4:memory:/slurm/job\n", "memory/slurm/job/memory.limit_in_bytes"),
+    ):
+        (tmp_path / "own").write_text(own)
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("8000")
+        assert threads.memory() == 8000
+        (tmp_path / file).unlink()
+        assert threads.memory() == 9000
 
 
 def test_threads_keep_the_order_and_end_with_the_first_error():

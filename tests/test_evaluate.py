@@ -123,7 +123,7 @@ def test_test_cases_wait_until_a_recipe_is_chosen(trained, scans, tmp_path, caps
     assert sweep.write_tables(tmp_path / "runs").startswith("Dice %, validation, best")
     capsys.readouterr()
     assert "test" not in evaluate.evaluate([workdir])
-    assert "test cases are left out, as config.json says" in capsys.readouterr().out
+    assert "test cases are left out, for the run has test=False" in capsys.readouterr().out
     again = main.run(config_of(scans), workdir)
     assert again["test"] == tested["test"]
     assert evaluate.evaluate([workdir])["test"] == tested["test"]

@@ -169,13 +169,13 @@ def test_labels_that_belong_to_no_scan_are_refused(tmp_path):
     completion.complete(config.data)
     label = min((root / "labelsTr").iterdir())
     case = label.name.removesuffix(".nii.gz")
-    for name in (f"{case}_0000.nii.gz", f"{case}.nii", "other.nii.gz"):
+    for name in (f"{case}_0000.nii.gz", "other.nii.gz"):
         wrong = label.rename(root / "labelsTr" / name)
         with pytest.raises(UserError, match=f"{name} belongs to no scan: .*labelsTr/CASE.nii.gz"):
             cache.prepare(config)
         wrong.rename(label)
     label.rename(tmp_path / "away")
-    for name in (f"{case}.seg.nrrd", f"{case}.png"):
+    for name in (f"{case}.nii", f"{case}.seg.nrrd", f"{case}.png"):
         (root / "labelsTr" / name).write_bytes(b"")
         with pytest.raises(UserError, match=f"{name} is not read: labels end with .nii.gz"):
             cache.prepare(config)

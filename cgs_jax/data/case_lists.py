@@ -75,7 +75,7 @@ def _of_fold(cases, data, seed):
     path = pathlib.Path(data.root) / "splits_final.json"
     try:
         folds = read_json(path)
-    except OSError:
+    except FileNotFoundError:
         raise UserError(
             f"data.fold={data.fold}: no {path}; nnU-Net keeps it in its folder of preprocessed data"
         ) from None

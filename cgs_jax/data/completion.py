@@ -46,7 +46,7 @@ def complete(
                 with data.ignore_type():
                     data[field] = saved[field] if saved else look_up()
                 say(f"{field}: {data[field]}")
-        if facts.cache_info().currsize and not saved:
+        if facts.cache_info().currsize and not saved and data.slicing != "coarsest":
             fingerprint.tell_of_long_pixels(facts())
         return
     if not data.members:

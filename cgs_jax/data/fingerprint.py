@@ -102,7 +102,7 @@ def tell_of_long_pixels(facts: Mapping[str, Facts]) -> None:
     if long > 2 * short:
         say(
             f"WARNING: pixels of slices have {short:.3g} x {long:.3g} mm; if scans are stacks of "
-            "slices along another axis, give --config.data.slicing=coarsest"
+            "slices along another axis, give data.slicing=coarsest"
         )
 
 

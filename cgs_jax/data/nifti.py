@@ -93,8 +93,10 @@ def read_nifti(path: pathlib.Path, slicing: str, values: bool = True) -> Scan:
         raise UserError(f"{path} is not readable: check its permissions") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder; put the scan in its place") from None
-    except (UserError, MemoryError):
+    except UserError:
         raise
+    except MemoryError:
+        raise UserError(f"{path} does not fit into memory") from None
     except Exception as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise UserError(f"{path} is not a whole scan, get it again ({why})") from error

@@ -121,16 +121,12 @@ def _explain(error: BaseException) -> str:
         return "interrupted; a training run goes on from its last checkpoint"
     if isinstance(error, UserError):
         return f"error: {error}"
-    out_of_memory = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(
-        error
-    )
-    if isinstance(error, MemoryError) or out_of_memory:
-        reason = " ".join(str(error).split())[:200]
-        return (
-            f"error: out of memory ({reason}); less is needed with smaller batches "
-            "(--config.batch.labelled, --config.batch.unlabelled, --config.eval_batch) or windows "
-            "(--config.data.patch)"
-        )
+    if isinstance(error, MemoryError):
+        return f"error: this machine, or the job, has too little memory: {str(error) or 'it is used up'}"
+    if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        line = f"error: the device has too little memory: {' '.join(str(error).split())[:200]}"
+        advice = "smaller config.batch, config.eval_batch or config.data.patch, in a new --workdir"
+        return f"{line}; it needs less with {advice}" if "config" in flags.FLAGS else line
     if processes.is_lost(error):
         reason = " ".join(str(error).split())[:200]
         return (

@@ -10,7 +10,8 @@ from cgs_jax.runtime.console import progress
 
 MOST = 4
 MEMORY = 6e9  # bytes for each thread: a large CT takes 4 while it is prepared
-GROUPS = pathlib.Path("/sys/fs/cgroup")  # of Linux: the limits of containers and batch jobs
+# Linux's control groups, which have the limits of containers and batch jobs, and this process's
+GROUPS, OWN_GROUPS = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cgroup")
 
 
 def cores() -> list[int]:
@@ -32,11 +33,16 @@ def memory() -> int:
         limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")]
     except (OSError, ValueError):
         return 0
-    own = pathlib.Path("/proc/self/cgroup")
-    lines = own.read_text().splitlines() if own.exists() else []
+    lines = OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []
     files = [GROUPS / "memory.max", GROUPS / "memory" / "memory.limit_in_bytes"]
-    for group in (line.removeprefix("0::/") for line in lines if line.startswith("0::/")):
-        files += [GROUPS / part / "memory.max" for part in (group, *pathlib.Path(group).parents)]
+    for line in lines:  # NUMBER:CONTROLLERS:/GROUP, without controllers in the second version
+        _, controllers, group = line.split(":", 2)
+        group = pathlib.Path(group.lstrip("/"))
+        for part in (group, *group.parents):
+            if not controllers:
+                files.append(GROUPS / part / "memory.max")
+            elif "memory" in controllers.split(","):
+                files.append(GROUPS / "memory" / part / "memory.limit_in_bytes")
     for file in files:
         try:
             limits.append(int(file.read_text()))

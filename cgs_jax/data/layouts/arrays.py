@@ -65,6 +65,6 @@ def _read(path):
     except KeyError:
         raise UserError(f"{path} lacks 'image' or 'label'") from None
     except MemoryError:
-        raise
+        raise UserError(f"{path} does not fit into memory") from None
     except Exception as error:
         raise UserError(f"{path} is not readable, get it again ({error})") from error
