@@ -122,7 +122,8 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, MemoryError):
-        return f"error: this machine, or the job, has too little memory: {str(error) or 'it is used up'}"
+        reason = str(error) or "it is used up"
+        return f"error: this machine, or the job, has too little memory: {reason}"
     if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         line = f"error: the device has too little memory: {' '.join(str(error).split())[:200]}"
         advice = "smaller config.batch, config.eval_batch or config.data.patch, in a new --workdir"
