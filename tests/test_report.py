@@ -98,6 +98,21 @@ def test_shown_cases_know_the_aspect_of_their_pixels(tmp_path, monkeypatch):
         np.testing.assert_array_equal(shown.truth, shown.label)
 
 
+def test_curves_show_what_a_run_has():
+    """Organs, and what CGS over another method adds; nothing of what no line has."""
+    one = {"step": 10, "loss": 2.0, "sup": 1.0, "cgs/unsup": 0.5}
+    lines = [one, one | {"step": 20, "loss": 1.0}, {"step": 20, "val/a": 50.0, "val/dice": 50.0}]
+    loss, dice = plots.curves(lines, ["a", "b"]).axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
+    assert drawn == {
+        "total": [[10, 2], [20, 1]],
+        "supervised": [[10, 1], [20, 1]],
+        "of CGS over it (unweighted)": [[10, 0.5], [20, 0.5]],
+    }
+    assert [line.get_label() for line in dice.lines] == ["a", "mean"]
+    assert plots.curves([], ["a"]) is None
+
+
 def test_pictures_show_the_body():
     """The least rows and columns that hold all that is seen in any picture, and 3 pixels more."""
     pictures = np.zeros((2, 100, 60, 3), np.uint8)

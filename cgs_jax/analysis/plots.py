@@ -41,7 +41,12 @@ def curves(lines: list[dict[str, float]], organs: Sequence[str]) -> Figure | Non
     """Losses, validation Dice by organ, and coverage and precision of pseudo-labels over the steps
     of metrics.jsonl; None if it is empty."""
     groups = {
-        "loss": {"loss": "total", "sup": "supervised", "unsup": "unsupervised (unweighted)"},
+        "loss": {
+            "loss": "total",
+            "sup": "supervised",
+            "unsup": "unsupervised (unweighted)",
+            "cgs/unsup": "of CGS over it (unweighted)",
+        },
         "validation Dice %": {f"val/{organ}": organ for organ in organs} | {"val/dice": "mean"},
         "share of unlabelled pixels": {
             "cover/g": "confident",
