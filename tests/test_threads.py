@@ -1,0 +1,50 @@
+"""How many scans are worked on at once, and how that ends."""
+
+import os
+import time
+
+import pytest
+
+from cgs_jax.runtime import threads
+from cgs_jax.runtime.errors import UserError
+
+
+def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(threads, "GROUPS", tmp_path)
+    whole = threads.memory()
+    assert whole == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert threads.memory() == whole
+    (tmp_path / "memory.max").write_text("13000000000\n")
+    monkeypatch.setattr(threads, "cores", lambda: range(8))
+    assert threads.count() == max(1, min(2, whole // 6_000_000_000))
+    (tmp_path / "memory.max").write_text("9000\n")
+    assert threads.count() == 1
+    monkeypatch.setattr(threads, "OWN_GROUPS", tmp_path / "own")
+    for own, file in (
+        ("0::/job/step\n", "job/memory.max"),
+        ("3:cpu,cpuacct:/\n4:memory:/slurm/job\n", "memory/slurm/job/memory.limit_in_bytes"),
+    ):
+        (tmp_path / "own").write_text(own)
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text("8000")
+        assert threads.memory() == 8000
+        (tmp_path / file).unlink()
+        assert threads.memory() == 9000
+
+
+def test_threads_keep_the_order_and_end_with_the_first_error():
+    begun = []
+
+    def half(number):
+        begun.append(number)
+        time.sleep(0.01 * (number % 3))
+        if number == 5:
+            raise UserError("five is odd")
+        return number / 2
+
+    assert threads.each(half, range(5), "halving") == [0, 0.5, 1, 1.5, 2]
+    begun.clear()
+    with pytest.raises(UserError, match="five is odd"):
+        threads.each(half, range(1000), "halving")
+    assert len(begun) < 100
