@@ -64,7 +64,8 @@ class Method:
       specialists: whether the network has specialist heads.
       draws: batches of `config.batch` that one step takes.
       has_teacher: whether a teacher could predict in place of the student.
-      mixes: 'labelled' or 'unlabelled', where images of that stream are mixed with each other.
+      mixes: 'labelled' or 'unlabelled', where images of that stream are mixed with each other, if
+        `config.method.cutmix`, where there is such a probability, is not 0.
       heads: further heads of the network, arguments of `network.build`.
       loads_heads: whether `config.model.weights` give heads, too, where they have any.
     """

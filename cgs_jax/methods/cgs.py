@@ -46,7 +46,7 @@ class Method(base.WithTeacher):
         check_choice("--config.method.plan", options.plan, ("full", "lean"))
         full = options.plan == "full"
         self.draws = 2 if full else 1
-        self.mixes = "unlabelled" if options.cutmix and not full else ""
+        self.mixes = "" if full else "unlabelled"
         if options.copy_paste and (full or config.batch.labelled != config.batch.unlabelled):
             raise UserError(
                 "method.copy_paste is for plan=lean and as many labelled as unlabelled slices"

@@ -7,7 +7,6 @@ ones. `config.method.jitter` makes these the strong views, as in the methods tha
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 
 from cgs_jax.methods import augment, base, batches, losses
 from cgs_jax.methods.two_networks import NAMES, TwoNetworks
@@ -16,9 +15,7 @@ from cgs_jax.methods.two_networks import NAMES, TwoNetworks
 class Method(TwoNetworks):
     """Hard labels of all pixels, without a threshold."""
 
-    def __init__(self, config: ConfigDict, specialists: bool = False):
-        super().__init__(config, specialists)
-        self.mixes = "unlabelled" if config.method.cutmix else ""
+    mixes = "unlabelled"
 
     def views(self, batch, key):
         """As the base class, with CutMix also its boxes 'keep'."""
@@ -36,14 +33,15 @@ class Method(TwoNetworks):
             seen = unlabelled["strong"]
         if options.cutmix:
             seen = batches.cutmix(views["keep"], seen, batches.rolled(seen))
+        apart = options.jitter or options.cutmix  # others are learnt from than are labelled
         labelled, students, teachers, model_state = [], [], [], {}
         for name, k in zip(NAMES, jax.random.split(key), strict=True):
             own, network = state.model_state[name], params[name]
-            if labels_apart := options.jitter or options.cutmix:
+            if apart:
                 k_label, k = jax.random.split(k)
                 found, own = self.forward(network, own, weak, k_label)
             outputs, student, model_state[name] = self.student(network, own, image, seen, k)
-            found = found if labels_apart else student
+            found = found if apart else student
             if options.cutmix:
                 found = batches.cutmix(views["keep"], found, batches.rolled(found))
             labelled.append(base.labelled(outputs, views))

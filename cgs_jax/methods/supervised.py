@@ -16,10 +16,10 @@ class Method(base.Method):
     the control that separates "more heads" from "unlabelled data"."""
 
     unlabelled = False
+    mixes = "labelled"
 
     def __init__(self, config: ConfigDict, specialists: bool = False):
         super().__init__(config, specialists or config.method.specialists)
-        self.mixes = "labelled" if config.method.cutmix else ""
 
     def views(self, batch, key):
         """As the base class; with probabilities of their own jittered, and CutMixed with the

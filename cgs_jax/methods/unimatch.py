@@ -6,7 +6,6 @@ are the rolled batch instead of a second one, labelled in the same pass.
 """
 
 import jax
-from ml_collections import ConfigDict
 
 from cgs_jax.methods import augment, base, batches
 
@@ -16,9 +15,7 @@ SHARES = (0.25, 0.25, 0.5)  # of both strong views and of the perturbed stream
 class Method(base.Method):
     """The student teaches itself."""
 
-    def __init__(self, config: ConfigDict, specialists: bool = False):
-        super().__init__(config, specialists)
-        self.mixes = "unlabelled" if config.method.cutmix else ""
+    mixes = "unlabelled"
 
     def views(self, batch, key):
         """As the base class, with two strong views and their CutMix boxes 'keep'."""

@@ -100,7 +100,8 @@ def check(config: ConfigDict) -> None:
     flip = config.augment.flip
     if not (isinstance(flip, int | float) and 0 <= flip <= 1):
         raise UserError(f"augment.flip={flip}: a probability, or auto")
-    if method.mixes and config.batch[method.mixes] == 1:
+    mixes = method.mixes and config.method.get("cutmix", 1)
+    if mixes and config.batch[method.mixes] == 1:
         say("WARNING: images are mixed with others of their batch, and one alone has none")
 
 
