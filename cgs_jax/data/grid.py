@@ -130,14 +130,16 @@ def upsampled_labels(probs: np.ndarray, height: int, width: int) -> np.ndarray:
     rows, columns = (
         _neighbours(old, new) for old, new in zip(probs.shape[1:3], (height, width), strict=True)
     )
-    around = list(itertools.product(rows, columns))
+    (above, _), (left, _) = rows[0], columns[0]
     labels = np.argmax(probs, -1).astype(np.uint8)
-    first, *others = (labels[:, r[:, None], c] for (r, _), (c, _) in around)
-    unsure = functools.reduce(np.logical_or, (first != other for other in others))
+    padded = np.pad(labels, [(0, 0), (0, 1), (0, 1)], "edge")
+    others = padded[:, 1:, :-1], padded[:, :-1, 1:], padded[:, 1:, 1:]
+    mixed_up = functools.reduce(np.logical_or, (labels != other for other in others))
+    first, unsure = (x.take(above, 1).take(left, 2) for x in (labels, mixed_up))
     d, y, x = np.nonzero(unsure)
     mixed = sum(
         probs[d, r[y], c[x]] * (share_r[y] * share_c[x])[:, None]
-        for (r, share_r), (c, share_c) in around
+        for (r, share_r), (c, share_c) in itertools.product(rows, columns)
     )
     first[d, y, x] = np.argmax(mixed, -1)
     return first

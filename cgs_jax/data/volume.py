@@ -135,10 +135,10 @@ def normalise(image: np.ndarray, how: Sequence[float] | str) -> np.ndarray:
 def keep_largest(labels: np.ndarray, num_targets: int) -> np.ndarray:
     """[D, H, W] with only the largest piece, connected through faces of voxels, of each target."""
     kept = np.zeros_like(labels)
-    for target in range(1, num_targets + 1):
-        mask = labels == target
-        pieces, _ = ndimage.label(mask)
-        sizes = np.bincount(pieces.ravel())
-        sizes[0] = 0  # all else
-        kept[mask & (pieces == sizes.argmax())] = target
+    for target, box in enumerate(ndimage.find_objects(labels, num_targets), 1):
+        if box:  # else the target is nowhere
+            pieces, _ = ndimage.label(labels[box] == target)
+            sizes = np.bincount(pieces.ravel())
+            sizes[0] = 0  # all else
+            kept[box][pieces == sizes.argmax()] = target
     return kept
