@@ -179,7 +179,7 @@ def memory_traffic(text: str) -> int:
 
     Of each instruction that runs: its operands and results but those in on-chip memories, whose
     layouts have S(1) or another number. A fusion counts operands whole of which it may read a part.
-    Bodies of loops, of which no step has had any, are left out.
+    Bodies of loops are left out, which UA-MT, VerSemi and BCP have: for them it is too low.
     """
     entry = text[text.index("\nENTRY ") :]
     shapes, total = {}, 0

@@ -150,12 +150,14 @@ def time_step(
 
 def convolution_bytes(jaxpr: Any) -> int:
     """Bytes that convolutions and matrix products of a traced step read and write: what must move
-    between the chip and its memory even if all other work is fused into them."""
-    total = 0
+    between the chip and its memory even if all other work is fused into them. Of branches the one
+    that moves most counts, and a loop without a known length counts once."""
+    total, has_equations = 0, lambda x: hasattr(x, "eqns")
     for equation in jaxpr.eqns:
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr")):
-            if hasattr(inner, "jaxpr"):
-                total += convolution_bytes(inner.jaxpr)
+        parts = jax.tree.leaves(equation.params, is_leaf=has_equations)
+        parts = [convolution_bytes(part) for part in parts if has_equations(part)]
+        inner = max(parts) if "branches" in equation.params else sum(parts)
+        total += inner * equation.params.get("length", 1)
         if equation.primitive.name in ("conv_general_dilated", "dot_general"):
             variables = (*equation.invars, *equation.outvars)
             total += sum(v.aval.size * v.aval.dtype.itemsize for v in variables)

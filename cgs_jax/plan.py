@@ -74,9 +74,8 @@ if __name__ == "__main__":
         stride, poolings = network.stride(config), network.poolings(config)
         network.backbone(config).check(config.model)
         completion.complete(config.data, None, stride, poolings)
-        facts = fingerprint.of_cases(
-            tasks.layout(config.data).find(config.data).values(), config.data
-        )
+        facts = fingerprint.of_training(config.data)
+        say("Training cases, without those that validate or test:")
         say(describe(facts))
         pixel = config.data.spacing if "data.spacing" in given else 0
         strides = given.get("model.depth_strides", ())

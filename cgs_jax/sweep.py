@@ -128,9 +128,10 @@ def plan(
                 config = resolve(config, saved)
             for text in told.getvalue().splitlines():
                 once(text)
-            if saved:
-                run_folder.check_same(saved, config, run)
             runs.append(Run(f"{row} seed {seed}", run, config, command))
+            if saved:
+                free = run_folder.FREE + run_folder.PREDICTION * runs[-1].finished()
+                run_folder.check_same(saved, config, run, free)
     return list(rows), runs
 
 
@@ -199,9 +200,9 @@ def train_all(runs: list[Run], at_once: int = 1) -> None:
     Raises:
       UserError: runs failed; the others have been trained.
     """
-    todo = [run for run in runs if not run.finished()]
-    total, failed = sum(run.config.total_steps for run in runs), []
-    done = sum(run.config.total_steps for run in runs if run.finished())
+    todo, failed = [run for run in runs if not run.finished()], []
+    total = sum(run.config.total_steps for run in runs)
+    done = total - sum(run.config.total_steps for run in todo)
     free, training = _shares(max(min(at_once, len(runs)), 1)), []
     numbered = list(enumerate(todo, len(runs) - len(todo) + 1))
     with tqdm(total=total, initial=done, unit="step", disable=None) as bar:
@@ -247,20 +248,6 @@ def _shares(count):
     return [set(cores[i * size : (i + 1) * size]) for i in range(count)]
 
 
-@contextlib.contextmanager
-def _kept_to(cores):
-    """Processes that are started in here stay on these cores, if there are any to stay on."""
-    if not cores or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def _score(run):
     """Its Dice and the time that it took, as words."""
     minutes, _ = time_spent(run.workdir)
@@ -278,10 +265,13 @@ class _Training:
         run.workdir.mkdir(parents=True, exist_ok=True)
         self._log = run.workdir / "log.txt"
         self._begun = self._log.stat().st_size if self._log.exists() else 0
-        with self._log.open("ab") as log, _kept_to(cores):
+        with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 run.command, stdout=log, stderr=log, start_new_session=True
             )
+        if cores and hasattr(os, "sched_setaffinity"):  # before it has threads
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(self.process.pid, cores)
 
     def error(self):
         """What went wrong with the ended process, '' if nothing."""

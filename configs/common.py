@@ -67,7 +67,7 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
     config.total_steps = 30_000
     config.log_every = 50
     config.eval_every = 500  # validation and checkpoint
-    config.eval_batch = 32  # slices
+    config.eval_batch = 32  # slices, or windows of them, or of volumes
     # slices of training cases with withheld labels, to measure pseudo-labels on; 0: none
     config.pseudo_slices = 64
     config.test = True  # score the test cases, too; False while a recipe is being chosen

@@ -64,6 +64,18 @@ def test_floor_counts_what_convolutions_read_and_write():
     expected = 4 * (32 * 8 + 15 + 32 * 12 + 315)
     assert benchmark.convolution_bytes(traced.jaxpr.jaxpr) == expected
 
+    x, square = jnp.ones((4, 4)), 4 * 3 * 16  # bytes of a product of two squares
+    product, twice = lambda x: x @ x, lambda x: (x @ x) @ x
+    for function, count in (
+        (lambda x: jax.lax.scan(lambda y, _: (y @ x, None), x, length=5)[0], 5),
+        (lambda x: jax.lax.map(product, jnp.stack([x] * 3)), 3),
+        (lambda x: jax.lax.cond(x[0, 0] > 0, product, twice, x), 2),  # of branches one runs
+        (lambda x: jax.lax.platform_dependent(x, cpu=product, default=product), 1),
+        (jax.checkpoint(twice), 2),
+        (jax.grad(jax.checkpoint(lambda x: jnp.sum(jnp.sin(x @ x)))), 4),  # one is made again
+    ):
+        assert benchmark.convolution_bytes(jax.make_jaxpr(function)(x).jaxpr) == count * square
+
 
 def test_what_bounds_the_step():
     step = {"ms": 10.0, "flops": 8e9, "floor_bytes": 1e9, "bytes": 2e9}

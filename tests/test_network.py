@@ -187,6 +187,26 @@ def test_training_starts_from_given_weights(tmp_path, suffix):
         train_step.init_state(method, mesh)
 
 
+@pytest.mark.parametrize("with_head", [True, False])
+def test_a_prompted_network_starts_from_a_file(with_head):
+    """It has no generalist, so the file may have one or not."""
+    image, config = jnp.zeros((1, 16, 16, 1)), tiny("versemi")
+    given = jax.eval_shape(build(tiny(), specialists=False).init, jax.random.key(7), image)
+    given = jax.tree.map(lambda x: np.full(x.shape, 0.25, x.dtype), given)
+    weights = torch_weights.to_torch(given)
+    if not with_head:
+        weights = {name: x for name, x in weights.items() if "out_conv" not in name}
+    network = train_step.make_method(config).network
+    like = jax.eval_shape(network.init, jax.random.key(0), image)
+    loaded = torch_weights.from_torch(weights, like, "mine.npz")
+    for name, tree in given.items():
+        jax.tree.map(np.testing.assert_array_equal, loaded[name]["backbone"], tree["backbone"])
+    assert loaded["params"].keys() == like["params"].keys()
+    assert torch_weights.to_torch(loaded).keys() == {x for x in weights if "out_conv" not in x}
+    with pytest.raises(UserError, match=r"mine.npz has unknown more \(1 such"):
+        torch_weights.from_torch(weights | {"more": np.zeros(1)}, like, "mine.npz")
+
+
 def test_two_networks_from_one_file_differ(tmp_path):
     """Their backbones are that of the file, their heads are not."""
     config = tiny("cps", **{"model.weights": str(tmp_path / "weights.npz")})

@@ -173,7 +173,10 @@ def test_folds_of_nnunet(tmp_path):
         save(root / folder / f"mine_100{ending}", np.zeros((9, 8, 4), np.float32))
     splits = cache.prepare(resolve(config)).splits
     assert (splits.test, splits.val) == (["mine_100"], names[:2])
-    config.data.fold = 2
+    config.data.splits = str(tmp_path)
+    with pytest.raises(UserError, match="data.fold and data.splits both say which cases train"):
+        cache.prepare(resolve(config))
+    config.data.fold, config.data.splits = 2, ""
     with pytest.raises(UserError, match=r"data.fold=2: .*splits_final.json has no such fold"):
         cache.prepare(resolve(config))
     (root / "splits_final.json").write_text('[{"train": [1, 2], "val": [3]}]')

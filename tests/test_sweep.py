@@ -73,6 +73,9 @@ def test_sweep_goes_on(swept, scans, tmp_path):
     (workdir / "fixmatch" / "seed3").mkdir(parents=True)
     (workdir / "fixmatch" / "seed3" / "checkpoints").write_text("in the way")
     kept = (workdir / "supervised" / "seed3" / "summary.json").stat().st_mtime_ns
+    options = workdir / "supervised" / "seed3" / "config.json"  # after main --config.combine=vote
+    options.write_text(options.read_text().replace('"average"', '"vote"'))
+    assert run_folder.load(options.parent)[0].combine == "vote"
     rows = ["--rows", "supervised,fixmatch,cgs", "--seeds", "1", "--config.seed=3"]
     done = start(line(scans, workdir, *rows, "--at_once", "2"))
     assert done.returncode == 1

@@ -2,6 +2,7 @@
 
 import math
 
+import grain.python as grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -312,7 +313,7 @@ def test_precise_statistics_are_without_dropout(stepped):
     _, _, mesh, _, state = stepped
     config = tiny(**{"precise_bn": 1, "model.dropout": 0.5})
     method, batch = train_step.make_method(config), tiny_batch(config)
-    precise = batch_norm.make_precise(method, [batch], mesh)
+    precise = batch_norm.make_precise(method, grain.MapDataset.source([batch]), mesh)
     params, start = method.inference_variables(state)
     other = method.with_inference_state(state, jax.tree.map(lambda x: x + 3, start))
     (_, stats), (_, again) = (method.inference_variables(precise(s)) for s in (state, other))

@@ -122,7 +122,8 @@ def panels(shown: Shown, at: int) -> list[np.ndarray]:
     """RGB uint8 of slice `at`: the image, with truth, with prediction, and with what is wrong.
 
     Oriented scans are turned as radiologists look at them: anterior or superior up, and the
-    patient's right on the left.
+    patient's right on the left. Those that were cut along their coarsest axis are not mirrored, for
+    which axis that was is not kept.
     """
     turned = slice(None) if shown.slicing == "stored" else slice(None, None, -1)
     mirrored = turned if shown.slicing in ("axial", "coronal") else slice(None)

@@ -32,7 +32,8 @@ class Sweep(NamedTuple):
       curves: a line a line of metrics.jsonl, with row and seed.
       cases: a line an organ of a case: row, seed, split ('val', 'test', 'val_literature',
         'test_literature' of the best checkpoint, with 'last_' before it of the last), member (of a
-        collection, else ''), case, patient, organ, voxels (true size), dice, jaccard, hd95, asd.
+        collection, else ''), case, patient, organ, voxels (true size), predicted (size), and what
+        `scoring.metrics` measures, such as dice, jaccard, hd95 and asd.
       first: the row that others are held against, the first that has a finished run.
     """
 

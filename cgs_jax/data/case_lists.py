@@ -39,6 +39,8 @@ def split(cases: dict[str, Case], data: ConfigDict, seed: int) -> Splits:
     """
     if data.fold < -1 or data.split_seed < 0:
         raise UserError("data.fold must be at least -1, which takes none, and data.split_seed 0")
+    if data.fold >= 0 and data.splits:
+        raise UserError("data.fold and data.splits both say which cases train: give one of them")
     if data.fold >= 0:
         return _of_fold(cases, data, seed)
     published = pathlib.Path(__file__).parent / "published" / data.name

@@ -28,7 +28,7 @@ def complete(
     backbone for volumes pools, 0 for slices.
 
     Raises:
-      UserError: members of a collection do not fit each other.
+      UserError: what the files give can not be, or members of a collection do not fit each other.
     """
     if data.name != tasks.COLLECTION:
         module = tasks.layout(data)

@@ -106,9 +106,14 @@ class Prepared:
         return np.ascontiguousarray(np.moveaxis(stack, 1, -1))
 
     def labels(self, rows: np.ndarray, corners: Any = None, shape: Any = ()) -> np.ndarray:
-        """The same of the labels, uint8 [B, *S] in the union's numbering; NO_LABEL where nobody
-        annotated, which is everywhere in cases without label."""
-        return patches.cut(self.marked(rows), corners, shape)
+        """The same of the labels, uint8 [B, *S] in the union's numbering, with the annotated organs
+        alone; NO_LABEL where nobody annotated, which is everywhere in cases without label."""
+        stack = patches.cut(self.examples("label", rows), corners, shape)
+        for label, (case, _) in zip(stack, self._places(rows), strict=True):
+            table = self._tables(case)
+            if table is not None:
+                label[...] = table[label]
+        return stack
 
     def places(self, row: int) -> list[np.ndarray]:
         """Pixels of the organs in an example, see `patches.places`; of volumes they are looked up
@@ -116,14 +121,8 @@ class Prepared:
         return self._places_of(row) if self._volumes else self._look_for_places(row)
 
     def _look_for_places(self, row):
-        (label,) = self.marked(np.array([row]))
+        (label,) = self.labels(np.array([row]))
         return patches.places(label)
-
-    def marked(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Labels uint8 [*S] in the union's numbering, with the annotated organs alone."""
-        for (case, _), label in zip(self._places(rows), self.examples("label", rows), strict=True):
-            table = self._tables(case)
-            yield label if table is None else table[label]
 
     def annotated(self, rows: np.ndarray) -> np.ndarray:
         """bool [B, *1s, K]: which organs of the union the labels of `rows` mark."""

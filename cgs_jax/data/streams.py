@@ -117,9 +117,13 @@ def _shuffled(places: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarr
     """The items at `places` of an endless sequence of epochs, each of which has all `count` items
     in an order of its own."""
     epochs, within = places // count, places % count
+    return np.array([_order(count, (*seed, e))[w] for e, w in zip(epochs, within, strict=True)])
+
+
+@functools.lru_cache(32)
+def _order(count, seed):
     # RandomState, not Generator: numpy promises that it draws the same for ever.
-    orders = {e: np.random.RandomState((*seed, e)).permutation(count) for e in set(epochs)}
-    return np.array([orders[e][w] for e, w in zip(epochs, within, strict=True)])
+    return np.random.RandomState(seed).permutation(count)
 
 
 def prefetched(dataset: grain.MapDataset, put: Callable[[Any], Any]) -> Iterator[Any]:

@@ -14,6 +14,7 @@ import safetensors.numpy
 from cgs_jax.runtime.errors import UserError
 
 Arrays = dict[str, np.ndarray]
+GENERALIST = "decoder.out_conv"
 
 
 def _block(torch_prefix: str, path: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -51,7 +52,8 @@ def _names(flat: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[Any, ...]]:
         names |= _block(f"encoder.down{i}.maxpool_conv.1.conv_conv", ("backbone", f"down{i}"))
         names |= _conv(f"decoder.up{i}.conv1x1", ("backbone", f"up{i}_reduce"))
         names |= _block(f"decoder.up{i}.conv.conv_conv", ("backbone", f"up{i}"))
-    names |= _conv("decoder.out_conv", ("generalist", "conv"))
+    if any(path[1] == "generalist" for path in flat):  # else it is prompted
+        names |= _conv(GENERALIST, ("generalist", "conv"))
     for k in range(0 if bias is None else bias.shape[0]):
         prefix = f"decoder.projection_heads.{k}"
         for layer, own in (("0", "conv1"), ("3", "conv2")):
@@ -64,7 +66,7 @@ def _names(flat: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[Any, ...]]:
 
 def from_torch(state_dict: Mapping[str, np.ndarray], variables: Any, source: str) -> Any:
     """Returns `variables` ({'params', 'batch_stats'}) with the values of a torch state_dict; of
-    what they hold besides, shapes are enough.
+    what they hold besides, shapes are enough. A network without a generalist takes none.
 
     Raises:
       UserError: a name is missing or left over, or a shape differs; names `source`.
@@ -75,6 +77,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Any, source: str
         raise UserError(f"{source}: PyTorch's specialists have model.head_depth=1")
     names = _names(flat)
     given = {k for k in state_dict if not k.endswith("num_batches_tracked")}
+    given -= {name for name in given - set(names) if name.startswith(GENERALIST)}
     for problem, odd in (("lacks", set(names) - given), ("has unknown", given - set(names))):
         if odd:
             raise UserError(f"{source} {problem} {sorted(odd)[0]} ({len(odd)} such names)")

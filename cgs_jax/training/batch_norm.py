@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from cgs_jax.data import streams
 from cgs_jax.methods import batches
 from cgs_jax.methods.base import Method
 from cgs_jax.models import unet
@@ -33,7 +34,7 @@ def make_precise(method: Method, dataset: grain.MapDataset, mesh: Mesh) -> Any:
         plain.model.dropout = jax.tree.map(lambda rate: 0.0, plain.model.dropout)
     plain = make_method(plain)
 
-    def statistics(state, batch, seed, step):
+    def add_statistics(total, state, batch, seed, step):
         k_views, _ = step_keys(seed, step)
         views = make_views(method, mesh, batch, k_views)
         image = views["labelled"]["image"]
@@ -41,17 +42,19 @@ def make_precise(method: Method, dataset: grain.MapDataset, mesh: Mesh) -> Any:
             image = batches.join(image, views["unlabelled"]["weak"])
         params, before = method.inference_variables(state)
         after = plain.statistics(params, before, image, k_views)
-        return jax.tree.map(lambda a, b: b + (a - b) / unet.MOMENTUM, after, before)
+        own = lambda sum, a, b: sum + b + (a - b) / unet.MOMENTUM  # noqa: E731
+        return jax.tree.map(own, total, after, before)
 
-    statistics = devices.jit(statistics, mesh)
+    add_statistics = devices.jit(add_statistics, mesh, donate_argnums=0)
 
     def precise(state):
-        end, total = int(state.step), None
-        steps = range(max(end - config.precise_bn, 0), end)
-        for step in steps:
-            batch = devices.put_batch(mesh, dataset[step])
-            some = statistics(state, batch, seed_of(config), np.int32(step))
-            total = some if total is None else jax.tree.map(jnp.add, total, some)
-        return method.with_inference_state(state, jax.tree.map(lambda x: x / len(steps), total))
+        end = int(state.step)
+        start = max(end - config.precise_bn, 0)
+        total = jax.tree.map(jnp.zeros_like, method.inference_variables(state)[1])
+        ahead = streams.prefetched(dataset[start:end], lambda x: devices.put_batch(mesh, x))
+        for step, batch in enumerate(ahead, start):
+            total = add_statistics(total, state, batch, seed_of(config), np.int32(step))
+        mean = jax.tree.map(lambda x: x / (end - start), total)
+        return method.with_inference_state(state, mean)
 
     return precise
