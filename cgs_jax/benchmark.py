@@ -257,8 +257,8 @@ def bound(result: dict[str, Any]) -> str:
         return "input pipeline"
     if not step:
         return "not measured"
-    devices = int(result["device"].split()[0])
-    ceiling = {k: v * devices for k, v in result["ceilings"].items()}
+    count = int(result["device"].split()[0])
+    ceiling = {k: v * count for k, v in result["ceilings"].items()}
     shares = {
         "arithmetic": step["flops"] / ceiling["flops_per_s"],
         "convolutions' memory": step["floor_bytes"] / ceiling["bytes_per_s"],

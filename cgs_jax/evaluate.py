@@ -38,7 +38,7 @@ def evaluate(
     workdirs: Sequence[pathlib.Path],
     options: Mapping[str, Any] | None = None,
     root: str = "",
-    cache: str = "",
+    prepared_in: str = "",
 ) -> dict[str, Any]:
     """Scores validation and, if the first run scores them, test cases.
 
@@ -46,7 +46,7 @@ def evaluate(
       workdirs: trained runs. Of a single one the last checkpoint is scored, too, and its outputs
         are written anew if it is finished, its folder can be written and `options` change nothing.
       options: replace those of the first run, such as {'combine': 'vote'}.
-      root, cache: where its scans and the prepared ones are now, if elsewhere.
+      root, prepared_in: where its scans and the prepared ones are now, if elsewhere.
 
     Returns:
       What summary.json holds.
@@ -66,7 +66,7 @@ def evaluate(
             raise UserError(f"{workdir} and {workdirs[0]} have other validation or test cases")
     if len(workdirs) > 1:
         together = Predictor.restore(workdirs, options)
-        prepared = scans(together.config, splits, root, cache)
+        prepared = scans(together.config, splits, root, prepared_in)
         digests = prepared.digests()
         for workdir in workdirs:
             run_folder.check_scans(digests, workdir, finished=True)
@@ -81,7 +81,7 @@ def evaluate(
             writes = False
             say(f"{workdir} is read-only; its summary, report and pictures stay as they are")
         with run_folder.locked(workdir) if writes else contextlib.nullcontext():
-            prepared = scans(method.config, splits, root, cache)
+            prepared = scans(method.config, splits, root, prepared_in)
             run_folder.check_scans(prepared.digests(), workdir, finished=True)
             summary, best = best_and_last(method, prepared, checkpoints, devices.local_mesh())
             if writes:
@@ -89,13 +89,14 @@ def evaluate(
     return summary
 
 
-def scans(config: ConfigDict, splits: Splits, root: str = "", folder: str = "") -> Prepared:
-    """The prepared scans of a run; `root` and `folder`, of prepared data, say where they are now,
-    if elsewhere. In there members of a collection have folders by their names."""
+def scans(config: ConfigDict, splits: Splits, root: str = "", prepared_in: str = "") -> Prepared:
+    """The prepared scans of a run; `root` says where its scans are now, if elsewhere, and
+    `prepared_in` where the prepared ones are. In both, members of a collection have folders by
+    their names."""
     config = ConfigDict(config.to_dict())
     for name, data in tasks.members(config.data).items():
         data.root = str(pathlib.Path(root, name)) if root else data.root
-        data.cache = str(pathlib.Path(folder, name)) if folder else data.cache
+        data.cache = str(pathlib.Path(prepared_in, name)) if prepared_in else data.cache
     return cache.prepare(config, splits)
 
 
