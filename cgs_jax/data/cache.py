@@ -93,6 +93,8 @@ def _prepare_task(task, splits):
     """Entries by case, and the case lists, of one data set."""
     data, module = task.data, tasks.layout(task.data)
     cases = module.find(data)
+    if not data.partial and any(case.annotated is not None for case in cases.values()):
+        raise TypeError(f"layout {data.name} finds partly annotated cases: give it partial(data)")
     splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.tell(splits, data, task.name)
     case_lists.check(splits, cases, data)

@@ -129,7 +129,7 @@ class Method:
 
     def unsupervised(self, pairs: list[Pair]) -> tuple[Terms, Terms]:
         """Terms 'unsup/...', whose sum is weighted, and shares of pixels 'cover/...'."""
-        return {}, {}
+        raise NotImplementedError
 
     def weight(self, step: jax.Array) -> jax.Array:
         """Weight of the unsupervised terms."""
@@ -145,7 +145,9 @@ class Method:
         return loss, (passes.model_state, passes.extra, metrics)
 
     def objective(self, passes: Passes, step: jax.Array) -> tuple[jax.Array, Terms]:
-        """The loss of all passes, and its parts by name."""
+        """The loss of all passes, 'loss', and its parts by name."""
+        if self.config.data.partial and any(x.annotated is None for x in passes.labelled):
+            raise TypeError("passes.labelled lacks what is annotated; see base.labelled")
         terms = add(map(supervised_loss, passes.labelled))
         supervised = sum(terms.values())
         metrics = {"loss": supervised, "sup": supervised, **terms}

@@ -144,6 +144,8 @@ class Over:
         if isinstance(method, Method) or not method.unlabelled:
             name = method.config.method.name
             raise UserError(f"base={name}: CGS lies over other methods with unlabelled images only")
+        if type(method).loss is not base.Method.loss:
+            raise TypeError("CGS does not call a method's own loss: override objective instead")
         _check(method.config.cgs, "cgs")
         self.method = method
 
@@ -153,6 +155,8 @@ class Over:
     def loss(self, params, state, views, key):
         """The other method's, and what CGS adds; its metrics are 'cgs/...'."""
         options, passes = self.config.cgs, self.passes(params, state, views, key)
+        if not passes.pairs:
+            raise TypeError("CGS lies over methods whose passes have pairs")
         loss, metrics = self.method.objective(passes, state.step)
         terms, coverage = consistency(passes.pairs, options)
         added = sum(terms.values())

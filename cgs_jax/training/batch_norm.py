@@ -55,6 +55,9 @@ def make_precise(method: Method, dataset: grain.MapDataset, mesh: Mesh) -> Any:
         for step, batch in enumerate(ahead, start):
             total = add_statistics(total, state, batch, seed_of(config), np.int32(step))
         mean = jax.tree.map(lambda x: x / (end - start), total)
-        return method.with_inference_state(state, mean)
+        state = method.with_inference_state(state, mean)
+        if method.inference_variables(state)[1] is not mean:
+            raise TypeError("inference_variables and with_inference_state are of other networks")
+        return state
 
     return precise

@@ -77,7 +77,7 @@ def with_weights(state: TrainState, *trees: Any) -> TrainState:
     """Replaces every part of params, model_state and extra that has the structure of one of `trees`
     by the values of that tree, in buffers of its own; where the tree has a mere shape, the old
     value stays."""
-    structures = [jax.tree.structure(tree) for tree in trees]
+    structures, found = [jax.tree.structure(tree) for tree in trees], set()
 
     def place(own, new):
         if isinstance(new, jax.ShapeDtypeStruct):
@@ -89,11 +89,14 @@ def with_weights(state: TrainState, *trees: Any) -> TrainState:
         structure = jax.tree.structure(own)
         if structure not in structures:
             return own
+        found.add(structure)
         return jax.tree.map(place, own, trees[structures.index(structure)])
 
     parts = (state.params, state.model_state, state.extra)
     like = lambda tree: jax.tree.structure(tree) in structures  # noqa: E731
     params, model_state, extra = jax.tree.map(swap, parts, is_leaf=like)
+    if found != set(structures):
+        raise TypeError("no part of the method's state has the structure of its network")
     return state.replace(params=params, model_state=model_state, extra=extra)
 
 
