@@ -39,8 +39,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
             run_folder.check_same(saved, config, workdir, free)
         elif checkpoints.latest:
             raise UserError(f"{workdir} holds checkpoints, but no config.json; choose another")
-        with processes.first_process_first():
-            prepared = cache.prepare(config, splits)
+        prepared = cache.prepare(config, splits)
         options = ConfigDict(config.to_dict())
         for data in (options.data, *tasks.members(options.data).values()):
             data.root = data.cache = ""  # each host may have its own

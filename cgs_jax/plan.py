@@ -6,6 +6,7 @@ Nothing is trained or changed. The memory is what the compiler says of the step 
 device; the rest are rules of thumb that docs/own_data.md explains.
 """
 
+import math
 import shlex
 from collections.abc import Mapping
 
@@ -62,6 +63,17 @@ def memory(config: ConfigDict) -> tuple[float, float]:
     return needs.argument_size_in_bytes, needs.temp_size_in_bytes
 
 
+def tell_of_little_memory(needed: float) -> None:
+    """Warns where a device here has less memory than `needed` bytes."""
+    there = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
+    if needed > there:
+        say(
+            f"WARNING: that is more than the {there / 1e9:.1f} GB that a device has for it; try "
+            "--config.model.dtype=bfloat16, --config.model.head_bytes=500000000, a smaller batch "
+            "or smaller windows"
+        )
+
+
 if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
     flags.mark_flags_as_required(["config"])
@@ -93,6 +105,7 @@ if __name__ == "__main__":
         say(f"\nintensities {config.data.normalise}, mirror images {config.augment.flip:g}")
         held, rest = memory(config)
         say(f"a step needs {(held + rest) / 1e9:.1f} GB, of which {rest / 1e9:.1f} while it runs")
+        tell_of_little_memory(held + rest)
         options = [f"--config.{name}={value}" for name, value in (given | found).items()]
         options = [shlex.quote(option) for option in options]
         name = config_flags.get_config_filename(flags.FLAGS["config"])

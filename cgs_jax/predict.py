@@ -20,6 +20,7 @@ from cgs_jax.data.grid import Grid
 from cgs_jax.data.nifti import ENDINGS, Scan, channels_of, ending_of, read_channels, save, scans_in
 from cgs_jax.data.volume import Volume
 from cgs_jax.inference.predictor import Predictor
+from cgs_jax.runtime import threads
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.console import progress, say
 from cgs_jax.runtime.errors import UserError, naming
@@ -69,7 +70,8 @@ def predict(
                 yield (name, scan._replace(array=None)), volume
 
     written = []
-    for (name, scan), (label,) in predictor.labels(volumes(), predictor.scoring):
+    read = threads.ahead(volumes())
+    for (name, scan), (label,) in predictor.labels(read, predictor.scoring):
         write(scan, numbered(label, predictor.task.data.numbers), output / name)
         written.append(output / name)
     if problems:

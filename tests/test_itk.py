@@ -103,10 +103,13 @@ def test_an_nnunet_folder(tmp_path):
     description.write_text(description.read_text().replace(".nii.gz", ".mha"))
     after = cache.prepare(config)
     assert after.splits == before.splits
-    for case in before.splits.train:
+    for case in (*before.splits.labelled, *before.splits.val):
         ours, theirs = before.volume(case), after.volume(case)
         np.testing.assert_array_equal(ours.image, theirs.image)
         np.testing.assert_array_equal(ours.label, theirs.label)
+    rows = before.rows(before.splits.train)
+    np.testing.assert_array_equal(before.images(rows), after.images(rows))
+    np.testing.assert_array_equal(before.labels(rows), after.labels(rows))
     assert str(fingerprint.of_training(config.data)) == str(facts)
     found = predict.find(root / "imagesTr", tmp_path / "out", False, 1)
     assert "mine_003.mha" in found

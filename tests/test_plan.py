@@ -1,5 +1,8 @@
 """What is found of scans, and proposed for them."""
 
+import types
+
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -184,6 +187,18 @@ def test_arrays_tell_no_voxel_size(tmp_path):
     case = tasks.tasks(config.data)[""].data
     with pytest.raises(UserError, match="files of scans only"):
         fingerprint.of_cases([fingerprint.Case("a", (tmp_path / "a.h5",), None)], case)
+
+
+@pytest.mark.parametrize(
+    ("there", "warned"), [({"bytes_limit": 3e9}, True), ({}, False), (None, False)]
+)
+def test_a_step_that_does_not_fit_is_told(there, warned, monkeypatch, capsys):
+    device = types.SimpleNamespace(memory_stats=lambda: there)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    plan.tell_of_little_memory(2e9)
+    assert not capsys.readouterr().out
+    plan.tell_of_little_memory(4e9)
+    assert ("more than the 3.0 GB that a device has" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.slow

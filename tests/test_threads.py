@@ -1,6 +1,7 @@
 """How many scans are worked on at once, and how that ends."""
 
 import os
+import threading
 import time
 
 import pytest
@@ -48,3 +49,25 @@ def test_threads_keep_the_order_and_end_with_the_first_error():
     with pytest.raises(UserError, match="five is odd"):
         threads.each(half, range(1000), "halving")
     assert len(begun) < 100
+
+
+def test_the_next_is_made_while_one_is_in_use():
+    made, seen = [], threading.Semaphore(0)
+
+    def items():
+        for number in range(3):
+            made.append(number)
+            seen.release()
+            yield number
+        raise UserError("no more")
+
+    found = threads.ahead(items())
+    assert not made
+    assert next(found) == 0
+    assert seen.acquire(timeout=10)
+    assert seen.acquire(timeout=10)  # the second one is made, and the third is not
+    assert made == [0, 1]
+    assert [next(found), next(found)] == [1, 2]
+    with pytest.raises(UserError, match="no more"):
+        next(found)
+    assert list(threads.ahead([])) == []

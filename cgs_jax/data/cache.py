@@ -5,7 +5,8 @@ nothing of the splits: other lists prepare nothing, one more scan prepares only 
 is written under another name and renamed when whole. It holds
 
 - `image.npy` uint16 [C, D, H, W], and `label.npy` uint8 [D, H, W] where there is a label file;
-- `image_GRID.npy` and `label_GRID.npy`, the same on the training grid, where that is another;
+- `image_GRID.npy` and `label_GRID.npy`, the same on the training grid, where that is another; of
+  cases without label, which only train, these alone are kept;
 - `case.json`: shape, the numbers that the label has, or null where there is none, spacing, a digest
   of image and label each, and the bytes of the other files: an entry whose files have not as many
   is made anew.
@@ -37,6 +38,8 @@ LEVELS = 65535  # images are uint16: half the bytes of float32 on disk, in memor
 # of data, that the arrays depend on
 OPTIONS = ("name", "size", "spacing", "slice_spacing", "normalise", "slicing", "classes")
 OPTIONS += ("channels", "trust_shapes", "numbers", "ignore")
+OF_LABELS = {"classes", "trust_shapes", "numbers", "ignore"}  # those that labels alone depend on
+MOST_PROBLEMS = 10  # scans that can not be used, after which no more are tried
 UNFINISHED = "unfinished_"  # how the name of an entry begins that is not whole yet
 
 
@@ -98,17 +101,22 @@ def _prepare_task(task, splits):
     splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.tell(splits, data, task.name)
     case_lists.check(splits, cases, data)
-    cache, options = folder_of(data), {k: data[k] for k in OPTIONS}
-    names = [*splits.train, *splits.val, *splits.test]
-    folders = {name: cache / f"{name}_{digest(cases[name], options)}" for name in names}
-    new = [name for name, folder in folders.items() if not _is_whole(folder)]
+    cache, folders, problems = folder_of(data), {}, {}
+    for name in (*splits.train, *splits.val, *splits.test):
+        unused = () if cases[name].label else OF_LABELS
+        options = {k: data[k] for k in OPTIONS if k not in unused}
+        folders[name] = cache / f"{name}_{digest(cases[name], data.root, options)}"
+    new = shuffled([name for name, folder in folders.items() if not _is_whole(folder)])
 
     def make(name):
-        if _is_whole(folders[name]):  # another process was faster
+        if len(problems) >= MOST_PROBLEMS or _is_whole(folders[name]):  # by another process
             return
-        volume = _read(module, cases[name], data)
-        with naming(cases[name].image[0]):
-            write(folders[name], volume, Grid.of(data))
+        try:
+            volume = _read(module, cases[name], data)
+            with naming(cases[name].image[0]):
+                write(folders[name], volume, Grid.of(data))
+        except UserError as error:
+            problems[name] = str(error)
 
     _remove_leftovers(cache)
     try:
@@ -118,8 +126,15 @@ def _prepare_task(task, splits):
         raise UserError(
             f"{problem}; choose a folder with --config.data.cache (evaluate: --cache)"
         ) from error
-    entries = {name: Entry(folders[name], task, cases[name].annotated) for name in names}
+    if problems:
+        raise UserError("; ".join(problems[name] for name in sorted(problems)))
+    entries = {name: Entry(path, task, cases[name].annotated) for name, path in folders.items()}
     return entries, splits
+
+
+def shuffled(names: list[str]) -> list[str]:
+    """In another order in each process, so that several that prepare at once share the work."""
+    return np.random.default_rng().permutation(names).tolist()
 
 
 def _occurrences(label):
@@ -151,10 +166,11 @@ def folder_of(data: ConfigDict) -> pathlib.Path:
     return pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
 
 
-def digest(case: Case, options: Any) -> str:
-    """Changes with the files of a case, and with the `options` that decide what is made of them."""
+def digest(case: Case, root: str, options: Any) -> str:
+    """Changes with the files of a case, which are named from `root`, so that a folder may be moved,
+    and with the `options` that decide what is made of them."""
     files = [
-        (str(path), path.stat().st_size, path.stat().st_mtime_ns)
+        (os.path.relpath(path, root), path.stat().st_size, path.stat().st_mtime_ns)
         for path in (*case.image, *(case.label or ()))
     ]
     text = json.dumps([VERSION, options, files], sort_keys=True)
@@ -190,7 +206,8 @@ def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
                 continue
             array = np.ascontiguousarray(array)
             digests[what] = checksum(array, repr((array.shape, spacing)).encode())
-            np.save(unfinished / f"{what}.npy", array)
+            if same or label is not None:
+                np.save(unfinished / f"{what}.npy", array)
             if not same:
                 resampled = np.ascontiguousarray(to_grid(array, spacing))
                 np.save(unfinished / f"{what}_{grid.name}.npy", resampled)

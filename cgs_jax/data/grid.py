@@ -95,11 +95,14 @@ def _along_depth(stack, depth, resize):
 
 def resize_linear(stack: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes every slice of [..., H, W] of integers, linearly on corner-aligned grids."""
-    rows, columns = (
-        _neighbours(old, new) for old, new in zip(stack.shape[-2:], (height, width), strict=True)
-    )
-    upright = sum(stack[..., at, :] * share[:, None] for at, share in rows)
-    return np.rint(sum(upright[..., at] * share for at, share in columns)).astype(stack.dtype)
+    found, dtype = stack, stack.dtype
+    if height != stack.shape[-2]:
+        rows = _neighbours(stack.shape[-2], height)
+        found = sum(found[..., at, :] * share[:, None] for at, share in rows)
+    if width != stack.shape[-1]:
+        columns = _neighbours(stack.shape[-1], width)
+        found = sum(found[..., at] * share for at, share in columns)
+    return np.rint(found).astype(dtype)
 
 
 def resize(stack: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -127,11 +130,13 @@ def upsampled_labels(probs: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Only where the four pixels around a place have different labels need they be interpolated.
     """
+    labels = np.argmax(probs, -1).astype(np.uint8)
+    if labels.shape[1:] == (height, width):
+        return labels
     rows, columns = (
         _neighbours(old, new) for old, new in zip(probs.shape[1:3], (height, width), strict=True)
     )
     (above, _), (left, _) = rows[0], columns[0]
-    labels = np.argmax(probs, -1).astype(np.uint8)
     padded = np.pad(labels, [(0, 0), (0, 1), (0, 1)], "edge")
     others = padded[:, 1:, :-1], padded[:, :-1, 1:], padded[:, 1:, 1:]
     mixed_up = functools.reduce(np.logical_or, (labels != other for other in others))

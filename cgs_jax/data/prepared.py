@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 
 
 class Prepared:
-    """Prepared data sets: the training examples as rows, and every case as a volume.
+    """Prepared data sets: the training examples as rows, and every labelled case as a volume.
 
     Attributes:
       splits: the case lists; cases have the full names of their task.
@@ -213,11 +213,11 @@ class Prepared:
         return self._about[case]["label"]
 
     def volume(self, case: str) -> Volume:
-        """A case on its own grid: image uint16 [C, D, H, W] and label uint8 [D, H, W] in the
-        numbering of its task, or None where there is none, memory-mapped."""
+        """A case with a label, on its own grid: image uint16 [C, D, H, W] and label uint8 [D, H, W]
+        in the numbering of its task, memory-mapped."""
         spacing = self._about[case]["spacing"]
-        label = self._mapped(case, "label") if self.has_label(case) else None
-        return Volume(self._mapped(case, "image"), label, tuple(spacing) if spacing else None)
+        image, label = (self._mapped(case, what) for what in ("image", "label"))
+        return Volume(image, label, tuple(spacing) if spacing else None)
 
     def _table(self, case: str) -> np.ndarray | None:
         """The union's label for each of the case's own; None where they are the same. What its

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from cgs_jax.data import patches, tasks
 from cgs_jax.data.grid import Grid
 from cgs_jax.data.prepared import Prepared
+from cgs_jax.runtime import threads
 
 BLOCK = 64  # slices in which every data set of a collection has its share of a stream
 
@@ -128,6 +129,8 @@ def _order(count, seed):
 
 def prefetched(dataset: grain.MapDataset, put: Callable[[Any], Any]) -> Iterator[Any]:
     """Iterates with reading and `put`, the transfer to the devices, ahead of the step."""
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+    ahead = 8
+    count = min(max(2, len(threads.cores())), ahead)  # on a network most of the time is waiting
+    options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=ahead)
     loaded = dataset.to_iter_dataset(options).map(put)
     return iter(grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=2))

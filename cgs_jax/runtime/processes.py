@@ -3,13 +3,11 @@
 Every process runs the same code on its own devices; process 0 alone writes logs and pictures.
 """
 
-import contextlib
 import os
 import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -51,16 +49,6 @@ def is_first() -> bool:
 def barrier(name: str) -> None:
     """Waits for all processes; `name` must be the same in all."""
     multihost_utils.sync_global_devices(name)
-
-
-@contextlib.contextmanager
-def first_process_first() -> Iterator[None]:
-    """Process 0 goes through the body before all others, who may find its work done."""
-    if not is_first():
-        barrier("process 0 is through")
-    yield
-    if is_first():
-        barrier("process 0 is through")
 
 
 def gather(value: Any) -> list[Any]:

@@ -2,13 +2,13 @@
 
 import os
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cgs_jax.runtime.console import progress
 
-MOST = 4
+MOST = 8
 MEMORY = 6e9  # bytes for each thread: a large CT takes 4 while it is prepared
 # Linux's control groups, which have the limits of containers and batch jobs, and this process's
 GROUPS, OWN_GROUPS = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/self/cgroup")
@@ -63,3 +63,13 @@ def each(function: Callable[[Any], Any], items: Iterable[Any], what: str) -> lis
         return list(progress(results, what, len(items), "scan"))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def ahead(items: Iterable[Any]) -> Iterator[Any]:
+    """`items`, of which the next is made in a thread while one is in use."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
