@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -150,15 +150,21 @@ def upsampled_labels(probs: np.ndarray, height: int, width: int) -> np.ndarray:
     return first
 
 
-def slices_of(stack: np.ndarray, depth: int, linear: bool) -> Iterator[np.ndarray]:
-    """The `depth` slices that a stack [D, ...] of numbers is resampled to, on corner-aligned grids:
-    interpolated linearly, or nearest neighbours."""
+def slices_of(
+    stack: Iterable[np.ndarray], old: int, depth: int, linear: bool
+) -> Iterator[np.ndarray]:
+    """The `depth` slices that a stack of `old` slices of numbers is resampled to, on corner-aligned
+    grids: interpolated linearly, or nearest neighbours. Of the stack two are held at a time."""
+    (below, _), (above, shares) = _neighbours(old, depth)
     if not linear:
-        yield from (stack[at] for at in _nearest(len(stack), depth))
-        return
-    (below, _), (above, shares) = _neighbours(len(stack), depth)
+        below = above = _nearest(old, depth)
+        shares = np.zeros(depth)
+    stack, read, before, last = iter(stack), -1, None, None
     for a, b, share in zip(below, above, shares, strict=True):
-        yield stack[a] * (1 - share) + stack[b] * share if share else stack[a]
+        while read < b:
+            before, last, read = last, next(stack), read + 1
+        lower = last if a == read else before
+        yield lower * (1 - share) + last * share if share else lower
 
 
 def _neighbours(old, new):

@@ -127,7 +127,7 @@ class Predictor:
         Arguments and errors are those of `segment`."""
         slices, batch = self._to_grid(self.volume(array, spacing)), self.config.eval_batch
         if self.config.data.depth:
-            return self._scores(slices[None])[0]
+            return np.stack(list(self._scores_of_slices(slices)))
         parts = (slices[i : i + batch] for i in range(0, len(slices), batch))
         return np.concatenate([self._scores(part) for part in parts])
 
@@ -182,7 +182,8 @@ class Predictor:
         if self.config.data.depth:
             for name, volume in volumes:
                 segmented = _Segmented(name, volume, scorings)
-                segmented.fill_all(self._scores(self._to_grid(volume)[None])[0])
+                image = self._to_grid(volume)
+                segmented.fill_all(self._scores_of_slices(image), len(image))
                 yield name, segmented.cleaned(len(self.task.data.classes))
             return
         begun: deque[_Segmented] = deque()
@@ -208,14 +209,22 @@ class Predictor:
         grid = Grid.of(self.task.data)
         return np.moveaxis(grid.image(volume.image, volume.spacing), 0, -1)
 
+    def _scores_of_slices(self, volume):
+        """Of a volume, one slice after the other."""
+        shape = patches.window(self.config.data, self._window())
+        return windows.slices(self._predict, volume, shape, self.config.eval_batch)
+
+    def _window(self):
+        """Its pixels a side, where images are seen through windows: those of many shapes are."""
+        data, window = self.task.data, self.config.window
+        if data.spacing or self.config.data.depth:
+            return window or self.config.data.patch or data.size
+        return window if window < data.size else 0
+
     def _scores(self, images):
-        """Of a batch of slices, or less, or of volumes. Images of many shapes are seen through
-        windows of one."""
-        data, window, depth = self.task.data, self.config.window, self.config.data.depth
-        batch = self.config.eval_batch
-        if data.spacing or depth:
-            window = window or self.config.data.patch or data.size
-        if data.spacing or depth or 0 < window < data.size:
+        """Of a batch of slices, or less."""
+        window, batch = self._window(), self.config.eval_batch
+        if window:
             shape = patches.window(self.config.data, window)
             return windows.blend(self._predict, images, shape, batch)
         padding = [(0, batch - len(images)), *[(0, 0)] * (images.ndim - 1)]
@@ -237,12 +246,14 @@ class _Segmented:
         self.name, self.todo = name, shape[0]
         self._each = [(np.empty(shape, np.uint8), scoring) for scoring in scorings]
 
-    def fill_all(self, scores):
-        """Every slice, of the scores [D', H', W', C] of the volume on the training grid."""
-        for label, scoring in self._each:
-            slices = slices_of(scores, len(label), scoring.upsample == "linear")
-            for i, of_slice in enumerate(slices):
-                label[i] = _labels(of_slice, label.shape[1:], scoring)
+    def fill_all(self, scores, count):
+        """Every slice, of the scores [H, W, C] of the `count` slices on the training grid."""
+        copies, slices = itertools.tee(scores, len(self._each)), []
+        for own, (label, scoring) in zip(copies, self._each, strict=True):
+            slices.append(slices_of(own, count, len(label), scoring.upsample == "linear"))
+        for i, of_slice in enumerate(zip(*slices, strict=True)):  # in step, so few are held
+            for found, (label, scoring) in zip(of_slice, self._each, strict=True):
+                label[i] = _labels(found, label.shape[1:], scoring)
 
     def fill(self, i, scores):
         """Slice `i`, of its scores [H, W, C] on the training grid."""

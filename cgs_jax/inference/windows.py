@@ -6,6 +6,7 @@ all around (as nnU-Net does, Isensee et al., Nature Methods 2021). Any number of
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -41,6 +42,33 @@ def blend(
                 total = np.zeros((*images.shape[: 1 + len(window)], scores.shape[-1]), scores.dtype)
             total[i, *place] += weights[..., None].astype(scores.dtype) * scores
     return total[:, *(slice(n) for n in shape)]
+
+
+def slices(
+    predict: Callable[[np.ndarray], np.ndarray],
+    volume: np.ndarray,
+    window: Sequence[int],
+    batch: int,
+) -> Iterator[np.ndarray]:
+    """Scores [H, W, C] of one slice of a volume [D, H, W, ...] after the other, as `blend` makes
+    them. Slabs as deep as a window are held, no more of them than fill a batch: the scores of all
+    slices and classes may be larger than the memory."""
+    depth, sides = len(volume), volume.shape[1 : len(window)]
+    volume = np.pad(volume, [(0, max(window[0] - depth, 0)), *[(0, 0)] * (volume.ndim - 1)])
+    along = list(_along(len(volume), window[0]))
+    ends = [place.start for place, _ in along[1:]] + [depth]
+    counts = (len(list(_along(max(n, w), w))) for n, w in zip(sides, window[1:], strict=True))
+    begun, together = 0, -(-batch // math.prod(counts))
+    pairs = zip(along, ends, strict=True)
+    while some := list(itertools.islice(pairs, together)):
+        stack = np.stack([volume[place] for (place, _), _ in some])
+        slabs = blend(predict, stack, window, batch)
+        for slab, ((place, weights), end) in zip(slabs, some, strict=True):
+            slab *= weights[:, None, None, None].astype(slab.dtype)
+            if place.start:  # what earlier windows say of its first slices
+                slab[: len(begun)] += begun
+            yield from slab[: end - place.start]
+            begun = slab[end - place.start :]
 
 
 def placed(
