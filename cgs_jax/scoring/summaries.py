@@ -80,7 +80,7 @@ def evaluate(
             results[which][case][organ] = future.result()
 
     # Threads: scipy leaves Python's lock while it works, and the next volumes are predicted. Eight
-    # at most, for each takes 45 bytes a voxel of the box around its organ.
+    # at most, for each holds masks of the box around its organ.
     workers = min(8, len(threads.cores()))
     pool = ThreadPoolExecutor(workers)
     try:
