@@ -66,8 +66,12 @@ def predict(
             except UserError as error:
                 problems.append(str(error))
             else:
-                volume = Volume(quantise(image), None, scan.spacing)
-                yield (name, scan._replace(array=None)), volume
+                volume, scan = (
+                    Volume(quantise(image), None, scan.spacing),
+                    scan._replace(array=None),
+                )
+                del image  # it is large, and the next scan is read while this one is segmented
+                yield (name, scan), volume
 
     written = []
     read = threads.ahead(volumes())

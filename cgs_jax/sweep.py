@@ -28,7 +28,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
 from cgs_jax.analysis import tables
-from cgs_jax.runtime import run_folder, threads
+from cgs_jax.runtime import processes, run_folder, threads
 from cgs_jax.runtime.cli import cli
 from cgs_jax.runtime.console import say
 from cgs_jax.runtime.errors import UserError
@@ -203,7 +203,8 @@ def train_all(runs: list[Run], at_once: int = 1) -> None:
     todo, failed = [run for run in runs if not run.finished()], []
     total = sum(run.config.total_steps for run in runs)
     done = total - sum(run.config.total_steps for run in todo)
-    free, training = _shares(max(min(at_once, len(runs)), 1)), []
+    count = max(min(at_once, len(runs)), 1)
+    free, training = _shares(count), []
     numbered = list(enumerate(todo, len(runs) - len(todo) + 1))
     with tqdm(total=total, initial=done, unit="step", disable=None) as bar:
         try:
@@ -211,7 +212,8 @@ def train_all(runs: list[Run], at_once: int = 1) -> None:
                 while numbered and free:
                     i, run = numbered.pop(0)
                     try:
-                        training.append(_Training(f"{i}/{len(runs)} {run.name}", run, free[-1]))
+                        name = f"{i}/{len(runs)} {run.name}"
+                        training.append(_Training(name, run, free[-1], count))
                         free.pop()
                     except OSError as error:
                         failed.append(f"{run.name} ({error.strerror}: {error.filename})")
@@ -258,16 +260,20 @@ def _score(run):
 
 
 class _Training:
-    """A process that trains a run."""
+    """A process that trains a run, on its cores, beside others."""
 
-    def __init__(self, name, run, cores):
+    def __init__(self, name, run, cores, count):
         self.name, self.run, self.cores = name, run, cores
         run.workdir.mkdir(parents=True, exist_ok=True)
         self._log = run.workdir / "log.txt"
         self._begun = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                run.command, stdout=log, stderr=log, start_new_session=True
+                run.command,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=os.environ | {processes.HERE: str(count)},
             )
         if cores and hasattr(os, "sched_setaffinity"):  # before it has threads
             with contextlib.suppress(ProcessLookupError):

@@ -173,7 +173,7 @@ def get_config(method: str, base: str = "", model: str = "unet") -> ConfigDict:
         if name.isidentifier() and importlib.util.find_spec(f"configs.{folder}.{name}"):
             importlib.import_module(f"configs.{folder}.{name}").update(config)
         elif name.isidentifier() and importlib.util.find_spec(f"cgs_jax.{folder}.{name}"):
-            raise ValueError(f"no configs/{folder}/{name}.py, which would have its options")
+            raise ValueError(f"{folder[:-1]}={name}: there is no configs/{folder}/{name}.py")
     if base:
         config.cgs = ConfigDict()
         cgs.consistency(config.cgs)

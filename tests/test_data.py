@@ -196,6 +196,11 @@ def test_a_folder_may_move(thorax, reads, tmp_path):
     for mine, its in zip(before, everything(cache.prepare(config)), strict=True):
         np.testing.assert_array_equal(its, mine)
     assert not reads
+    config.data.cache = str(tmp_path / "shared")
+    cache.prepare(config)
+    config.data.root = str(pathlib.Path(config.data.root).rename(root))
+    cache.prepare(config)  # a cache of several folders tells them apart
+    assert len(reads) == 10
 
 
 def test_damaged_entries_are_made_anew(thorax, reads):

@@ -103,7 +103,6 @@ THREE_LEVELS = {"model.channels": (8, 16, 16), "model.dropout": (0.1, 0.1, 0.1)}
         ({"combine": "sum"}, "unknown combine 'sum'; there are: average, confidence, vote"),
         ({"method.specialists": False}, "specialists=False goes with method.terms"),
         ({"batch.unlabelled": 0}, "batch.unlabelled must be at least 1"),
-        ({"method.name": "supervised"}, "supervised takes no unlabelled images; leave it 0"),
         ({"eval_every": 0}, "eval_every must be at least 1"),
         ({"model.dropout": (0.1,)}, "model.dropout and model.channels must have the same length"),
         (THREE_LEVELS | {"model.dropout": (0.1, 1.0, 0.1)}, "rates are between 0 and 0.9"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cgs_jax import predict
-from cgs_jax.data import cache, completion, patches, tasks
+from cgs_jax.data import cache, completion, patches, streams, tasks
 from cgs_jax.data.layouts import nnunet as nnunet_layout
 from cgs_jax.data.nifti import read_nifti
 from cgs_jax.data.volume import NO_LABEL
@@ -21,7 +21,7 @@ from cgs_jax.runtime import devices
 from cgs_jax.runtime.errors import UserError
 from cgs_jax.scoring import nnunet_summary, summaries
 from cgs_jax.training import train_step
-from layouts import nnunet_folder, save
+from layouts import STREAMS, nnunet_folder, save
 from steps import tiny, tiny_batch
 
 GAPS = {"background": 0, "head": 300, "tail": 7, "ignore": 9}
@@ -88,6 +88,11 @@ def test_partial_labels_name_regions(tmp_path):
     case = prepared.splits.val[0]
     assert prepared.organs(case) == ("core 2", "active")
     assert set(prepared.scored(case)) == {"core", "active"}
+    assert streams.batches(prepared, config, STREAMS)
+    config.data.partial = False  # as of a layout that forgets to tell
+    with pytest.raises(TypeError, match="the layout needs partial"):
+        streams.batches(cache.prepare(config), config, STREAMS)
+    config.data.partial = True
     listed.write_text(json.dumps({name: ["whole 1"] for name in names}))
     with pytest.raises(UserError, match="no val case is annotated for all of a whole region"):
         cache.prepare(config)

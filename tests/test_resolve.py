@@ -96,6 +96,12 @@ def test_one_image_meets_nobody(method, fields, warns, capsys):
     assert ("WARNING: images are mixed" in capsys.readouterr().out) == warns
 
 
+@pytest.mark.parametrize(("unlabelled", "warns"), [(0, False), (6, True)])
+def test_images_that_nobody_takes_are_told(unlabelled, warns, capsys):
+    check(tiny("supervised", **{"batch.unlabelled": unlabelled}))
+    assert ("batch.unlabelled=6 is left out, for supervised" in capsys.readouterr().out) == warns
+
+
 def test_shapes_may_be_trusted(tmp_path):
     config, root = nnunet_folder(tmp_path)
     path = root / "labelsTr" / "mine_000.nii.gz"

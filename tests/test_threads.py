@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cgs_jax.runtime import threads
+from cgs_jax.runtime import processes, threads
 from cgs_jax.runtime.errors import UserError
 
 
@@ -32,6 +32,16 @@ def test_memory_is_that_of_the_container(tmp_path, monkeypatch):
         assert threads.memory() == 8000
         (tmp_path / file).unlink()
         assert threads.memory() == 9000
+
+
+def test_processes_share_the_memory(monkeypatch):
+    monkeypatch.setattr(threads, "memory", lambda: 25e9)
+    monkeypatch.setattr(threads, "cores", lambda: list(range(16)))
+    assert threads.count() == 4
+    monkeypatch.setenv(processes.HERE, "2")
+    assert threads.count() == 2
+    monkeypatch.setenv(processes.HERE, "8")
+    assert threads.count() == 1
 
 
 def test_threads_keep_the_order_and_end_with_the_first_error():

@@ -41,49 +41,56 @@ def test_windows_equal_the_whole(shape, window):
 
 
 @pytest.mark.parametrize(
-    ("shape", "window", "batch", "calls"),
+    ("shape", "window", "batch"),
     [
-        ((11, 13, 17), (5, 8, 6), 3, 20),  # 4 slabs of 3 x 5 windows
-        ((40, 7, 6), (8, 8, 8), 4, 3),  # 9 slabs of one window
-        ((40, 7, 6), (8, 8, 8), 100, 1),
-        ((3, 20, 8), (4, 8, 8), 3, 2),  # fewer slices than a window
+        ((11, 13, 17), (5, 8, 6), 4),  # 4 x 3 x 5 windows
+        ((40, 7, 6), (8, 8, 8), 4),  # 9, of which each covers the slices
+        ((40, 7, 6), (8, 8, 8), 100),
+        ((3, 20, 8), (4, 8, 8), 3),  # fewer slices than a window
+        ((6, 9, 9), (1, 8, 8), 3),  # several windows at one depth
     ],
 )
-def test_slices_of_volumes_one_after_the_other(shape, window, batch, calls):
-    """The scores of the volume as a whole, by windows that fill batches; slabs alone are held."""
-    volume, deepest, made = np.random.default_rng(0).integers(0, 99, shape), [], []
+def test_slices_of_volumes_one_after_the_other(shape, window, batch):
+    """The very numbers of the volume as a whole, by as many batches. Slices come as soon as no
+    other window reaches them, and no more are held than a window is deep."""
+    volume, made = np.random.default_rng(0).integers(0, 99, shape), []
 
     def predict(images):
-        made.append(len(images))
+        made.append(images)
         return says(set())(images)
 
     expected = windows.blend(predict, volume[None], window, batch)[0]
+    batches, deepest = made[:], 0
     made.clear()
-    blend = windows.blend
-    with pytest.MonkeyPatch.context() as patched:
-        spied = lambda p, x, *rest: deepest.append(x.shape[:2]) or blend(p, x, *rest)  # noqa: E731
-        patched.setattr(windows, "blend", spied)
-        found = list(windows.slices(predict, volume, window, batch))
-    np.testing.assert_allclose(np.stack(found), expected, rtol=1e-5, atol=1e-6)
-    assert len(made) == calls
-    assert {depth for _, depth in deepest} == {window[0]}
-    assert found[0].dtype == np.float32
+    found = []
+    for scores in windows.slices(predict, volume, window, batch):
+        found.append(scores.copy())
+        deepest = max(deepest, len(scores.base))
+    assert deepest <= window[0]
+    np.testing.assert_array_equal(np.stack(found), expected)
+    for a, b in zip(made, batches, strict=True):
+        np.testing.assert_array_equal(a, b)
+    early = windows.slices(predict, np.zeros((400, 8, 8)), (8, 8, 8), 4)
+    made.clear()
+    next(early)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(("old", "depth"), [(1, 3), (5, 5), (4, 9), (9, 4), (7, 1), (2, 30)])
-@pytest.mark.parametrize("linear", [True, False])
-def test_stacks_are_resampled_as_they_come(old, depth, linear):
-    """Against scipy; of the stack none is asked for twice, nor long before it is needed."""
+def test_stacks_are_resampled_as_they_come(old, depth):
+    """Against scipy, in both ways at once; of the stack none is asked for long before its turn."""
     stack, asked = np.random.default_rng(0).random((old, 2, 3)), []
     coming = (asked.append(i) or x for i, x in enumerate(stack))
     found = []
-    for i, x in enumerate(grid.slices_of(coming, old, depth, linear)):
-        found.append(x)
+    for i, both in enumerate(grid.slices_of(coming, old, depth, True, False)):
+        found.append(both)
         assert asked[-1] <= np.floor(i * (old - 1) / max(depth - 1, 1)) + 1
-    zoom = (depth / old, 1, 1) if depth > 1 else None
-    expected = ndimage.zoom(stack, zoom, order=int(linear)) if zoom else stack[:1]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert asked == sorted(set(asked))
+    for which, own in enumerate(zip(*found, strict=True)):
+        zoom = (depth / old, 1, 1)
+        expected = ndimage.zoom(stack, zoom, order=1 - which) if depth > 1 else stack[:1]
+        np.testing.assert_allclose(own, expected, atol=1e-6)
+    (alone,) = zip(*grid.slices_of(stack, old, depth, False), strict=True)
+    np.testing.assert_array_equal(alone, [nearest for _, nearest in found])
 
 
 @pytest.mark.parametrize(("shape", "window"), [((37, 24), (8, 24)), ((11, 13, 17), (5, 8, 6))])

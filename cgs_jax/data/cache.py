@@ -96,8 +96,6 @@ def _prepare_task(task, splits):
     """Entries by case, and the case lists, of one data set."""
     data, module = task.data, tasks.layout(task.data)
     cases = module.find(data)
-    if not data.partial and any(case.annotated is not None for case in cases.values()):
-        raise TypeError(f"layout {data.name} finds partly annotated cases: give it partial(data)")
     splits = splits or case_lists.split(cases, data, data.split_seed)
     case_lists.tell(splits, data, task.name)
     case_lists.check(splits, cases, data)
@@ -105,7 +103,7 @@ def _prepare_task(task, splits):
     for name in (*splits.train, *splits.val, *splits.test):
         unused = () if cases[name].label else OF_LABELS
         options = {k: data[k] for k in OPTIONS if k not in unused}
-        folders[name] = cache / f"{name}_{digest(cases[name], data.root, options)}"
+        folders[name] = cache / f"{name}_{digest(cases[name], data, options)}"
     new = shuffled([name for name, folder in folders.items() if not _is_whole(folder)])
 
     def make(name):
@@ -166,13 +164,16 @@ def folder_of(data: ConfigDict) -> pathlib.Path:
     return pathlib.Path(data.cache or pathlib.Path(data.root) / "cgs_cache")
 
 
-def digest(case: Case, root: str, options: Any) -> str:
-    """Changes with the files of a case, which are named from `root`, so that a folder may be moved,
-    and with the `options` that decide what is made of them."""
-    files = [
-        (os.path.relpath(path, root), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in (*case.image, *(case.label or ()))
-    ]
+def digest(case: Case, data: ConfigDict, options: Any) -> str:
+    """Changes with the files of a case, and with the `options` that decide what is made of them.
+
+    Files in a folder that has its own cache are named from there: it may be moved with it.
+    """
+    own, files = not data.cache and pathlib.Path(data.root), []
+    for path in (*case.image, *(case.label or ())):
+        inside = own and path.is_relative_to(own)
+        name = path.relative_to(own) if inside else path.absolute()
+        files.append((str(name), path.stat().st_size, path.stat().st_mtime_ns))
     text = json.dumps([VERSION, options, files], sort_keys=True)
     return checksum(text.encode())[:12]
 
@@ -222,7 +223,9 @@ def write(folder: pathlib.Path, volume: Volume, grid: Grid) -> None:
         except OSError:
             if _is_whole(folder):  # another process was faster
                 return
-            shutil.rmtree(folder, ignore_errors=True)
+            damaged = unfinished.with_name(f"{unfinished.name}_damaged")
+            folder.rename(damaged)  # not removed in place, where another process may put its own
             unfinished.rename(folder)
+            shutil.rmtree(damaged, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

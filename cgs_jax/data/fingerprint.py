@@ -56,7 +56,7 @@ def _facts(case, data):
     fields = ("slicing", "classes", "numbers", "ignore", "trust_shapes")
     options = [*(data[field] for field in fields), case.annotated]
     folder = cache.folder_of(data)
-    path = folder / f"facts_{case.name}_{cache.digest(case, data.root, options)}.json"
+    path = folder / f"facts_{case.name}_{cache.digest(case, data, options)}.json"
     try:
         return Facts(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

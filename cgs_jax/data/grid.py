@@ -151,20 +151,19 @@ def upsampled_labels(probs: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def slices_of(
-    stack: Iterable[np.ndarray], old: int, depth: int, linear: bool
-) -> Iterator[np.ndarray]:
+    stack: Iterable[np.ndarray], old: int, depth: int, *linear: bool
+) -> Iterator[list[np.ndarray]]:
     """The `depth` slices that a stack of `old` slices of numbers is resampled to, on corner-aligned
-    grids: interpolated linearly, or nearest neighbours. Of the stack two are held at a time."""
+    grids, each in several ways: interpolated linearly, or as nearest neighbour. Of the stack two
+    are held at a time."""
     (below, _), (above, shares) = _neighbours(old, depth)
-    if not linear:
-        below = above = _nearest(old, depth)
-        shares = np.zeros(depth)
-    stack, read, before, last = iter(stack), -1, None, None
-    for a, b, share in zip(below, above, shares, strict=True):
+    nearest, coming, read, before, last = _nearest(old, depth), iter(stack), -1, None, None
+    for a, b, share, near in zip(below, above, shares, nearest, strict=True):
         while read < b:
-            before, last, read = last, next(stack), read + 1
+            before, last, read = last, next(coming), read + 1
         lower = last if a == read else before
-        yield lower * (1 - share) + last * share if share else lower
+        mixed = lower * (1 - share) + last * share if share and any(linear) else lower
+        yield [mixed if own else lower if near == a else last for own in linear]
 
 
 def _neighbours(old, new):

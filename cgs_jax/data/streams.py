@@ -49,6 +49,10 @@ def batches(
       that its data set has.
     """
     seed, data = config.seed, config.data
+    of_all = (set(prepared.task(case).data.classes) for case in prepared.splits.labelled)
+    marked = (set(prepared.organs(case)) for case in prepared.splits.labelled)
+    if not data.partial and any(a != b for a, b in zip(of_all, marked, strict=True)):
+        raise TypeError("cases are annotated for some organs only: the layout needs partial(data)")
     rows = prepared.sources()
     grids = [Grid.of(own) for own in tasks.members(data).values()]
 

@@ -248,10 +248,9 @@ class _Segmented:
 
     def fill_all(self, scores, count):
         """Every slice, of the scores [H, W, C] of the `count` slices on the training grid."""
-        copies, slices = itertools.tee(scores, len(self._each)), []
-        for own, (label, scoring) in zip(copies, self._each, strict=True):
-            slices.append(slices_of(own, count, len(label), scoring.upsample == "linear"))
-        for i, of_slice in enumerate(zip(*slices, strict=True)):  # in step, so few are held
+        linear = [scoring.upsample == "linear" for _, scoring in self._each]
+        depth = len(self._each[0][0])
+        for i, of_slice in enumerate(slices_of(scores, count, depth, *linear)):
             for found, (label, scoring) in zip(of_slice, self._each, strict=True):
                 label[i] = _labels(found, label.shape[1:], scoring)
 

@@ -6,7 +6,6 @@ all around (as nnU-Net does, Isensee et al., Nature Methods 2021). Any number of
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -51,24 +50,26 @@ def slices(
     batch: int,
 ) -> Iterator[np.ndarray]:
     """Scores [H, W, C] of one slice of a volume [D, H, W, ...] after the other, as `blend` makes
-    them. Slabs as deep as a window are held, no more of them than fill a batch: the scores of all
-    slices and classes may be larger than the memory."""
-    depth, sides = len(volume), volume.shape[1 : len(window)]
-    volume = np.pad(volume, [(0, max(window[0] - depth, 0)), *[(0, 0)] * (volume.ndim - 1)])
-    along = list(_along(len(volume), window[0]))
-    ends = [place.start for place, _ in along[1:]] + [depth]
-    counts = (len(list(_along(max(n, w), w))) for n, w in zip(sides, window[1:], strict=True))
-    begun, together = 0, -(-batch // math.prod(counts))
-    pairs = zip(along, ends, strict=True)
-    while some := list(itertools.islice(pairs, together)):
-        stack = np.stack([volume[place] for (place, _), _ in some])
-        slabs = blend(predict, stack, window, batch)
-        for slab, ((place, weights), end) in zip(slabs, some, strict=True):
-            slab *= weights[:, None, None, None].astype(slab.dtype)
-            if place.start:  # what earlier windows say of its first slices
-                slab[: len(begun)] += begun
-            yield from slab[: end - place.start]
-            begun = slab[end - place.start :]
+    them. No more are held than a window is deep: those of all slices and classes may be larger than
+    the memory."""
+    depth, height, width = volume.shape[:3]
+    missing = [max(w - n, 0) for w, n in zip(window, volume.shape[:3], strict=True)]
+    volume = np.pad(volume, [(0, m) for m in missing] + [(0, 0)] * (volume.ndim - 3))
+    parts, held, first = placed(volume.shape[:3], window), None, 0
+    while some := list(itertools.islice(parts, batch)):
+        stack = np.stack([volume[place] for place, _ in some])
+        stack = np.pad(stack, [(0, batch - len(some)), *[(0, 0)] * (stack.ndim - 1)])
+        for (place, weights), scores in zip(some, np.asarray(predict(stack)), strict=False):
+            if held is None:
+                sides = volume.shape[1:3]
+                held = np.zeros((window[0], *sides, scores.shape[-1]), scores.dtype)
+            done = place[0].start - first  # no later window reaches these
+            if done:
+                yield from held[:done, :height, :width]
+                held = np.concatenate([held[done:], np.zeros_like(held[:done])])
+                first += done
+            held[:, *place[1:]] += weights[..., None].astype(scores.dtype) * scores
+    yield from held[: depth - first, :height, :width]
 
 
 def placed(

@@ -77,7 +77,7 @@ def from_torch(state_dict: Mapping[str, np.ndarray], variables: Any, source: str
         raise UserError(f"{source}: PyTorch's specialists have model.head_depth=1")
     names = _names(flat)
     given = {k for k in state_dict if not k.endswith("num_batches_tracked")}
-    given -= {name for name in given - set(names) if name.startswith(GENERALIST)}
+    given -= {name for name in given - set(names) if name.startswith(f"{GENERALIST}.")}
     for problem, odd in (("lacks", set(names) - given), ("has unknown", given - set(names))):
         if odd:
             raise UserError(f"{source} {problem} {sorted(odd)[0]} ({len(odd)} such names)")

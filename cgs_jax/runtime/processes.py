@@ -6,6 +6,7 @@ Every process runs the same code on its own devices; process 0 alone writes logs
 import os
 import pickle
 import signal
+import socket
 import sys
 import traceback
 from typing import Any
@@ -17,6 +18,7 @@ from jax.experimental import multihost_utils
 from cgs_jax.runtime.errors import UserError
 
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends the job
+HERE = "CGS_JAX_PROCESSES_HERE"  # variable: how many of us share this machine's memory
 # What ends a process from outside: a closed terminal, too, unless nohup keeps that from it.
 ENDINGS = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) != signal.SIG_IGN]
 
@@ -39,6 +41,8 @@ def initialize(coordinator: str | None, count: int | None, index: int | None) ->
             f"--multihost: {reason}; where the cluster is not detected give "
             "--coordinator=HOST:PORT --processes=N --process=I"
         ) from error
+    host = socket.gethostname()
+    os.environ[HERE] = str(gather(host).count(host))
 
 
 def is_first() -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from cgs_jax.runtime import processes
 from cgs_jax.runtime.console import progress
 
 MOST = 8
@@ -23,7 +24,8 @@ def cores() -> list[int]:
 
 def count() -> int:
     """How many scans are worked on at once: unpacking and numpy leave Python's lock meanwhile."""
-    return max(1, min(MOST, len(cores()), int(memory() / MEMORY)))
+    each = memory() / int(os.environ.get(processes.HERE, 1))
+    return max(1, min(MOST, len(cores()), int(each / MEMORY)))
 
 
 def memory() -> int:

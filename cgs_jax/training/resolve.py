@@ -98,10 +98,8 @@ def check(config: ConfigDict) -> None:
     if method.unlabelled and not config.batch.unlabelled:
         raise UserError("batch.unlabelled must be at least 1, not 0")
     if config.batch.unlabelled and not method.unlabelled:
-        raise UserError(
-            f"batch.unlabelled={config.batch.unlabelled}: {config.method.name} takes no unlabelled "
-            "images; leave it 0"
-        )
+        told = f"{config.method.name} takes no unlabelled images"
+        say(f"WARNING: batch.unlabelled={config.batch.unlabelled} is left out, for {told}")
     flip = config.augment.flip
     if not (isinstance(flip, int | float) and 0 <= flip <= 1):
         raise UserError(f"augment.flip={flip}: a probability, or auto")
