@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 from scipy import ndimage
 
-from cgs_jax.data import cache, case_lists, tasks
+from cgs_jax.data import cache, case_lists, streams, tasks
 from cgs_jax.data.grid import Grid
 from cgs_jax.data.prepared import Entry, Prepared
 from cgs_jax.data.volume import Volume
@@ -111,7 +111,7 @@ def time_step(
     """The jitted train step on batches that are on the devices already; returned with it."""
     state = train_step.init_state(method, mesh)
     dataset = loop.host_batches(method, prepared, mesh)
-    batches = list(itertools.islice(loop.device_batches(dataset, mesh), 4))
+    batches = list(itertools.islice(streams.device_batches(dataset, mesh), 4))
     step = train_step.make_train_step(method, mesh)
     seed = train_step.seed_of(method.config)
     traced = step.trace(state, batches[0], seed)
@@ -207,7 +207,7 @@ def time_loop(
     step = step or train_step.make_train_step(method, mesh)
     config = ConfigDict(method.config.to_dict())
     config.eval_every = 10**9
-    batches = loop.device_batches(loop.host_batches(method, prepared, mesh), mesh)
+    batches = streams.device_batches(loop.host_batches(method, prepared, mesh), mesh)
     config.log_every = 1
     steps = loop.steps(config, step, state, batches, 0, None, processes.Stop())
     for _ in range(3):

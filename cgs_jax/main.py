@@ -35,8 +35,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any] | None:
     with run_folder.locked(workdir), contextlib.closing(Checkpoints(workdir)) as checkpoints:
         finished = checkpoints.latest == config.total_steps
         if saved:
-            free = run_folder.FREE + run_folder.PREDICTION * finished
-            run_folder.check_same(saved, config, workdir, free)
+            run_folder.check_same(saved, config, workdir, finished)
         elif checkpoints.latest:
             raise UserError(f"{workdir} holds checkpoints, but no config.json; choose another")
         prepared = cache.prepare(config, splits)

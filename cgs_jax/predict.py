@@ -66,11 +66,9 @@ def predict(
             except UserError as error:
                 problems.append(str(error))
             else:
-                volume, scan = (
-                    Volume(quantise(image), None, scan.spacing),
-                    scan._replace(array=None),
-                )
-                del image  # it is large, and the next scan is read while this one is segmented
+                volume = Volume(quantise(image), None, scan.spacing)
+                scan = scan._replace(array=None)
+                del image  # large as the array is: this waits while the scan before is segmented
                 yield (name, scan), volume
 
     written = []

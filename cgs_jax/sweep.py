@@ -130,8 +130,7 @@ def plan(
                 once(text)
             runs.append(Run(f"{row} seed {seed}", run, config, command))
             if saved:
-                free = run_folder.FREE + run_folder.PREDICTION * runs[-1].finished()
-                run_folder.check_same(saved, config, run, free)
+                run_folder.check_same(saved, config, run, runs[-1].finished())
     return list(rows), runs
 
 

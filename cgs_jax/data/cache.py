@@ -169,10 +169,10 @@ def digest(case: Case, data: ConfigDict, options: Any) -> str:
 
     Files in a folder that has its own cache are named from there: it may be moved with it.
     """
-    own, files = not data.cache and pathlib.Path(data.root), []
+    root, files = pathlib.Path(data.root), []
     for path in (*case.image, *(case.label or ())):
-        inside = own and path.is_relative_to(own)
-        name = path.relative_to(own) if inside else path.absolute()
+        inside = not data.cache and path.is_relative_to(root)
+        name = path.relative_to(root) if inside else path.absolute()
         files.append((str(name), path.stat().st_size, path.stat().st_mtime_ns))
     text = json.dumps([VERSION, options, files], sort_keys=True)
     return checksum(text.encode())[:12]

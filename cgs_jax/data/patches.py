@@ -75,8 +75,8 @@ def cut(
     images: Iterable[np.ndarray], corners: Sequence[tuple[int, ...]] | None, shape: tuple[int, ...]
 ) -> np.ndarray:
     """Stacks windows [..., *shape] of images [..., *S], whose first pixels are `corners`; whole
-    images where those are None. Of memory-mapped images no more is read. Beyond the
-    image a window is 0."""
+    images where those are None. Of memory-mapped images no more is read. Beyond the image a window
+    is 0."""
     if corners is None:
         return np.stack(list(images))
     windows = []

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import grain.python as grain
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from cgs_jax.data import patches, tasks
 from cgs_jax.data.grid import Grid
 from cgs_jax.data.prepared import Prepared
-from cgs_jax.runtime import threads
+from cgs_jax.runtime import devices, threads
 
 BLOCK = 64  # slices in which every data set of a collection has its share of a stream
 
@@ -49,9 +50,11 @@ def batches(
       that its data set has.
     """
     seed, data = config.seed, config.data
-    of_all = (set(prepared.task(case).data.classes) for case in prepared.splits.labelled)
-    marked = (set(prepared.organs(case)) for case in prepared.splits.labelled)
-    if not data.partial and any(a != b for a, b in zip(of_all, marked, strict=True)):
+    partly = (
+        set(prepared.organs(case)) != set(prepared.task(case).data.classes)
+        for case in prepared.splits.labelled
+    )
+    if not data.partial and any(partly):
         raise TypeError("cases are annotated for some organs only: the layout needs partial(data)")
     rows = prepared.sources()
     grids = [Grid.of(own) for own in tasks.members(data).values()]
@@ -138,3 +141,8 @@ def prefetched(dataset: grain.MapDataset, put: Callable[[Any], Any]) -> Iterator
     options = grain.ReadOptions(num_threads=count, prefetch_buffer_size=ahead)
     loaded = dataset.to_iter_dataset(options).map(put)
     return iter(grain.experimental.ThreadPrefetchIterDataset(loaded, prefetch_buffer_size=2))
+
+
+def device_batches(dataset: grain.MapDataset, mesh: Mesh) -> Iterator[Any]:
+    """Batches on the devices, read ahead."""
+    return prefetched(dataset, lambda batch: devices.put_batch(mesh, batch))

@@ -25,21 +25,14 @@ def blend(
       window: pixels along each axis of S. Beyond the image a window is 0.
       batch: windows that are predicted together, of all images.
     """
-    shape = images.shape[1 : 1 + len(window)]
-    missing = [max(w - n, 0) for w, n in zip(window, shape, strict=True)]
-    trailing = images.ndim - 1 - len(window)
-    padding = [(0, 0), *((0, m) for m in missing), *[(0, 0)] * trailing]
-    images = np.pad(images, padding)
-    total = None
-    parts = placed(images.shape[1 : 1 + len(window)], window)
-    pairs = ((i, *part) for part in parts for i in range(len(images)))
-    while some := list(itertools.islice(pairs, batch)):
-        stack = np.stack([images[i, *place] for i, place, _ in some])
-        stack = np.pad(stack, [(0, batch - len(some)), *[(0, 0)] * (stack.ndim - 1)])
-        for (i, place, weights), scores in zip(some, np.asarray(predict(stack)), strict=False):
-            if total is None:
-                total = np.zeros((*images.shape[: 1 + len(window)], scores.shape[-1]), scores.dtype)
-            total[i, *place] += weights[..., None].astype(scores.dtype) * scores
+    shape, total = images.shape[1 : 1 + len(window)], None
+    images = _as_large(images, 1, window)
+    own = placed(images.shape[1 : 1 + len(window)], window)
+    parts = (((i, *place), weights) for place, weights in own for i in range(len(images)))
+    for place, scores in _weighted(predict, images, parts, batch):
+        if total is None:
+            total = np.zeros((*images.shape[: 1 + len(window)], scores.shape[-1]), scores.dtype)
+        total[place] += scores
     return total[:, *(slice(n) for n in shape)]
 
 
@@ -53,23 +46,36 @@ def slices(
     them. No more are held than a window is deep: those of all slices and classes may be larger than
     the memory."""
     depth, height, width = volume.shape[:3]
-    missing = [max(w - n, 0) for w, n in zip(window, volume.shape[:3], strict=True)]
-    volume = np.pad(volume, [(0, m) for m in missing] + [(0, 0)] * (volume.ndim - 3))
-    parts, held, first = placed(volume.shape[:3], window), None, 0
+    volume, held, first = _as_large(volume, 0, window), None, 0
+    parts = placed(volume.shape[:3], window)
+    for (deep, *place), scores in _weighted(predict, volume, parts, batch):
+        if held is None:
+            held = np.zeros((window[0], *volume.shape[1:3], scores.shape[-1]), scores.dtype)
+        done = deep.start - first  # no later window reaches these
+        if done:
+            yield from held[:done, :height, :width]
+            held = np.concatenate([held[done:], np.zeros_like(held[:done])])
+            first += done
+        held[:, *place] += scores
+    yield from held[: depth - first, :height, :width]
+
+
+def _as_large(images, leading, window):
+    """Images whose axes after the `leading` ones are at least as long as those of a window."""
+    lacking = [max(w - n, 0) for w, n in zip(window, images.shape[leading:], strict=False)]
+    padding = np.zeros((images.ndim, 2), int)
+    padding[leading : leading + len(window), 1] = lacking
+    return np.pad(images, padding)
+
+
+def _weighted(predict, images, parts, batch):
+    """Of each of `parts`, an iterator over pairs of a place in `images` and weights, the place and
+    its weighted scores, predicted `batch` together."""
     while some := list(itertools.islice(parts, batch)):
-        stack = np.stack([volume[place] for place, _ in some])
+        stack = np.stack([images[place] for place, _ in some])
         stack = np.pad(stack, [(0, batch - len(some)), *[(0, 0)] * (stack.ndim - 1)])
         for (place, weights), scores in zip(some, np.asarray(predict(stack)), strict=False):
-            if held is None:
-                sides = volume.shape[1:3]
-                held = np.zeros((window[0], *sides, scores.shape[-1]), scores.dtype)
-            done = place[0].start - first  # no later window reaches these
-            if done:
-                yield from held[:done, :height, :width]
-                held = np.concatenate([held[done:], np.zeros_like(held[:done])])
-                first += done
-            held[:, *place[1:]] += weights[..., None].astype(scores.dtype) * scores
-    yield from held[: depth - first, :height, :width]
+            yield place, weights[..., None].astype(scores.dtype) * scores
 
 
 def placed(

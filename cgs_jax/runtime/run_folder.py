@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from flax.traverse_util import flatten_dict
@@ -167,11 +167,11 @@ def name_of(config: ConfigDict) -> str:
 
 
 def check_same(
-    saved: ConfigDict, config: ConfigDict, workdir: pathlib.Path, free: Sequence[str] = FREE
+    saved: ConfigDict, config: ConfigDict, workdir: pathlib.Path, finished: bool
 ) -> None:
-    """Raises UserError where `config` would go on with a run that was trained otherwise, `free`
-    fields aside."""
-    saved, now = flatten(saved), flatten(config)
+    """Raises UserError where `config` would go on with a run that was trained otherwise, FREE
+    fields aside; a `finished` run may predict otherwise."""
+    saved, now, free = flatten(saved), flatten(config), FREE + PREDICTION * finished
     for name in sorted(saved.keys() | now.keys()):
         if of_any_member(name) not in free and saved.get(name) != now.get(name):
             raise UserError(

@@ -51,8 +51,8 @@ def make_precise(method: Method, dataset: grain.MapDataset, mesh: Mesh) -> Any:
         end = int(state.step)
         start = max(end - config.precise_bn, 0)
         total = jax.tree.map(jnp.zeros_like, method.inference_variables(state)[1])
-        ahead = streams.prefetched(dataset[start:end], lambda x: devices.put_batch(mesh, x))
-        for step, batch in enumerate(ahead, start):
+        read = streams.device_batches(dataset[start:end], mesh)
+        for step, batch in enumerate(read, start):
             total = add_statistics(total, state, batch, seed_of(config), np.int32(step))
         mean = jax.tree.map(lambda x: x / (end - start), total)
         state = method.with_inference_state(state, mean)

@@ -68,7 +68,7 @@ def train(
             (workdir / name).unlink(missing_ok=True)
 
     dataset = host_batches(method, prepared, mesh)
-    batches = device_batches(dataset, mesh, start)
+    batches = streams.device_batches(dataset[start:], mesh)
     train_step = make_train_step(method, mesh)
     predictor = make_predictor(method)
     measure = pseudo_label_quality.make_measure(method, prepared)
@@ -137,11 +137,6 @@ def host_batches(method: Method, prepared: Prepared, mesh: Mesh) -> grain.MapDat
     """What the steps take, as this process reads it."""
     mine = lambda size: devices.local_rows(mesh, size)  # noqa: E731
     return streams.batches(prepared, method.config, method.streams(), mine)
-
-
-def device_batches(dataset: grain.MapDataset, mesh: Mesh, start: int = 0) -> Iterator[Any]:
-    """Those of the steps from `start` on, on the devices, read ahead of the step."""
-    return streams.prefetched(dataset[start:], lambda batch: devices.put_batch(mesh, batch))
 
 
 def steps(

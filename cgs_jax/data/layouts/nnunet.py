@@ -35,8 +35,8 @@ def find(data: ConfigDict) -> dict[str, Case]:
     training = "dataset.json" if cases else "imagesTr"
     for images, labels in FOLDERS[1:] if cases else FOLDERS:
         unused = set(scans_in(root / labels))
-        files = sorted((root / labels).glob("*"))
-        others = [path for path in files if not path.name.endswith((ending, ".json"))]
+        there = sorted((root / labels).glob("*"))
+        others = [path for path in there if not path.name.endswith((ending, ".json"))]
         for path in scans_in(root / images):
             if not path.name.endswith(ending):
                 raise UserError(f"{path}: dataset.json says that files end with {ending}")
